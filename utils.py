@@ -1,0 +1,337 @@
+"""What every script needs: flags, processes, seeds, and checkpoints that are read safely and never left half-written."""
+
+import argparse
+import hashlib
+import os
+import pathlib
+import random
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urldefrag, urlparse
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong. A script prints the message without a traceback and exits with 2."""
+
+
+def run_script(main: Callable[[], None]):
+    """Run a script's `main`: wrong input ends it with a message, and its processes leave their group in any case."""
+    try:
+        main()
+    except InputError as error:
+        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that shows defaults and takes every flag with dashes or underscores, as the published scripts mix them."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        spelled = {flag.replace('_', '-'): flag for flag in self._option_string_actions if flag.startswith('--')}
+        args = list(sys.argv[1:] if args is None else args)
+        for i, arg in enumerate(args):
+            flag, equals, value = arg.partition('=')
+            if flag.startswith('--') and flag not in self._option_string_actions:
+                args[i] = spelled.get(flag.replace('_', '-'), flag) + equals + value
+        return super().parse_known_args(args, namespace)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Flags of the processes that a script runs in."""
+    group = parser.add_argument_group('device and processes')
+    group.add_argument('--device', help='cuda, cpu, ... (default: a GPU where there is one, else the CPU)')
+    group.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation')
+    group.add_argument('--dist_url', default='env://', help='where the processes meet; launchers set the environment')
+    group.add_argument('--local_rank', type=int, default=-1, help='set by launchers that do not use the environment')
+    group.add_argument('--world_size', type=int, default=1, help='accepted; the launcher says how many processes run')
+
+
+# --- processes
+
+
+def rank() -> int:
+    """Number of this process, 0 without a launcher."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a launcher."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*words):
+    """Print on the first process alone."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def set_up_processes(args: argparse.Namespace) -> torch.device:
+    """Join the launcher's processes, if there is one, and return this process's device.
+
+    Launchers are torchrun and torch.distributed.launch, with and without --use_env. Without one, in a SLURM allocation too,
+    the script is a single process.
+    """
+    local_rank = int(os.environ.get('LOCAL_RANK', max(args.local_rank, 0)))
+    name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+        if device.type == 'cuda':
+            device = torch.device('cuda', local_rank if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f'--device {name}: torch {torch.__version__} cannot use it here ({str(error).splitlines()[0]}). '
+            f'CUDA devices found: {torch.cuda.device_count()}. Without --device the script takes what is there.'
+        ) from error
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=args.dist_url)
+    return device
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum of `values` over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+# --- randomness
+
+
+def seed_all(*key: int):
+    """Seed `random`, numpy and torch from a tuple of non-negative integers, such as (seed, epoch, position).
+
+    Random numbers are then a function of the key: there is no state to save, to restore, or to share between workers.
+    """
+    words = np.random.SeedSequence(key).generate_state(4).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    # torch.manual_seed would also visit every backend, thirty times slower: too slow for each image.
+    torch.default_generator.manual_seed(words[2] << 32 | words[3])
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(words[2] << 32 | words[3])
+
+
+# --- checkpoints
+
+
+def write_checkpoint(path: str | Path, checkpoint: dict):
+    """Write a checkpoint so that `path` holds the old file or the new one, whole, whatever happens.
+
+    Raises OSError, with the old file in place and the temporary one gone, where the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def is_address(source: str | Path) -> bool:
+    """Whether `source` is an http(s) address rather than a path."""
+    return urlparse(str(source)).scheme in ('http', 'https')
+
+
+def read_checkpoint(source: str | Path) -> dict:
+    """Read a checkpoint from a path or an address, whole or not at all, and never run code that it holds.
+
+    An address may carry the hash to check, in its file name (`name-<sha256 prefix>.pth`, as torch.hub has it) or as
+    `#sha256=<hex>`. Raises InputError that says what the source is, where it is no checkpoint.
+    """
+    if is_address(source):
+        return _download(str(source))
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(
+            f'no checkpoint at {source}: '
+            + (f'a folder, with {_listing(path)}' if path.is_dir() else f'{path.resolve()} does not exist')
+        )
+    if zipfile.is_zipfile(path):
+        # torch.load does not check the sums that a zip file keeps: a flipped bit would load.
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged, names = archive.testzip(), archive.namelist()
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise InputError(f'{source} is damaged ({error})') from error
+        if damaged:
+            raise InputError(f'{source} is damaged: the checksum of {damaged} is wrong')
+        if any(name.endswith('constants.pkl') for name in names):
+            raise InputError(f'{source} is a TorchScript program, not a checkpoint of weights')
+    # The published files keep their arguments as a Namespace, sometimes with paths in it: plain data, safe to rebuild.
+    harmless = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if refused:
+            what = f'holds Python objects ({refused[1]}), not only weights; it was not loaded, as that could run code'
+        else:
+            what = f'is no readable checkpoint: {describe_file(path)}'
+        raise InputError(f'{source} {what}') from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f'{source} holds a {type(checkpoint).__name__}; expected a dict of weights')
+    return checkpoint
+
+
+def describe_file(path: Path) -> str:
+    """Say what a file that is no checkpoint seems to be."""
+    size = path.stat().st_size
+    with open(path, 'rb') as file:
+        head = file.read(1024)
+    if not head:
+        return 'the file is empty'
+    if re.match(rb'\s*<(!doctype|html|\?xml|head)', head, re.IGNORECASE):
+        return 'it is a web page (a download that needs a click or a login gives one)'
+    if not head.strip(b'\0'):
+        return 'it begins with zeros (a broken copy or download)'
+    if head[257:262] == b'ustar':
+        return 'it is a tar archive'
+    if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < size:
+        return 'it is a safetensors file; convert it with safetensors.torch.load_file and torch.save'
+    if head[:2] == b'PK':
+        return f'it is a zip file cut short at {size:,} bytes (an interrupted download or copy)'
+    if head[:1] == b'\x80':
+        return f'it is a pickle, damaged or cut short at {size:,} bytes'
+    if all(byte in b'\t\n\r' or byte >= 32 for byte in head):
+        return 'it is a text file'
+    return f'{size:,} bytes of unknown kind'
+
+
+def _listing(folder: Path, most: int = 8) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '') if names else 'nothing'
+
+
+def _download(address: str) -> dict:
+    """Read a checkpoint from an address through torch.hub's cache; each use checks the hash again."""
+    url, fragment = urldefrag(address)
+    name = Path(urlparse(url).path).name or 'checkpoint'
+    named = re.search(r'-([a-f0-9]{8,64})\.', name)
+    wanted = fragment.removeprefix('sha256=') if fragment.startswith('sha256=') else named[1] if named else ''
+    cached = Path(torch.hub.get_dir()) / 'checkpoints' / (name if wanted else f'{os.getpid()}-{name}')
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not cached.exists():
+            say(f'downloading {url}')
+            partial = cached.with_name(f'{cached.name}.{os.getpid()}.part')
+            try:
+                torch.hub.download_url_to_file(url, str(partial), progress=False)
+                os.replace(partial, cached)
+            finally:
+                partial.unlink(missing_ok=True)
+        with open(cached, 'rb') as file:
+            found = hashlib.file_digest(file, 'sha256').hexdigest()
+        if wanted and not found.startswith(wanted):
+            cached.unlink()
+            raise InputError(f'{url}: expected a file with sha256 {wanted}, found {found}; it was removed from the cache')
+        if not wanted:
+            say(f'{url} names no hash to check; add #sha256={found} to hold it to this file')
+        try:
+            return read_checkpoint(cached)
+        except InputError as error:
+            cached.unlink(missing_ok=True)
+            raise InputError(f'{url}: {error}') from error
+    except OSError as error:
+        raise InputError(f'{url} could not be downloaded: {error}') from error
+    finally:
+        if not wanted:
+            cached.unlink(missing_ok=True)
+
+
+class Loaded(NamedTuple):
+    """What load_weights left as it was (`missing`, names of the model) and did not use (`dropped`, names of the file)."""
+
+    missing: list[str]
+    dropped: list[str]
+
+
+def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: the published layout's, timm's, this project's, or a bare one."""
+    keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict')
+    state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
+    if state is None and use_ema:
+        raise InputError(f'the checkpoint has no averaged weights (model_ema); it has {", ".join(map(str, checkpoint))}')
+    state = checkpoint if state is None else state
+    wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if wrong or not state:
+        raise InputError(f'expected weights, tensors by name; found {", ".join(map(str, wrong[:5])) or "nothing"}')
+    # Prefixes that DistributedDataParallel and torch.compile leave.
+    return {re.sub(r'^(module\.|_orig_mod\.)+', '', key): value for key, value in state.items()}
+
+
+def load_weights(model: nn.Module, source: str | Path | dict, use_ema: bool = False, adapt: bool = False) -> Loaded:
+    """Load weights into a model, strictly: every tensor is used, or named in what is returned, or an error.
+
+    Args:
+        source: path, address, or a checkpoint that was read already, in the published layout, timm's or this project's.
+        use_ema: take the averaged weights.
+        adapt: for fine-tuning: positions are resized to the model's resolution, and heads for other classes left out.
+
+    Returns:
+        What stayed as it was and what was not used. Not empty only with `adapt`, or for a plain DeiT or ViT in an Evo-DeiT,
+        whose class head is then a copy of the file's head.
+
+    Raises InputError with counts and the first few names where the weights are of another model.
+    """
+    checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
+    where = 'the checkpoint' if isinstance(source, dict) else str(source)
+    own = model.state_dict()
+    state, missing, dropped = find_weights(checkpoint, use_ema), [], []
+    if hasattr(model, 'convert_state'):
+        state, missing, dropped = model.convert_state(state, resize=adapt)
+
+    classifier = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
+    heads = tuple(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier))
+    differ = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
+    other_head = [k for k in differ if k.startswith(heads)] if heads else []
+    if other_head and not adapt:
+        found, expected = len(state[other_head[0]]), len(own[other_head[0]])
+        raise InputError(f'{where} has {found} classes, the model {expected}; --finetune replaces the head')
+    problems = {
+        'missing': [k for k in own if k not in state],
+        'not expected': [k for k in state if k not in own],
+        'of another shape': [f'{k} {(*state[k].shape,)}, not {(*own[k].shape,)}' for k in differ if k not in other_head],
+    }
+    if any(problems.values()):
+        lines = [f'{where} does not fit {type(model).__name__} ({len(state)} tensors for {len(own)}):']
+        for problem, names in problems.items():
+            if names:
+                lines.append(f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}')
+        raise InputError('\n'.join([*lines, 'It may be of another model or image size.']))
+    model.load_state_dict(state | {k: own[k] for k in other_head})
+    return Loaded(sorted({*missing, *other_head}), dropped + [k for k in other_head if k not in missing])
