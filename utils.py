@@ -1,4 +1,4 @@
-"""What every script needs: flags, processes, seeds, and checkpoints that are read safely and never left half-written."""
+"""What every script needs: flags, processes, seeds, and checkpoints that are safe to read and never half-written."""
 
 import argparse
 import hashlib
@@ -88,10 +88,10 @@ def say(*words):
 
 
 def set_up_processes(args: argparse.Namespace) -> torch.device:
-    """Join the launcher's processes, if there is one, and return this process's device.
+    """Join the launcher's processes, if there is one, seed this one, and return its device.
 
-    Launchers are torchrun and torch.distributed.launch, with and without --use_env. Without one, in a SLURM allocation too,
-    the script is a single process.
+    Launchers are torchrun and torch.distributed.launch, with and without --use_env. Without one, in a SLURM allocation
+    too, the script is a single process.
     """
     local_rank = int(os.environ.get('LOCAL_RANK', max(args.local_rank, 0)))
     name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -108,6 +108,7 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
         ) from error
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=args.dist_url)
+    seed_all(args.seed)
     return device
 
 
@@ -189,6 +190,8 @@ def read_checkpoint(source: str | Path) -> dict:
             raise InputError(f'{source} is damaged ({error})') from error
         if damaged:
             raise InputError(f'{source} is damaged: the checksum of {damaged} is wrong')
+        if not any(name.endswith('/data.pkl') for name in names):
+            raise InputError(f'{source} is a zip file ({", ".join(names[:3])}, ...), not a PyTorch checkpoint')
         if any(name.endswith('constants.pkl') for name in names):
             raise InputError(f'{source} is a TorchScript program, not a checkpoint of weights')
     # The published files keep their arguments as a Namespace, sometimes with paths in it: plain data, safe to rebuild.
@@ -234,7 +237,11 @@ def describe_file(path: Path) -> str:
 
 def _listing(folder: Path, most: int = 8) -> str:
     names = sorted(p.name for p in folder.iterdir())
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '') if names else 'nothing'
+    return (
+        ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+        if names
+        else 'nothing'
+    )
 
 
 def _download(address: str) -> dict:
@@ -258,7 +265,9 @@ def _download(address: str) -> dict:
             found = hashlib.file_digest(file, 'sha256').hexdigest()
         if wanted and not found.startswith(wanted):
             cached.unlink()
-            raise InputError(f'{url}: expected a file with sha256 {wanted}, found {found}; it was removed from the cache')
+            raise InputError(
+                f'{url}: expected a file with sha256 {wanted}, found {found}; it was removed from the cache'
+            )
         if not wanted:
             say(f'{url} names no hash to check; add #sha256={found} to hold it to this file')
         try:
@@ -274,7 +283,7 @@ def _download(address: str) -> dict:
 
 
 class Loaded(NamedTuple):
-    """What load_weights left as it was (`missing`, names of the model) and did not use (`dropped`, names of the file)."""
+    """What load_weights did not find for the model (`missing`) and did not use of the file (`dropped`)."""
 
     missing: list[str]
     dropped: list[str]
@@ -285,7 +294,9 @@ def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
     keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict')
     state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
     if state is None and use_ema:
-        raise InputError(f'the checkpoint has no averaged weights (model_ema); it has {", ".join(map(str, checkpoint))}')
+        raise InputError(
+            f'the checkpoint has no averaged weights (model_ema); it has {", ".join(map(str, checkpoint))}'
+        )
     state = checkpoint if state is None else state
     wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if wrong or not state:
@@ -303,8 +314,8 @@ def load_weights(model: nn.Module, source: str | Path | dict, use_ema: bool = Fa
         adapt: for fine-tuning: positions are resized to the model's resolution, and heads for other classes left out.
 
     Returns:
-        What stayed as it was and what was not used. Not empty only with `adapt`, or for a plain DeiT or ViT in an Evo-DeiT,
-        whose class head is then a copy of the file's head.
+        What stayed as it was and what was not used. Not empty only with `adapt`, or for a plain DeiT or ViT in an Evo-
+        DeiT, whose class head is then a copy of the file's head.
 
     Raises InputError with counts and the first few names where the weights are of another model.
     """
@@ -318,14 +329,16 @@ def load_weights(model: nn.Module, source: str | Path | dict, use_ema: bool = Fa
     classifier = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
     heads = tuple(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier))
     differ = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
-    other_head = [k for k in differ if k.startswith(heads)] if heads else []
-    if other_head and not adapt:
+    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(own[k])] if heads else []
+    if other_head and len(other_head) == len(differ) and not adapt:
         found, expected = len(state[other_head[0]]), len(own[other_head[0]])
-        raise InputError(f'{where} has {found} classes, the model {expected}; --finetune replaces the head')
+        raise InputError(f'{where} has {found} classes, the model {expected}')
     problems = {
         'missing': [k for k in own if k not in state],
         'not expected': [k for k in state if k not in own],
-        'of another shape': [f'{k} {(*state[k].shape,)}, not {(*own[k].shape,)}' for k in differ if k not in other_head],
+        'of another shape': [
+            f'{k} {(*state[k].shape,)}, not {(*own[k].shape,)}' for k in differ if k not in other_head
+        ],
     }
     if any(problems.values()):
         lines = [f'{where} does not fit {type(model).__name__} ({len(state)} tensors for {len(own)}):']

@@ -1,3 +1,48 @@
-"""Importing this package registers every Evo-ViT model with timm: `import models; timm.create_model('evo_deit_small_patch16_224')`."""
+"""The networks. Importing this package registers them with timm: `import models; timm.create_model('EvoLeViT_128')`."""
 
-from . import evo_deit  # noqa: F401
+import argparse
+import difflib
+
+import timm
+from torch import nn
+
+from utils import InputError
+
+from . import evo_deit, evo_levit  # noqa: F401
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Flags of the network."""
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', metavar='NAME', help='any Evo-ViT or timm model')
+    group.add_argument('--drop', type=float, default=0.0, metavar='RATE', help='dropout before the head')
+    group.add_argument('--drop-path', type=float, metavar='RATE', help="stochastic depth (default: the model's own)")
+    group.add_argument(
+        '--keep-ratio', type=float, nargs='+', metavar='R', help='share of informative patches, one or one a stage'
+    )
+    group.add_argument(
+        '--representative',
+        action=argparse.BooleanOptionalAction,
+        help='representative token and fast update of placeholders (default: as published for the family)',
+    )
+
+
+def build(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model that the flags ask for, with random weights; InputError with the nearest names where there is none."""
+    if not timm.is_model(args.model):
+        raise InputError(f'--model {args.model}: there is no such model. {nearest_names(args.model)}')
+    own = {'keep_ratio': args.keep_ratio, 'representative': args.representative, 'drop_path_rate': args.drop_path}
+    own = {name: value for name, value in own.items() if value is not None}
+    if timm.get_pretrained_cfg(args.model).fixed_input_size:
+        own['img_size'] = args.input_size
+    try:
+        return timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, **own)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f'--model {args.model} cannot be built with {own}: {error}') from error
+
+
+def nearest_names(name: str) -> str:
+    """A sentence with the registered names nearest to `name`."""
+    names = {known.lower(): known for known in timm.list_models()}
+    near = [names[n] for n in difflib.get_close_matches(name.lower(), names, n=5, cutoff=0.5)]
+    return f'Nearest: {", ".join(near)}' if near else 'timm.list_models() has them all'

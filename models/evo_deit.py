@@ -1,8 +1,9 @@
-"""Evo-DeiT: a DeiT whose blocks 4 to 11 update half of the patches slowly and let the others wait (method: evolution.py).
+"""Evo-DeiT: a DeiT whose blocks 4 to 11 update half of the patches slowly and let the others wait (method:
+evolution.py).
 
-The network is timm's VisionTransformer, with its parameter names, so plain DeiT and ViT weights load by name. What differs:
-blocks also return the attention of the class token; groups of blocks evolve; the prediction comes from the mean over all
-patches, normalised after the mean; in training a second head, `head_cls`, predicts from the class token.
+The network is timm's VisionTransformer, with its parameter names, so plain DeiT and ViT weights load by name. What
+differs: blocks also return the attention of the class token; groups of blocks evolve; the prediction comes from the
+mean over all patches, normalised after the mean; in training a second head, `head_cls`, predicts from the class token.
 
 Shapes: B batch, N patches, K informative patches, C channels, H heads, D channels of a head.
 """
@@ -84,7 +85,9 @@ class EvoDeiT(VisionTransformer):
         kwargs = {'global_pool': 'avg', 'fc_norm': False, 'norm_layer': partial(nn.LayerNorm, eps=1e-6)} | kwargs
         super().__init__(*args, block_fn=EvoBlock, **kwargs)
         if self.num_prefix_tokens != 1:
-            raise ValueError(f'Evo-DeiT needs one class token and nothing else before the patches, found {self.num_prefix_tokens}')
+            raise ValueError(
+                f'Evo-DeiT needs one class token and nothing else before the patches, found {self.num_prefix_tokens}'
+            )
         self.stage_wise = self.evolving = True
         evolving = range(FIRST_EVOLVING, len(self.blocks), BLOCKS_PER_STAGE)
         self.stages = [min(BLOCKS_PER_STAGE, len(self.blocks) - start) for start in evolving]
@@ -101,7 +104,7 @@ class EvoDeiT(VisionTransformer):
             self._init_weights(self.head_cls)
 
     def get_extra_state(self) -> Tensor:
-        """The schedule as a tensor, so that it goes wherever weights go (an EMA, a checkpoint read without unpickling)."""
+        """The schedule as a tensor, so that it goes wherever the weights go."""
         return torch.tensor([self.stage_wise, self.evolving])
 
     def set_extra_state(self, state: Tensor):
@@ -117,9 +120,7 @@ class EvoDeiT(VisionTransformer):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r'^cls_token|pos_embed|patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]
-        )
+        return dict(stem=r'^cls_token|pos_embed|patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         super().reset_classifier(num_classes, global_pool)
@@ -170,7 +171,7 @@ class EvoDeiT(VisionTransformer):
         return self.evolve(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
-        """Tokens (B, 1 + N, C) to logits (B, classes); in training to both heads. `pre_logits` stops before the head."""
+        """Tokens (B, 1 + N, C) to logits (B, classes); in training to both heads. `pre_logits` stops before."""
         pooled = self.head_drop(self.norm(self.pool(x)))
         if pre_logits:
             return pooled
@@ -199,8 +200,9 @@ class EvoDeiT(VisionTransformer):
     ):
         """timm's interface: the whole grid after each of the chosen blocks.
 
-        `stop_early` saves nothing here and is accepted for the interface's sake. Returns what timm's VisionTransformer does:
-        (features, intermediates), the intermediates alone, or a dictionary; each (B, C, rows, columns) or (B, N, C).
+        `stop_early` saves nothing here and is accepted for the interface's sake. Returns what timm's VisionTransformer
+        does: (features, intermediates), the intermediates alone, or a dictionary; each (B, C, rows, columns) or (B, N,
+        C).
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')
@@ -222,12 +224,16 @@ class EvoDeiT(VisionTransformer):
 
     @staticmethod
     def is_published(state: dict[str, Tensor]) -> bool:
-        """Whether a state dict has the layout of the published checkpoints: a list for each kind of layer, v apart from q and k."""
+        """Whether a state dict has the layout of the published checkpoints: a list for each kind of layer, v apart from
+        q and k.
+        """
         return 'qks.0.qk.weight' in state
 
     @staticmethod
     def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """State dict in the published layout to the names of this class. What does not fit keeps its name, for a strict load."""
+        """State dict in the published layout to the names of this class. What does not fit keeps its name, for a strict
+        load.
+        """
         out = {}
         for key, value in state.items():
             kind, *rest = key.split('.')
@@ -255,19 +261,25 @@ class EvoDeiT(VisionTransformer):
         order = 'cls_token pos_embed patch_embed blocks qks vs norms projs norm head head_cls norm_cls'.split()
         return dict(sorted(out.items(), key=lambda item: order.index(item[0].split('.')[0])))
 
-    def convert_state(self, state: dict[str, Tensor], resize: bool = False) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    def convert_state(
+        self, state: dict[str, Tensor], resize: bool = False
+    ) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """State dict of the published layout, or of a plain DeiT or ViT, to one of this model.
 
-        A plain DeiT or ViT classifies from its class token, so `head_cls` and `norm_cls` start as copies of its `head` and
-        `norm`. With `resize`, positions and patches are resized to this model's, and a distillation token is dropped.
-        Returns the state dict, the names that were filled so, and the names that were dropped.
+        A plain DeiT or ViT classifies from its class token, so `head_cls` and `norm_cls` start as copies of its `head`
+        and `norm`. With `resize`, positions and patches are resized to this model's, and a distillation token is
+        dropped. Returns the state dict, the names that were filled so, and the names that were dropped.
         """
         state = self.from_published(state) if self.is_published(state) else dict(state)
         filled, dropped = [], []
         if resize:
             if 'dist_token' in state:
                 state['pos_embed'] = torch.cat([state['pos_embed'][:, :1], state['pos_embed'][:, 2:]], 1)
-                dropped = [key for key in ('dist_token', 'head_dist.weight', 'head_dist.bias') if state.pop(key, None) is not None]
+                dropped = [
+                    key
+                    for key in ('dist_token', 'head_dist.weight', 'head_dist.bias')
+                    if state.pop(key, None) is not None
+                ]
             state = checkpoint_filter_fn(state, self)
         for own, plain in (('norm_cls', 'norm'), ('head_cls', 'head')):
             for leaf in ('weight', 'bias'):
@@ -306,7 +318,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 # embed_dim, num_heads; the depth is 12 and the MLP ratio 4 in all
-SIZES = {'nano': (96, 3), 'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
+SIZES = {'nano': (64, 2), 'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> EvoDeiT:

@@ -1,13 +1,13 @@
 """Slow-fast token evolution: the method of Evo-ViT (https://arxiv.org/abs/2108.01390) as pure functions.
 
-A group of blocks selects the patches to which the class token attended most so far (*informative*), updates these slowly,
-that is through every block, and leaves the others (*placeholders*) where they are, or, with a *representative* token that
-stands for them, moves them fast, by what the blocks added to the representative. Informative patches are gathered before the
-group and scattered back after it. So patches stay in raster order, nothing is sorted, the grid is whole after every group,
-and the score is the only thing that goes from one group to the next.
+A group of blocks selects the patches to which the class token attended most so far (*informative*), updates these
+slowly, that is through every block, and leaves the others (*placeholders*) where they are, or, with a *representative*
+token that stands for them, moves them fast, by what the blocks added to the representative. Informative patches are
+gathered before the group and scattered back after it. So patches stay in raster order, nothing is sorted, the grid is
+whole after every group, and the score is the only thing that goes from one group to the next.
 
-Layer-wise selection (before every block) and stage-wise selection (before every stage of blocks) are two ways to cut one
-list of blocks into groups.
+Layer-wise selection (before every block) and stage-wise selection (before every stage of blocks) are two ways to cut
+one list of blocks into groups.
 
 Shapes: B batch, N patches, K informative patches, C channels, H heads, D channels of a head.
     tokens      (B, 1 + N, C)   class token first
@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A block maps tokens (B, 1 + n, C) to tokens and, if its second argument is true, the attention (B, n) that the class token
-# pays to the n others; else None.
+# A block maps tokens (B, 1 + n, C) to tokens and, if its second argument is true, the attention (B, n) that the class
+# token pays to the n others; else None.
 Block = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
 # How much of a block's class attention enters the score: a constant, or a learned scalar.
 Tradeoff = float | Tensor
@@ -38,12 +38,16 @@ class Group(NamedTuple):
 
 
 def check_keep_ratio(keep_ratio: float | Sequence[float], stages: int) -> tuple[float, ...]:
-    """One keep ratio for each of `stages` stages, from a single one or a list; ValueError outside (0, 1] or of wrong length."""
+    """One keep ratio for each of `stages` stages, from a single one or a list; ValueError outside (0, 1] or of wrong
+    length.
+    """
     ratios = (keep_ratio,) * stages if isinstance(keep_ratio, int | float) else tuple(keep_ratio)
     if len(ratios) == 1:
         ratios *= stages
     if len(ratios) != stages:
-        raise ValueError(f'keep_ratio: expected one value or {stages} (one for each evolving stage), found {len(ratios)}: {ratios}')
+        raise ValueError(
+            f'keep_ratio: expected one value or {stages} (one for each evolving stage), found {len(ratios)}: {ratios}'
+        )
     if not all(0 < r <= 1 for r in ratios):
         raise ValueError(f'keep_ratio: expected values in (0, 1], found {ratios}')
     return tuple(float(r) for r in ratios)
@@ -54,15 +58,16 @@ def partition(
 ) -> list[Group]:
     """Cut a list of blocks into groups.
 
-    The first `dense` blocks see every patch. The stages that follow have `stages[i]` blocks and keep `keep_ratio[i]`; they
-    select once (`stage_wise`) or before each block. `cuts` are block indices after which a group must end because somebody
-    wants the whole grid there; the selection then goes on in the next group, which changes nothing but rounding.
+    The first `dense` blocks see every patch. The stages that follow have `stages[i]` blocks and keep `keep_ratio[i]`;
+    they select once (`stage_wise`) or before each block. `cuts` are block indices after which a group must end because
+    somebody wants the whole grid there; the selection then goes on in the next group, which changes nothing but
+    rounding.
     """
     groups = [Group(0, dense, 1.0)] if dense else []
     start = dense
     for blocks, ratio in zip(stages, keep_ratio, strict=True):
-        step = blocks if stage_wise else 1
-        groups += [Group(i, i + step, ratio) for i in range(start, start + blocks, step) if blocks]
+        step = max(blocks, 1) if stage_wise else 1
+        groups += [Group(i, i + step, ratio) for i in range(start, start + blocks, step)]
         start += blocks
     cut = []
     for group in groups:
@@ -75,8 +80,8 @@ def partition(
 def class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Attention of the class token to all others, for each head.
 
-    q (B, H, 1, D) its query, k (B, H, 1 + n, D) all keys; returns (B, H, n). At least in float32: in half precision equal
-    scores would be common, and a selection between equals is arbitrary.
+    q (B, H, 1, D) its query, k (B, H, 1 + n, D) all keys; returns (B, H, n). At least in float32: in half precision
+    equal scores would be common, and a selection between equals is arbitrary.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
@@ -89,7 +94,9 @@ def select(score: Tensor, k: int) -> Tensor:
 
 
 def represent(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
-    """Representative (B, 1, C) of all placeholders: the mean of `patches` (B, N, C) outside `kept`, weighted by score (B, N)."""
+    """Representative (B, 1, C) of all placeholders: the mean of `patches` (B, N, C) outside `kept`, weighted by score
+    (B, N).
+    """
     weight = score.scatter(1, kept, 0.0)
     weight = weight / weight.sum(1, keepdim=True)
     return weight.unsqueeze(1).to(patches.dtype) @ patches
@@ -101,7 +108,11 @@ def blend(score: Tensor | None, attention: Tensor, tradeoff: Tradeoff) -> Tensor
 
 
 def run(
-    tokens: Tensor, score: Tensor | None, blocks: Sequence[Block], tradeoffs: Sequence[Tradeoff], need_score: bool = True
+    tokens: Tensor,
+    score: Tensor | None,
+    blocks: Sequence[Block],
+    tradeoffs: Sequence[Tradeoff],
+    need_score: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Send tokens (B, 1 + n, C) through blocks and update the score (B, m) of the first m <= n patches among them."""
     for i, (block, tradeoff) in enumerate(zip(blocks, tradeoffs, strict=True)):
@@ -135,7 +146,8 @@ def evolve(
         need_score: False after the last selection of a network: the attentions of the class token are not computed.
 
     Returns:
-        tokens (B, 1 + N, C) in the order they came, score (B, N), and kept (B, K) or None where all patches are informative.
+        tokens (B, 1 + N, C) in the order they came, score (B, N), and kept (B, K) or None where all patches are
+        informative.
 
     Source: paper, section 3.2 and figure 3. The published code sorts tokens; gathering them gives the same function.
     """

@@ -1,0 +1,440 @@
+"""Images, from files or drawn by the program, to batches: data sets, transforms, loaders, mixup.
+
+A data set gives (image, label) for an index and has `classes`, a list of names. Training asks for (epoch, position,
+index) instead; its augmentation is a function of (seed, epoch, position), so any number of workers gives the same bits.
+"""
+
+import argparse
+import colorsys
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms import InterpolationMode
+
+from samplers import REPEATS, RepeatedAugSampler, eval_shard
+from utils import InputError, say, seed_all
+
+DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
+INTERPOLATIONS = ('random', 'bilinear', 'bicubic')
+INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
+
+# Up to this size images are small already: training crops them from a padded border, and evaluation takes them whole.
+SMALL = 32
+PADDING = 4
+# Evaluation resizes the short side to this many times the input size, then crops the centre.
+RESIZE = 256 / 224
+
+# What Pillow may take a file for, whatever its name is. Others, EPS above all, start programs or rarely used parsers.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'PPM', 'TIFF')
+# Judged by the header, before pixels are decoded: they take 4 bytes each, and a side of 1 would be resized like any.
+MAX_PIXELS = 2**26
+MAX_ASPECT = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Flags of data, augmentation and loading."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
+    group.add_argument(
+        '--data-set', default='IMNET', choices=DATA_SETS,
+        help='IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program',
+    )  # fmt: skip
+    group.add_argument('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
+    group.add_argument('--input-size', type=int, default=224, help='side of the images, in pixels')
+    group.add_argument('--batch-size', type=int, default=64, help='images of one process in one step')
+    group.add_argument('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
+    group.add_argument('--pin-mem', action=argparse.BooleanOptionalAction, default=True, help='used with CUDA alone')
+    group.add_argument('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
+
+    group = parser.add_argument_group('augmentation')
+    group.add_argument('--repeated-aug', action=argparse.BooleanOptionalAction, default=True, help='three times each')
+    group.add_argument('--color-jitter', type=float, default=0.4, help='strength, where --aa is off')
+    group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help="timm's policy, rand-..., original, ...; '' is off")
+    group.add_argument('--train-interpolation', default='bicubic', choices=INTERPOLATIONS, help='of crops')
+    group.add_argument('--reprob', type=float, default=0.25, help='probability of erasing a rectangle')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what fills it')
+    group.add_argument('--recount', type=int, default=1, help='most rectangles in an image')
+    group.add_argument('--resplit', action='store_true', help='accepted; there are no augmentation splits')
+
+    group = parser.add_argument_group('mixing of images and labels')
+    group.add_argument('--mixup', type=float, default=0.8, help='alpha of mixup, 0 is off')
+    group.add_argument('--cutmix', type=float, default=1.0, help='alpha of cutmix, 0 is off')
+    group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='RATIO', help='sides; replaces --cutmix')
+    group.add_argument('--mixup-prob', type=float, default=1.0, help='probability of either')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
+    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixture')
+    group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
+
+
+# --- image files
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB; InputError that names the path where it is damaged, too large, or of another kind.
+
+    Pixels are what torchvision's loader gives, except where that is wrong: transparent ones become white, and 16 bits
+    are scaled, not clipped. An orientation in EXIF is not applied: published accuracies were measured without.
+    """
+    try:
+        with open(path, 'rb') as file:
+            image = Image.open(file, formats=FORMATS)
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+                raise ValueError(
+                    f'{width} x {height} pixels; at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
+                )
+            return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise InputError(f'{path} holds no image in a format that is read here ({", ".join(FORMATS)})') from error
+    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
+        raise InputError(f'{path} cannot be read: {str(error) or type(error).__name__}') from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert('RGB')
+    if image.mode in ('I', 'F'):
+        raise ValueError(f'pixels of mode {image.mode} have no known range')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+class ImageFiles(Dataset):
+    """Image files: `samples` is a list of (path, label), `classes` names the labels."""
+
+    def __init__(self, samples: list[tuple[str, int]], classes: list[str], transform: Callable):
+        self.samples, self.classes, self.transform = samples, classes, transform
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        return self.transform(load_image(path)), label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def image_folder(root: Path, transform: Callable, classes: list[str] | None = None) -> ImageFiles:
+    """Images in one folder for each class, labelled in the order of the names; hidden files and folders are left out.
+
+    `classes` are those of training, where known: labels then go by name; some folders may be missing, none unknown.
+    Raises InputError where folders or images are missing.
+    """
+    if not root.is_dir():
+        raise _missing(root, 'a folder with a folder of images for each class')
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    hidden = [name for name in folders if name.startswith('.')]
+    found = [name for name in folders if not name.startswith('.')]
+    if hidden:
+        say(f'{root}: left out hidden folders: {_some(hidden)}')
+    if not found:
+        raise InputError(f'{root} holds no class folders; it holds {_some(os.listdir(root))}')
+    classes = found if classes is None else classes
+    if unknown := sorted(set(found) - set(classes)):
+        raise InputError(f'{root} holds {len(unknown)} classes that training lacks: {_some(unknown)}')
+    if absent := sorted(set(classes) - set(found)):
+        say(f'{root}: no images of {len(absent)} of {len(classes)} classes: {_some(absent)}')
+
+    def is_shown(path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and f'{os.sep}.' not in path[len(str(root)) :]
+
+    samples = make_dataset(root, {c: i for i, c in enumerate(classes)}, is_valid_file=is_shown, allow_empty=True)
+    filled = {label for _, label in samples}
+    if empty := [name for name in found if classes.index(name) not in filled]:
+        there = _some(os.listdir(root / empty[0]))
+        raise InputError(f'{root}: no images in {_some(empty)}; {root / empty[0]} holds {there}')
+    return ImageFiles(samples, classes, transform)
+
+
+def inaturalist(root: Path, split: str, year: int, level: str, transform: Callable) -> ImageFiles:
+    """iNaturalist from `{split}{year}.json` and `categories.json`; classes are the names at `level`, in that order.
+
+    The published code orders them by first appearance in the training list, which evaluation should not need. Raises
+    InputError for a path outside `root`, a category that is not in the list, or a level that categories lack.
+    """
+    for name in (file := f'{split}{year}.json', 'categories.json'):
+        if not (root / name).is_file():
+            raise _missing(root / name, f"iNaturalist's {file} and categories.json")
+    listing, categories = (json.loads((root / name).read_text()) for name in (file, 'categories.json'))
+    lacking = [category['id'] for category in categories if level not in category]
+    if lacking:
+        raise InputError(f'{root / "categories.json"}: {len(lacking)} categories lack a {level}, first id {lacking[0]}')
+    names = {category['id']: category[level] for category in categories}
+    classes = list(dict.fromkeys(names.values()))
+    label = {name: i for i, name in enumerate(classes)}
+    category = {annotation['image_id']: annotation['category_id'] for annotation in listing['annotations']}
+    samples = []
+    for image in listing['images']:
+        path = PurePosixPath(image['file_name'])
+        if path.is_absolute() or '..' in path.parts:
+            raise InputError(f'{root / file} names a path outside {root}: {path}')
+        if (number := category.get(image['id'])) not in names:
+            raise InputError(
+                f'{root / file}: {path} has category {number}, none of the {len(names)} in categories.json'
+            )
+        samples.append((str(root / path), label[names[number]]))
+    if samples and not os.path.exists(samples[0][0]):
+        raise _missing(Path(samples[0][0]), f'the images that {file} lists')
+    return ImageFiles(samples, classes, transform)
+
+
+def _missing(path: Path, expected: str) -> InputError:
+    path = path.absolute()
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    return InputError(f'{path} does not exist: expected {expected}; {folder} holds {_some(os.listdir(folder))}')
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(sorted(names)[:most]) + more if names else 'nothing'
+
+
+# --- images drawn by the program
+
+
+# Points of the plane are complex numbers here: a product turns and scales, a sum moves. An image is the unit square.
+
+
+def _outline(motif: Sequence[complex], turns: int) -> np.ndarray:
+    """Corners of the polygon that a motif makes, turned around 0 so many times."""
+    return np.concatenate([np.array(motif) * np.exp(2j * np.pi * i / turns) for i in range(turns)])
+
+
+def _area(polygon: np.ndarray) -> float:
+    return float((polygon.conj() * np.roll(polygon, -1)).imag.sum() / 2)
+
+
+SHAPES = {  # within the unit circle: an outline, and the hole in it
+    'ring': (_outline([1], 48), _outline([0.5], 48)),
+    'square': (_outline([1], 4),),
+    'star': (_outline([1, 0.48 * np.exp(0.2j * np.pi)], 5),),
+    'disc': (_outline([1], 48),),
+    'cross': (_outline([0.94 - 0.34j, 0.94 + 0.34j, 0.34 + 0.34j], 4),),
+}
+AREAS = {name: _area(outline) - sum(map(_area, hole)) for name, (outline, *hole) in SHAPES.items()}
+# Equally far apart, and no inverted colour, which augmentation makes, is another one.
+HUES = {'red': 0.97, 'yellow': 0.17, 'green': 0.37, 'blue': 0.57, 'violet': 0.77}
+# Each shape has its hue and the next: neither tells the class alone.
+KINDS = [(shape, (list(HUES) * 2)[i + j]) for i, shape in enumerate(SHAPES) for j in (0, 1)]
+CIRCLE = _outline([1], 24)
+GRID = np.add.outer(1j * np.linspace(-0.5, 0.5, 12), np.linspace(-0.5, 0.5, 12))
+
+
+class Shapes(Dataset):
+    """Ten classes of coloured shapes on cluttered backgrounds, a function of (seed, split, index).
+
+    Five shapes have two hues each and five hues two shapes each, so neither alone tells the class. The object has any
+    turn and any place where it is whole, covers 12 to 28 % of the image whatever its shape, and varies in hue,
+    saturation and light. Behind it are a gradient, noise, blobs and lines in muted colours. Any size shows the same
+    scene.
+
+    Gives an RGB image, through `transform` if there is one, and its label, the index modulo 10.
+    """
+
+    LENGTHS = {'train': 10_000, 'val': 2_000}
+
+    def __init__(
+        self, split: str, size: int, seed: int = 0, length: int | None = None, transform: Callable | None = None
+    ):
+        self.key = seed, list(self.LENGTHS).index(split)
+        self.size, self.length, self.transform = size, length or self.LENGTHS[split], transform
+        self.classes = [f'{hue} {shape}' for shape, hue in KINDS]
+        # Masks are drawn so much larger and averaged, which smooths their edges.
+        self.scale = 4 if size <= 64 else 2
+
+    def __len__(self) -> int:
+        return self.length
+
+    def mask(self, index: int) -> np.ndarray:
+        """Where the object of an image is: (size, size), bool."""
+        return np.asarray(self._object(index)[1]) >= 128
+
+    def _object(self, index: int) -> tuple[np.random.Generator, Image.Image]:
+        """The random numbers of an image, and with the first of them the opacity of its object."""
+        if not 0 <= index < self.length:
+            raise IndexError(f'image {index} of {self.length}')
+        rng = np.random.default_rng((*self.key, index))
+        shape, _ = KINDS[index % len(KINDS)]
+        radius = np.sqrt(rng.uniform(0.12, 0.28) / AREAS[shape])
+        x, y = rng.uniform(radius, 1 - radius, 2)
+        turn = np.exp(2j * np.pi * rng.random())
+        return rng, self._opacity([x + 1j * y + radius * turn * outline for outline in SHAPES[shape]], (255, 0))
+
+    def _opacity(self, polygons: Sequence[np.ndarray], values: Sequence[int]) -> Image.Image:
+        """Polygons with smooth edges: (size, size), each with its value of 0 to 255, later ones over earlier ones."""
+        side = self.size * self.scale
+        image = Image.new('L', (side, side))
+        draw = ImageDraw.Draw(image)
+        for polygon, value in zip(polygons, values, strict=False):
+            draw.polygon((polygon * side).view(np.float64).tolist(), fill=int(value))
+        return image.reduce(self.scale)
+
+    def _spread(self, colours: np.ndarray) -> Image.Image:
+        """A coarse grid (rows, columns, 3) of colours of 0 to 255, blown up smoothly to the whole image."""
+        grid = Image.fromarray(colours.clip(0, 255).astype(np.uint8))
+        return grid.resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+    def __getitem__(self, index: int):
+        rng, opacity = self._object(index)
+        label = index % len(KINDS)
+
+        def turns(*shape: int) -> np.ndarray:
+            return np.exp(2j * np.pi * rng.random(shape))
+
+        def muted(*shape: int) -> np.ndarray:
+            return rng.uniform(40, 215, (*shape, 1)) + rng.uniform(-28, 28, (*shape, 3))
+
+        # A ramp from one colour to another in any direction, and noise.
+        start, end = muted(2)
+        ramp = (0.5 + 0.7 * (GRID * turns()).real)[..., None]
+        image = self._spread(start + (end - start) * ramp + rng.normal(0, rng.uniform(4, 16), ramp.shape))
+
+        # Blobs, whose radius goes in waves around them, and lines, which are thin rectangles.
+        waves = 1 + 0.35 * (CIRCLE**2 * turns(3, 1)).real + 0.25 * (CIRCLE**3 * turns(3, 1)).real
+        blobs = rng.uniform(0.05, 0.15, (3, 1)) * waves * CIRCLE
+        lines = np.array([1 + 1j, -1 + 1j, -1 - 1j, 1 - 1j]) * rng.uniform(0.1, 0.45, (3, 1))
+        lines = (lines.real + 0.04j * lines.imag) * turns(3, 1)
+        places = rng.random((6, 1)) + 1j * rng.random((6, 1))
+        clutter = [*(blobs + places[:3]), *(lines + places[3:])]
+        image.paste(self._spread(muted(2, 2)), mask=self._opacity(clutter, rng.integers(110, 256, 6)))
+
+        hue = HUES[KINDS[label][1]] + rng.uniform(-0.035, 0.035)
+        colour = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.7, 0.95), rng.uniform(0.75, 0.95)))
+        image.paste(self._spread(255 * colour * rng.uniform(0.75, 1.2, (2, 2, 1))), mask=opacity)
+        return image if self.transform is None else self.transform(image), label
+
+
+# --- transforms, data sets, loaders
+
+
+def build_transform(train: bool, args: argparse.Namespace) -> Callable[[Image.Image], torch.Tensor]:
+    """RGB image of any size to a normalised tensor (3, input size, input size), augmented for training."""
+    size, small = args.input_size, args.input_size <= SMALL
+    bicubic = InterpolationMode.BICUBIC
+    if train:
+        transform = create_transform(
+            size,
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            interpolation=args.train_interpolation,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+        if small:
+            crop = transforms.RandomCrop(size, padding=PADDING)
+            transform.transforms[0] = transforms.Compose([transforms.Resize(size, bicubic), crop])
+        return transform
+    return transforms.Compose(
+        [
+            transforms.Resize(size if small else int(RESIZE * size), bicubic),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+
+
+def build_dataset(train: bool, args: argparse.Namespace, classes: list[str] | None = None) -> Dataset:
+    """Data set of the flags, transformed; `classes` are those of training, so that validation has the same labels."""
+    root, split = Path(args.data_path).expanduser(), 'train' if train else 'val'
+    transform = build_transform(train, args)
+    if args.data_set == 'IMNET':
+        return image_folder(root / split, transform, classes)
+    if args.data_set == 'SHAPES':
+        return Shapes(split, args.input_size, transform=transform)
+    if args.data_set in ('INAT', 'INAT19'):
+        return inaturalist(root, split, 2018 if args.data_set == 'INAT' else 2019, args.inat_category, transform)
+    kind = CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100
+    folder = root / kind.base_folder
+    if not folder.is_dir():
+        raise _missing(folder, f'{kind.__name__} as torchvision unpacks it')
+    try:
+        return kind(root, train, transform)
+    except RuntimeError as error:
+        raise InputError(f'{folder} is not the whole of {kind.__name__}: files are missing or damaged') from error
+
+
+class Seeded(Dataset):
+    """Takes (epoch, position, index) and makes all that is random in an image a function of (seed, epoch, position).
+
+    Without workers this seeds the generators of the training process itself, which therefore seeds them for each step.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int, int]):
+        epoch, position, index = key
+        seed_all(self.seed, epoch, position)
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tuple[DataLoader | None, DataLoader]:
+    """Loaders of this process: training (None with --eval, which reads no training image) and validation.
+
+    The training loader's `sampler` has `set_epoch`; the validation loader's `dataset.classes` are the classes of both.
+    Raises InputError where there are no images, or fewer than a batch.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    workers = min(args.num_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    common = dict(
+        batch_size=args.batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=args.pin_mem and torch.cuda.is_available(),
+    )
+    # Each loader has a generator of its own: otherwise evaluating would shift the random numbers of training.
+    train_loader, classes = None, None
+    if not args.eval:
+        train = build_dataset(True, args)
+        classes = train.classes
+        sampler = RepeatedAugSampler(len(train), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
+        if len(sampler) < args.batch_size:
+            raise InputError(
+                f'{len(train)} training images give each of {world_size} processes {len(sampler)} an epoch, '
+                f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
+            )
+        train_loader = DataLoader(
+            Seeded(train, args.seed), sampler=sampler, drop_last=True, generator=torch.Generator(), **common
+        )
+    val = build_dataset(False, args, classes)
+    if not len(val):
+        raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
+    shard = eval_shard(len(val), rank, world_size)
+    return train_loader, DataLoader(val, sampler=shard, generator=torch.Generator(), **common)
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix of a batch, which also smooths its labels; None where both are off."""
+    if args.eval or (args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise InputError(
+            f'--batch-size {args.batch_size} is odd: images are mixed in pairs (off: --mixup 0 --cutmix 0)'
+        )
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )

@@ -1,0 +1,109 @@
+"""The training loss: one criterion over all heads of a model, with or without a teacher."""
+
+import argparse
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import utils
+from utils import InputError
+
+PUBLISHED_TEACHER = 'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Flags of the loss and the teacher."""
+    group = parser.add_argument_group('loss and distillation')
+    group.add_argument('--teacher-model', default='regnety_160', metavar='NAME', help='any timm model')
+    group.add_argument('--teacher-path', default='', metavar='PATH', help="path or address of the teacher's weights")
+    group.add_argument(
+        '--distillation-type',
+        choices=['none', 'soft', 'hard', 'cls'],
+        default='none',
+        help="learn from the teacher's probabilities (soft) or its decision (hard; cls is an old name of it)",
+    )
+    group.add_argument('--distillation-alpha', type=float, default=0.5, help="the teacher's share of the loss")
+    group.add_argument('--distillation-tau', type=float, default=1.0, help='temperature of soft distillation')
+
+
+def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Divergence of softened probabilities, logits (B, classes), per entry and rescaled by tau^2 as published."""
+    student, teacher = F.log_softmax(student / tau, 1), F.log_softmax(teacher / tau, 1)
+    return F.kl_div(student, teacher, reduction='sum', log_target=True) * tau**2 / student.numel()
+
+
+class Criterion(nn.Module):
+    """Loss of a model's heads against the labels and, with a teacher, against what the teacher says.
+
+    Heads whose names end in `_dist` learn from the teacher and the others from the labels. A model without such heads
+    learns both with all its heads; without a teacher all heads learn from the labels. Several heads count by their
+    mean.
+
+    Args:
+        label_smoothing: for integer labels; soft ones, from mixup, are smoothed already.
+        teacher: maps images to logits (B, classes), once a batch.
+        hard: learn the teacher's decision; otherwise its probabilities at temperature `tau`.
+        alpha: the teacher's share of the loss.
+    """
+
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        teacher: nn.Module | None = None,
+        hard: bool = True,
+        alpha: float = 0.5,
+        tau: float = 1.0,
+    ):
+        super().__init__()
+        self.label_smoothing, self.hard, self.alpha, self.tau = label_smoothing, hard, alpha, tau
+        self.teacher = teacher
+
+    def forward(self, images: Tensor, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """images (B, 3, rows, columns), outputs logits or a named tuple of logits, targets (B,) or (B, classes)."""
+        heads = outputs._asdict() if hasattr(outputs, '_asdict') else {'head': outputs}
+        heads = {name: _full_precision(logits) for name, logits in heads.items()}
+        taught = [logits for name, logits in heads.items() if name.endswith('_dist')] or list(heads.values())
+        labelled = [logits for name, logits in heads.items() if self.teacher is None or not name.endswith('_dist')]
+        smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
+        base = sum(F.cross_entropy(logits, targets, label_smoothing=smoothing) for logits in labelled) / len(labelled)
+        if self.teacher is None:
+            return base
+        with torch.no_grad():
+            says = _full_precision(self.teacher(images))
+        if self.hard:
+            distilled = sum(F.cross_entropy(logits, says.argmax(1)) for logits in taught) / len(taught)
+        else:
+            distilled = sum(soft_distillation(logits, says, self.tau) for logits in taught) / len(taught)
+        return (1 - self.alpha) * base + self.alpha * distilled
+
+
+def _full_precision(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.device) -> Criterion:
+    """The criterion that the flags ask for, its teacher loaded; InputError where the teacher's weights do not fit."""
+    if args.eval or args.distillation_type == 'none':
+        return Criterion(args.smoothing)
+    if not args.teacher_path:
+        raise InputError(
+            f'--distillation-type {args.distillation_type} needs --teacher-path, the weights of {args.teacher_model}; '
+            f'those of the published teacher are at {PUBLISHED_TEACHER}'
+        )
+    if not timm.is_model(args.teacher_model):
+        raise InputError(f'--teacher-model {args.teacher_model}: timm has no model of this name')
+    teacher = timm.create_model(args.teacher_model, num_classes=num_classes)
+    try:
+        utils.load_weights(teacher, args.teacher_path)
+    except InputError as error:
+        raise InputError(f'--teacher-path: {error}\nThe published teacher is at {PUBLISHED_TEACHER}') from error
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    if device.type == 'cuda':
+        teacher = teacher.to(memory_format=torch.channels_last)
+    if args.compile:
+        teacher.compile()
+    utils.say(f'teacher: {args.teacher_model}, {args.distillation_type} distillation, alpha {args.distillation_alpha}')
+    hard = args.distillation_type != 'soft'
+    return Criterion(args.smoothing, teacher, hard, args.distillation_alpha, args.distillation_tau)

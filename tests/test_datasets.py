@@ -1,0 +1,496 @@
+"""Images in, batches out: what is read, what is refused, and that batches are a function of (seed, epoch, position)."""
+
+import json
+import pickle
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.datasets.folder import pil_loader
+
+import datasets
+import utils
+from datasets import Seeded, Shapes, build_dataset, build_loaders, build_mixup, build_transform, load_image
+from utils import InputError
+
+
+def flags(*argv, evaluate: bool = False):
+    parser = utils.Parser('')
+    utils.add_arguments(parser)
+    datasets.add_arguments(parser)
+    args = parser.parse_args(['--num_workers', '0', *map(str, argv)])
+    args.eval = evaluate
+    return args
+
+
+def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    """A smooth picture, so that JPEG keeps it."""
+    noise = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def folder(root: Path, counts: dict[str, int], size: tuple[int, int] = (40, 30)) -> Path:
+    for i, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            picture(*size, seed=100 * i + k).save(root / name / f'{k}.png')
+    return root
+
+
+@pytest.fixture
+def image_root(tmp_path):
+    folder(tmp_path / 'train', {'ant': 4, 'bee': 4, 'cat': 5})
+    folder(tmp_path / 'val', {'ant': 2, 'bee': 2, 'cat': 3})
+    return tmp_path
+
+
+# --- flags
+
+
+def test_flags_have_the_published_defaults():
+    args = flags()
+    published = dict(
+        data_set='IMNET', inat_category='name', input_size=224, batch_size=64, color_jitter=0.4,
+        aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', repeated_aug=True, reprob=0.25, remode='pixel',
+        recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5,
+        mixup_mode='batch', smoothing=0.1, pin_mem=True, dist_eval=False,
+    )  # fmt: skip
+    assert {name: getattr(args, name) for name in published} == published
+    args = flags(
+        '--no-repeated-aug', '--no_pin_mem', '--num-workers', 3, '--data_path', 'x', '--cutmix-minmax', 0.2, 0.8
+    )
+    assert (args.repeated_aug, args.pin_mem, args.num_workers, args.data_path) == (False, False, 3, 'x')
+    assert args.cutmix_minmax == [0.2, 0.8]
+
+
+# --- image files
+
+
+def write_modes(path: Path) -> dict[str, tuple[Path, np.ndarray]]:
+    """Files in many modes, and the RGB pixels that each stands for."""
+    rgb = np.asarray(picture())
+    grey = rgb[..., 0]
+    alpha = np.where(np.arange(40) < 20, 255, 0).astype(np.uint8)[None].repeat(30, 0)
+    as_rgb = np.stack([grey] * 3, 2)
+
+    def over_white(colours: np.ndarray) -> np.ndarray:
+        return np.where(alpha[..., None] == 255, colours, 255)
+
+    palette = Image.fromarray(rgb).quantize(16)
+    colours = np.asarray(palette.convert('RGB'))
+    clear = int(np.asarray(palette)[0, 0])
+    keyed = Image.fromarray(grey)
+    cases = {
+        'grey': (keyed, 'png', {}, as_rgb),
+        'grey with a transparent value': (keyed, 'png', {'transparency': 7}, np.where(as_rgb == 7, 255, as_rgb)),
+        'grey and alpha': (Image.merge('LA', (keyed, Image.fromarray(alpha))), 'png', {}, over_white(as_rgb)),
+        'RGBA': (Image.fromarray(np.dstack([rgb, alpha])), 'png', {}, over_white(rgb)),
+        'RGBA as WEBP': (Image.fromarray(np.dstack([rgb, alpha])), 'webp', {'lossless': True}, over_white(rgb)),
+        'palette': (palette, 'png', {}, colours),
+        'palette with a transparent entry': (
+            palette, 'png', {'transparency': clear}, np.where(np.asarray(palette)[..., None] == clear, 255, colours),
+        ),
+        '1 bit': (Image.fromarray(grey > 128), 'png', {}, np.where(as_rgb > 128, 255, 0)),
+        '16 bits': (Image.fromarray(grey.astype(np.uint16) * 257), 'png', {}, as_rgb),
+        '16 bits as TIFF': (Image.fromarray(grey.astype(np.uint16) * 257), 'tiff', {}, as_rgb),
+        '16 bits as PGM': (Image.fromarray(grey.astype(np.uint16) * 257), 'ppm', {}, as_rgb),
+        'CMYK': (Image.fromarray(rgb).convert('CMYK'), 'tiff', {}, rgb),
+        'BMP': (Image.fromarray(rgb), 'bmp', {}, rgb),
+    }  # fmt: skip
+    out = {}
+    for name, (image, kind, options, expected) in cases.items():
+        out[name] = path / f'{name}.jpg', expected  # Pillow goes by the content, not by the name
+        image.save(out[name][0], kind, **options)
+    return out
+
+
+def test_every_mode_becomes_the_right_rgb(tmp_path):
+    for name, (path, expected) in write_modes(tmp_path).items():
+        image = load_image(path)
+        assert image.mode == 'RGB', name
+        np.testing.assert_array_equal(np.asarray(image), expected, err_msg=name)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_jpeg_pixels_are_torchvisions(tmp_path, mode):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # says "turn by 90 degrees"; torchvision ignores it, and so do we
+    picture().convert(mode).save(tmp_path / 'a.jpg', exif=exif)
+    image = load_image(tmp_path / 'a.jpg')
+    assert image.size == (40, 30)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(pil_loader(tmp_path / 'a.jpg')))
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    pixels = struct.pack('>I', 1000) + b'IDAT'  # none follow: reading them would fail
+    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + header + struct.pack('>I', zlib.crc32(header)) + pixels
+
+
+def broken_files(path: Path) -> dict[str, tuple[Path, str]]:
+    """Files that must be refused, with a word of the reason."""
+    picture().save(path / 'whole.jpg')
+    whole = (path / 'whole.jpg').read_bytes()
+    picture().save(path / 'whole.png')
+    corrupt = bytearray((path / 'whole.png').read_bytes())
+    corrupt[60:90] = bytes(30)
+    files = {
+        'truncated': (whole[: len(whole) // 2], 'truncated'),
+        'corrupt': (bytes(corrupt), ''),
+        'empty': (b'', 'no image in a format'),
+        'text': (b'not an image\n', 'no image in a format'),
+        'eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'no image in a format'),
+        'large': (png_header(9000, 8000), '9000 x 8000'),
+        'larger than Pillow opens': (png_header(60000, 60000), '3600000000 pixels'),
+        'wide': (png_header(3000, 1), '3000 x 1'),
+        'tall': (png_header(10, 1001), '10 x 1001'),
+    }
+    out = {}
+    for name, (content, word) in files.items():
+        out[name] = path / f'{name}.jpg', word
+        out[name][0].write_bytes(content)
+    out['gif'] = path / 'gif.jpg', 'no image in a format'
+    picture().save(out['gif'][0], 'gif')
+    out['float'] = path / 'float.jpg', 'mode F'
+    Image.fromarray(np.ones((9, 9), np.float32)).save(out['float'][0], 'tiff')
+    out['absent'] = path / 'absent.jpg', 'No such file'
+    return out
+
+
+def test_unusable_files_are_refused_by_name(tmp_path):
+    for path, word in broken_files(tmp_path).values():
+        with pytest.raises(InputError) as error:
+            load_image(path)
+        assert str(path) in str(error.value)
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_broken_image_stops_evaluation_with_its_path(image_root, workers):
+    path = image_root / 'val' / 'bee' / '0.png'
+    path.write_bytes(path.read_bytes()[:-60])
+    args = flags(
+        '--data-path', image_root, '--input-size', 32, '--batch-size', 3, '--num_workers', workers, evaluate=True
+    )
+    with pytest.raises(InputError, match=str(path)):
+        list(build_loaders(args)[1])
+
+
+# --- image folders
+
+
+def test_folder_labels_go_by_name_and_hidden_files_are_left_out(image_root, capsys):
+    folder(image_root / 'train' / '.ipynb_checkpoints', {'x': 2})
+    folder(image_root / 'train' / 'bee', {'.thumbnails': 1})
+    (image_root / 'train' / 'bee' / '._0.png').write_bytes(b'')
+    (image_root / 'train' / 'bee' / 'notes.txt').write_text('')
+    data = build_dataset(True, flags('--data-path', image_root))
+    assert data.classes == ['ant', 'bee', 'cat']
+    assert [label for _, label in data.samples] == [0] * 4 + [1] * 4 + [2] * 5
+    assert capsys.readouterr().out.count('.ipynb_checkpoints') == 1
+
+
+def test_validation_classes_are_those_of_training(image_root, capsys):
+    (image_root / 'val' / 'ant').rename(image_root / 'val' / '.ant')
+    args = flags('--data-path', image_root, '--input-size', 32, '--batch-size', 4)
+    val = build_loaders(args)[1].dataset
+    assert val.classes == ['ant', 'bee', 'cat']
+    assert {Path(path).parent.name: label for path, label in val.samples} == {'bee': 1, 'cat': 2}
+    assert 'no images of 1 of 3 classes: ant' in capsys.readouterr().out
+    folder(image_root / 'val', {'dog': 1})
+    with pytest.raises(InputError, match='1 classes that training lacks: dog'):
+        build_loaders(args)
+
+
+def test_evaluation_needs_only_the_validation_folder(tmp_path):
+    folder(tmp_path / 'val', {'ant': 2, 'bee': 1})
+    train, val = build_loaders(flags('--data-path', tmp_path, '--input-size', 32, evaluate=True))
+    assert train is None
+    assert (len(val.dataset), val.dataset.classes) == (3, ['ant', 'bee'])
+
+
+def test_missing_data_is_named_with_what_is_there(tmp_path):
+    (tmp_path / 'training').mkdir()
+    with pytest.raises(InputError, match=f'{tmp_path}/train does not exist: .*{tmp_path} holds training'):
+        build_loaders(flags('--data-path', tmp_path))
+    with pytest.raises(InputError, match=f'{tmp_path}/no/such/val does not exist: .*{tmp_path} holds training'):
+        build_loaders(flags('--data-path', tmp_path / 'no' / 'such', evaluate=True))
+    with pytest.raises(InputError, match=f'{tmp_path}/cifar-10-batches-py does not exist.*CIFAR10.*holds training'):
+        build_loaders(flags('--data-path', tmp_path, '--data-set', 'CIFAR10'))
+    with pytest.raises(InputError, match=f'{tmp_path}/train2018.json does not exist'):
+        build_loaders(flags('--data-path', tmp_path, '--data-set', 'INAT'))
+    (tmp_path / 'train').mkdir()
+    with pytest.raises(InputError, match='no class folders; it holds nothing'):
+        build_loaders(flags('--data-path', tmp_path))
+    folder(tmp_path / 'train', {'ant': 1, 'bee': 0})
+    (tmp_path / 'train' / 'bee' / 'a.txt').write_text('')
+    with pytest.raises(InputError, match=f'no images in bee; {tmp_path}/train/bee holds a.txt'):
+        build_loaders(flags('--data-path', tmp_path))
+
+
+def test_too_few_images_and_odd_batches_are_named_with_numbers(image_root):
+    with pytest.raises(InputError, match='13 training images give each of 2 processes 7 an epoch.*batch of 8'):
+        build_loaders(flags('--data-path', image_root, '--batch-size', 8), world_size=2)
+    with pytest.raises(InputError, match='--batch-size 7 is odd'):
+        build_mixup(flags('--batch-size', 7), 10)
+
+
+# --- other data sets
+
+
+def write_inat(root: Path, file_name: str = 'train_val2018/Plants/{}/{}.jpg', category: int = 2) -> Path:
+    categories = [{'id': i, 'name': f'species {i}', 'kingdom': 'Plantae' if i else 'Fungi'} for i in range(3)]
+    (root / 'categories.json').write_text(json.dumps(categories))
+    for split, count in (('train', 6), ('val', 3)):
+        numbers = [(i, i % category if category < 3 else category) for i in range(count)]
+        images = [{'id': 10 + i, 'file_name': file_name.format(c, f'{split}{i}')} for i, c in numbers]
+        annotations = [{'image_id': 10 + i, 'category_id': c} for i, c in reversed(numbers)]
+        (root / f'{split}2018.json').write_text(json.dumps({'images': images, 'annotations': annotations}))
+        for image in images:
+            path = root / image['file_name']
+            if path.is_relative_to(root) and '..' not in path.parts:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture().save(path)
+    return root
+
+
+def test_inaturalist_reads_its_lists(tmp_path):
+    write_inat(tmp_path)
+    args = flags('--data-path', tmp_path, '--data-set', 'INAT', '--input-size', 32, '--batch-size', 2)
+    train, val = (loader.dataset for loader in build_loaders(args))
+    assert val.classes == ['species 0', 'species 1', 'species 2']
+    assert [label for _, label in val.samples] == [0, 1, 0]
+    assert [val[i][0].shape for i in range(3)] == [(3, 32, 32)] * 3
+    args.inat_category = 'kingdom'
+    kingdoms = build_dataset(True, args)
+    assert kingdoms.classes == ['Fungi', 'Plantae']
+    assert [label for _, label in kingdoms.samples] == [0, 1] * 3
+    args.inat_category = 'genus'
+    with pytest.raises(InputError, match='3 categories lack a genus'):
+        build_dataset(True, args)
+
+
+@pytest.mark.parametrize('name', ['../{}/{}.jpg', '/{}/{}.jpg', 'a/../../{}/{}.jpg'])
+def test_inaturalist_paths_stay_inside(tmp_path, name):
+    write_inat(tmp_path, name)
+    with pytest.raises(InputError, match='names a path outside'):
+        build_dataset(True, flags('--data-path', tmp_path, '--data-set', 'INAT'))
+
+
+def test_inaturalist_labels_are_known_and_images_there(tmp_path):
+    write_inat(tmp_path, category=7)
+    args = flags('--data-path', tmp_path, '--data-set', 'INAT')
+    with pytest.raises(InputError, match='train2018.json: .*train0.jpg has category 7, none of the 3'):
+        build_dataset(True, args)
+    write_inat(tmp_path)
+    first = Path(build_dataset(False, args).samples[0][0])
+    first.unlink()
+    with pytest.raises(InputError, match=f'{first} does not exist'):
+        build_dataset(False, args)
+
+
+@pytest.mark.parametrize(
+    'name,base,label', [('CIFAR10', 'cifar-10-batches-py', 'labels'), ('CIFAR', 'cifar-100-python', 'fine_labels')]
+)
+def test_cifar_is_read_as_torchvision_unpacks_it(tmp_path, monkeypatch, name, base, label):
+    kind = torchvision.datasets.CIFAR10 if name == 'CIFAR10' else torchvision.datasets.CIFAR100
+    (tmp_path / base).mkdir()
+    args = flags('--data-path', tmp_path, '--data-set', name, '--input-size', 32)
+    with pytest.raises(InputError, match=f'{tmp_path}/{base} is not the whole of {kind.__name__}'):
+        build_dataset(True, args)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
+    for file, _ in kind.train_list + kind.test_list:
+        (tmp_path / base / file).write_bytes(pickle.dumps({'data': pixels, label: [3, 1]}))
+    (tmp_path / base / kind.meta['filename']).write_bytes(pickle.dumps({kind.meta['key']: list('abcd')}))
+    monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *args: True)
+    data = build_dataset(False, args)
+    assert data.classes == list('abcd')
+    image, target = data[0]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD))
+    assert target == 3
+    torch.testing.assert_close(image * std + mean, torch.from_numpy(pixels[0]).view(3, 32, 32) / 255)
+
+
+# --- SHAPES
+
+
+def test_shapes_are_a_function_of_seed_split_and_index():
+    def pixels(split: str, index: int, **kwargs) -> bytes:
+        return Shapes(split, 32, **kwargs)[index][0].tobytes()
+
+    shapes = Shapes('train', 32)
+    shapes[0]  # an image does not depend on those drawn before
+    random.seed(0)
+    np.random.seed(0)
+    assert shapes[7][0].tobytes() == pixels('train', 7) == pixels('train', 7, length=8)
+    assert len({pixels('train', 7), pixels('val', 7), pixels('train', 7, seed=1), pixels('train', 17)}) == 4
+
+
+def test_shapes_have_ten_balanced_classes_and_an_end():
+    shapes = Shapes('val', 32, length=30)
+    assert len(set(shapes.classes)) == 10
+    assert np.bincount([label for _, label in shapes]).tolist() == [3] * 10
+    with pytest.raises(IndexError):
+        shapes[30]
+    assert (len(Shapes('train', 32)), len(Shapes('val', 32))) == (10_000, 2_000)
+
+
+@pytest.mark.parametrize('size', [32, 48, 224])
+def test_masks_cover_the_object_whole(size):
+    shapes = Shapes('train', size, length=60)
+    for i, (image, _) in enumerate(shapes):
+        mask = shapes.mask(i)
+        assert mask.shape == (size, size) and mask.dtype == bool
+        assert 0.08 < mask.mean() < 0.30
+        border = np.ones_like(mask)
+        border[1:-1, 1:-1] = False
+        assert mask[border].mean() < 0.15  # it may touch the border, but is not cut by it
+        saturation = np.ptp(np.asarray(image).astype(int), axis=2)
+        assert np.median(saturation[mask]) > np.percentile(saturation[~mask], 80)
+
+
+def test_resolutions_show_the_same_scene():
+    small, large = Shapes('val', 32), Shapes('val', 224)
+    for i in range(10):
+        shrunk = large[i][0].resize((32, 32), Image.Resampling.BOX)
+        assert np.abs(np.asarray(shrunk).astype(int) - np.asarray(small[i][0])).mean() < 6
+        difference = large.mask(i).reshape(32, 7, 32, 7).mean((1, 3)) - small.mask(i)
+        assert np.abs(difference).mean() < 0.05
+
+
+# --- transforms
+
+
+def test_evaluation_transform_is_the_published_one(tmp_path):
+    image = picture(500, 375)
+    resized = image.resize((341, 256), Image.Resampling.BICUBIC)  # 256 / 224 of the size
+    crop = np.asarray(resized.crop((58, 16, 282, 240))) / 255
+    expected = (crop - datasets.IMAGENET_DEFAULT_MEAN) / datasets.IMAGENET_DEFAULT_STD
+    found = build_transform(False, flags())(image).permute(1, 2, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert build_transform(False, flags('--input-size', 384)).transforms[0].size == 438
+
+
+def test_small_images_are_evaluated_whole():
+    image = picture(32, 32)
+    found = build_transform(False, flags('--input-size', 32))(image)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD))
+    np.testing.assert_array_equal(((found * std + mean) * 255).round().permute(1, 2, 0), np.asarray(image))
+
+
+@pytest.mark.parametrize('size', [24, 32, 40])
+@pytest.mark.parametrize('shape', [(32, 32), (70, 31), (9, 40)])
+def test_any_image_fits_any_size(size, shape):
+    for train in (True, False):
+        assert build_transform(train, flags('--input-size', size))(picture(*shape)).shape == (3, size, size)
+
+
+def test_small_training_images_are_cropped_from_a_padded_border():
+    transform = build_transform(True, flags('--input-size', 32, '--aa', '', '--color-jitter', 0, '--reprob', 0))
+    image = Image.new('RGB', (32, 32), 'white')
+    black = torch.stack([(transform(image)[0] < 0).float().mean() for _ in range(60)])
+    assert black.min() == 0 or black.min() < 0.1  # hardly moved
+    assert 0.1 < black.max() <= 1 - (28 / 32) ** 2  # moved by four pixels both ways
+
+
+def test_default_augmentation_runs_over_many_images():
+    args = flags('--input-size', 40)
+    data = Seeded(Shapes('train', 40, transform=build_transform(True, args)), seed=0)
+    for i in range(1000):
+        assert data[0, i, i][0].isfinite().all()
+
+
+# --- loaders
+
+
+def batches(loader, epoch: int, start: int = 0) -> list:
+    loader.sampler.set_epoch(epoch, start)
+    return list(loader)
+
+
+def test_batches_are_the_same_bits_with_any_number_of_workers(image_root, monkeypatch):
+    monkeypatch.setattr(datasets.os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
+    runs = []
+    for workers in (0, 1, 2):
+        random.seed(workers)
+        np.random.seed(workers)
+        torch.manual_seed(workers)
+        args = flags('--data-path', image_root, '--input-size', 48, '--batch-size', 4, '--num_workers', workers)
+        loader = build_loaders(args)[0]
+        assert loader.num_workers == workers
+        runs.append([batches(loader, epoch) for epoch in (0, 1)])
+    for run in runs[1:]:
+        for epoch, same in zip(runs[0], run, strict=True):
+            assert len(epoch) == 3
+            for (images, labels), (images2, labels2) in zip(epoch, same, strict=True):
+                assert torch.equal(images, images2) and torch.equal(labels, labels2)
+    assert not torch.equal(runs[0][0][0][0], runs[0][1][0][0])
+
+
+def test_an_epoch_resumed_has_the_batches_that_were_left(image_root):
+    loader = build_loaders(flags('--data-path', image_root, '--input-size', 32, '--batch-size', 3))[0]
+    whole = batches(loader, 5)
+    rest = batches(loader, 5, start=6)
+    assert (len(whole), len(rest)) == (4, 2)
+    for (images, labels), (images2, labels2) in zip(whole[2:], rest, strict=True):
+        assert torch.equal(images, images2) and torch.equal(labels, labels2)
+
+
+def test_the_seed_changes_order_and_augmentation(image_root):
+    first = []
+    for seed in (0, 1):
+        args = flags('--data-path', image_root, '--input-size', 32, '--batch-size', 4, '--seed', seed)
+        loader = build_loaders(args)[0]
+        loader.sampler.set_epoch(0)
+        keys = list(loader.sampler)
+        first.append((keys, loader.dataset[0, 0, 0][0]))
+    assert first[0][0] != first[1][0]
+    assert not torch.equal(first[0][1], first[1][1])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_evaluating_leaves_the_random_numbers_alone(image_root, workers):
+    loader = build_loaders(
+        flags('--data-path', image_root, '--input-size', 32, '--num_workers', workers, evaluate=True)
+    )[1]
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    list(loader)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize('world_size', [1, 3, 8])
+def test_processes_evaluate_each_image_once(image_root, world_size):
+    args = flags('--data-path', image_root, '--input-size', 32, '--batch-size', 2, evaluate=True)
+    found = [batch for rank in range(world_size) for batch in build_loaders(args, rank, world_size)[1]]
+    assert sorted(torch.cat([labels for _, labels in found]).tolist()) == [0, 0, 1, 1, 2, 2, 2]
+
+
+def test_training_data_can_be_sent_to_another_process():
+    data = Seeded(build_dataset(True, flags('--data-set', 'SHAPES', '--input-size', 32)), seed=3)
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[2, 40, 5][0], data[2, 40, 5][0])
+    assert not torch.equal(copy[2, 40, 5][0], data[2, 41, 5][0])
+
+
+def test_workers_are_at_most_the_cores_of_a_process(image_root, monkeypatch):
+    monkeypatch.setattr(datasets.os, 'sched_getaffinity', lambda pid: set(range(8)), raising=False)
+    for processes, expected in ((1, 8), (2, 4), (16, 1)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+        args = flags('--data-path', image_root, '--num_workers', 10, evaluate=True)
+        assert build_loaders(args)[1].num_workers == expected
+
+
+def test_mixup_is_off_where_nothing_is_mixed():
+    off = ['--mixup', 0, '--cutmix', 0]
+    assert build_mixup(flags(*off), 10) is None
+    assert build_mixup(flags(*off, '--cutmix-minmax', 0.2, 0.8), 10) is not None
+    images, targets = build_mixup(flags('--mixup-prob', 0), 10)(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+    torch.testing.assert_close(targets.max(1).values, torch.full((4,), 0.91))

@@ -1,0 +1,294 @@
+"""Evo-DeiT: golden numbers of the published code, its checkpoint layout, timm's conventions."""
+
+import copy
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from golden import fill
+from timm.models import VisionTransformer
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import models  # noqa: F401
+import utils
+from models.evo_deit import EvoDeiT, Heads
+
+GOLDEN = [f'evo_deit_{size}_224' for size in ('tiny_patch16', 'small_patch16', 'base_patch16')]
+GOLDEN += ['evo_deit_small_patch16_384', 'evo_deit_base_patch16_384']
+NAMES = [*GOLDEN, 'evo_deit_nano_patch4_32', *(name.replace('_patch', '_vis_patch') for name in GOLDEN)]
+
+
+def nano(**kwargs) -> EvoDeiT:
+    """A small model in evaluation, 16 patches."""
+    torch.manual_seed(0)
+    return timm.create_model(
+        'evo_deit_nano_patch4_32', **(dict(img_size=16, num_classes=10, embed_dim=32) | kwargs)
+    ).eval()
+
+
+def images(batch: int = 2, *size: int, channels: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, channels, *(size or (16, 16)), generator=generator)
+
+
+def golden_model(name: str):
+    description, arrays = fill.load(name)
+    state = fill.published_state(description)
+    model = timm.create_model(name)
+    assert utils.load_weights(model, {'model': state}) == ([], [])
+    size = model.patch_embed.img_size[0]
+    batch = description['batch']
+    return (
+        model,
+        state,
+        arrays,
+        fill.images('golden', batch, size),
+        fill.labels('golden', batch),
+        description['parameters'],
+    )
+
+
+@pytest.mark.parametrize('name', GOLDEN)
+def test_everything_is_as_published(name):
+    model, state, golden, x, y, parameters = golden_model(name)
+    published = model.to_published(model.state_dict())
+    assert list(published) == list(state)
+    assert all(torch.equal(published[key], state[key]) for key in state)
+
+    for schedule in ('stage', 'layer'):
+        model.float().eval().stage_wise = schedule == 'stage'
+        with torch.no_grad():
+            logits, selection = model.forward_with_selection(x)
+        np.testing.assert_allclose(logits[:, ::10], golden[f'eval_{schedule}'], rtol=0, atol=1e-4)
+        starts = (4, 8) if schedule == 'stage' else range(4, 12)
+        assert list(selection) == [f'blocks.{i}' for i in starts]
+        for i in starts:
+            kept = selection[f'blocks.{i}']
+            assert kept.dtype == torch.int64
+            if f'kept_{schedule}_block4' in golden:
+                np.testing.assert_array_equal(kept, golden[f'kept_{schedule}_block{i}'])
+
+    for schedule in ('stage', 'layer'):
+        model.double().train().stage_wise = schedule == 'stage'
+        model.zero_grad()
+        heads = model(x.double())
+        loss = 0.5 * (F.cross_entropy(heads.head, y) + F.cross_entropy(heads.head_cls, y))
+        loss.backward()
+        np.testing.assert_allclose(heads.head[:, ::10].detach(), golden[f'train_{schedule}_avg'], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(heads.head_cls[:, ::10].detach(), golden[f'train_{schedule}_cls'], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(loss.item(), golden[f'train_{schedule}_loss'], rtol=0, atol=1e-6)
+        gradients = model.to_published({key: p.grad for key, p in model.named_parameters()})
+        norms = [gradients[key].norm().item() for key in parameters]
+        np.testing.assert_allclose(norms, golden[f'train_{schedule}_gradnorm'], rtol=1e-5, atol=1e-12)
+
+
+def test_the_schedules_differ_on_golden_weights():
+    _, golden = fill.load('evo_deit_tiny_patch16_224')
+    assert np.abs(golden['eval_stage'] - golden['eval_layer']).max() > 1e-2
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_configuration_tells_the_truth(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    cfg, state = model.default_cfg, model.state_dict()
+    assert cfg['input_size'][1:] == model.patch_embed.img_size
+    assert state[f'{cfg["first_conv"]}.weight'].shape[1] == 3
+    assert all(f'{head}.weight' in state for head in cfg['classifier'])
+    assert model.num_features == model.head_hidden_size == model.get_classifier().in_features
+    assert f'patch{model.patch_embed.patch_size[0]}_{cfg["input_size"][1]}' in name
+
+
+@pytest.mark.parametrize(
+    'name, training, inference',
+    [(GOLDEN[0], 5_910_800, 5_717_416), (GOLDEN[1], 22_436_432, 22_050_664), (GOLDEN[2], 87_338_192, 86_567_656)],
+)
+def test_parameters(name, training, inference):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    sizes = {key: p.numel() for key, p in model.named_parameters()}
+    assert sum(sizes.values()) == training
+    assert sum(n for key, n in sizes.items() if not key.startswith(('head_cls', 'norm_cls'))) == inference
+
+
+def test_keeping_every_patch_is_timms_vit():
+    ours = nano(keep_ratio=1.0)
+    shape = dict(img_size=16, patch_size=4, embed_dim=32, num_heads=2, num_classes=10)
+    dense = VisionTransformer(**shape, global_pool='avg', norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith(('head_cls', 'norm_cls', '_extra'))}
+    dense.load_state_dict({k.replace('norm.', 'fc_norm.') if k.startswith('norm.') else k: v for k, v in state.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images()), dense.eval()(images()))
+
+
+@pytest.mark.parametrize('stage_wise', [True, False])
+@pytest.mark.parametrize('evolving', [True, False])
+@pytest.mark.parametrize('representative', [True, False])
+def test_training_reaches_every_parameter(stage_wise, evolving, representative):
+    model = nano(representative=representative, drop_path_rate=0.1).train()
+    model.set_schedule(stage_wise, evolving)
+    heads = model(images(8))
+    assert isinstance(heads, Heads) and heads._fields == ('head', 'head_cls')
+    sum(h.square().mean() for h in heads).backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # A constant added to all keys of a softmax changes nothing; its gradient is rounding.
+    assert [name for name in idle if 'qkv.bias' not in name] == []
+
+
+def test_checkpointed_gradients_are_the_same():
+    gradients = []
+    for checkpointing in (False, True):
+        model = nano(representative=True).train()
+        model.set_grad_checkpointing(checkpointing)
+        sum(h.sum() for h in model(images())).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_schedule_goes_with_the_weights():
+    model, other = nano(), nano()
+    model.set_schedule(stage_wise=False, evolving=False)
+    other.load_state_dict(model.state_dict())
+    assert (other.stage_wise, other.evolving) == (False, False)
+    clone = copy.deepcopy(model)
+    assert clone.stage_wise is False
+
+
+def test_an_average_of_weights_can_be_kept():
+    model = nano()
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        model.head.bias += 1
+    ema.update(model)
+    torch.testing.assert_close(ema.module.head.bias, model.head.bias - 0.5)
+
+
+def test_evaluation_keeps_the_grid_and_its_input():
+    model, x = nano(), images()
+    before = x.clone()
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert features.shape == (2, 17, 32)
+        assert torch.equal(model.forward_head(features), model(x))
+        assert torch.equal(model.head(model.forward_head(features, pre_logits=True)), model(x))
+    assert torch.equal(x, before)
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_patches_stay_at_their_place():
+    # Without layers that do anything, tokens are the embedded patches, in raster order.
+    model = nano()
+    for block in model.blocks:
+        for layer in (block.attn.proj, block.mlp.fc2):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        x = images()
+        embedded = model.patch_embed(x) + model.pos_embed[:, 1:]
+        torch.testing.assert_close(model.forward_features(x)[:, 1:], embedded)
+
+
+@pytest.mark.parametrize('stage_wise', [True, False])
+def test_intermediates_are_the_features_on_the_way(stage_wise):
+    model, x = nano(representative=True), images()
+    model.stage_wise = stage_wise
+    with torch.no_grad():
+        features, grids = model.forward_intermediates(x)
+        assert len(grids) == 12 and all(g.shape == (2, 32, 4, 4) for g in grids)
+        torch.testing.assert_close(features, model.forward_features(x))
+        torch.testing.assert_close(grids[-1].flatten(2).mT, features[:, 1:])
+        two = model.forward_intermediates(
+            x, [5, -1], intermediates_only=True, output_fmt='NLC', return_prefix_tokens=True
+        )
+        torch.testing.assert_close(two[0][0], grids[5].flatten(2).mT)
+        assert two[1][1].shape == (2, 1, 32)
+        out = model.forward_intermediates(x, 2, output_dict=True, norm=True)
+        assert set(out) == {'image_features', 'image_intermediates'} and len(out['image_intermediates']) == 2
+    with pytest.raises(ValueError, match='NCHW or NLC'):
+        model.forward_intermediates(x, output_fmt='NHWC')
+
+
+def test_options_of_timm():
+    with torch.no_grad():
+        assert nano(num_classes=0)(images()).shape == (2, 32)
+        assert nano(num_classes=0).train()(images()).shape == (2, 32)
+        assert nano(in_chans=1)(images(channels=1)).shape == (2, 10)
+        assert nano(img_size=(16, 24))(images(2, 16, 24)).shape == (2, 10)
+        assert nano(dynamic_img_size=True)(images(2, 24, 20)).shape == (2, 10)
+        model = nano(drop_rate=0.1, drop_path_rate=0.2)
+        model.reset_classifier(7)
+        assert model(images()).shape == (2, 7) and model.train()(images()).head_cls.shape == (2, 7)
+        model.reset_classifier(0, '')
+        assert model.eval()(images()).shape == (2, 17, 32)
+        features = timm.create_model('evo_deit_nano_patch4_32', features_only=True)(torch.randn(1, 3, 32, 32))
+        assert [f.shape[-2:] for f in features] == [(8, 8)] * 3
+    with pytest.raises(ValueError, match='one class token'):
+        nano(reg_tokens=2)
+
+
+def test_keep_ratio_for_each_stage():
+    model = nano(keep_ratio=[0.75, 0.25])
+    with torch.no_grad():
+        for stage_wise, count in ((True, 1), (False, 4)):
+            model.stage_wise = stage_wise
+            kept = list(model.forward_with_selection(images())[1].values())
+            assert [k.shape[1] for k in kept] == [12] * count + [4] * count
+
+
+def test_weight_decay_is_as_published():
+    recipe = json.loads((fill.HERE / 'recipe.json').read_text())
+    model = timm.create_model('evo_deit_tiny_patch16_224')
+    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    without = {id(p) for group in groups if group['weight_decay'] == 0 for p in group['params']}
+    state = {key: p for key, p in model.named_parameters() if id(p) in without}
+    assert set(model.to_published(state)) == set(recipe['no_weight_decay']['evo_deit_tiny_patch16_224'])
+
+
+def test_initialisation_is_as_published():
+    torch.manual_seed(0)
+    model = timm.create_model('evo_deit_small_patch16_224')
+    for name, p in model.named_parameters():
+        if 'norm' in name:
+            assert (p == (1 if name.endswith('weight') else 0)).all()
+        elif name.endswith('bias') and 'patch_embed' not in name:
+            assert not p.any()
+        elif 'patch_embed' not in name:
+            assert math.isclose(p.std().item(), 0.02, rel_tol=0.15), name
+
+
+def test_plain_vits_load_by_name():
+    plain = timm.create_model('deit_tiny_patch16_224', img_size=32, num_classes=10, depth=5)
+    model = timm.create_model('evo_deit_tiny_patch16_224', img_size=32, num_classes=10, depth=5)
+    filled = {f'{kind}_cls.{leaf}' for kind in ('head', 'norm') for leaf in ('weight', 'bias')}
+    loaded = utils.load_weights(model, {'model': plain.state_dict()})
+    assert set(loaded.missing) == filled and not loaded.dropped
+    assert torch.equal(model.head_cls.weight, plain.head.weight)
+    larger = timm.create_model('evo_deit_tiny_patch16_224', img_size=(48, 64), num_classes=3, depth=5)
+    with pytest.raises(utils.InputError, match='pos_embed'):
+        utils.load_weights(larger, {'model': plain.state_dict()})
+    head = larger.head.weight.clone()
+    loaded = utils.load_weights(larger, {'model': plain.state_dict()}, adapt=True)
+    assert {'head.weight', 'head_cls.weight'} <= set(loaded.missing) and {'head.weight', 'head.bias'} == set(
+        loaded.dropped
+    )
+    assert torch.equal(larger.head.weight, head)
+    assert torch.equal(larger.blocks[3].attn.qkv.weight, plain.blocks[3].attn.qkv.weight)
+    distilled = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, num_classes=10, depth=5)
+    assert 'dist_token' in utils.load_weights(model, {'model': distilled.state_dict()}, adapt=True).dropped
+
+
+def test_one_graph_and_half_precision():
+    model = nano()
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images()), model(images()))
+        with torch.autocast('cpu', torch.bfloat16):
+            assert (model(images()) - model(images()).float()).abs().max() < 0.1

@@ -1,0 +1,72 @@
+"""The criterion against what the published code computes, and how often it asks the teacher."""
+
+import json
+import re
+from collections import namedtuple
+
+import pytest
+import torch
+from golden import fill
+from torch import nn
+
+from losses import Criterion
+
+RECIPE = json.loads((fill.HERE / 'recipe.json').read_text())['losses']
+NAMES = {'avg': 'head', 'avg_dist': 'head_dist', 'cls': 'head_cls', 'cls_dist': 'head_cls_dist'}
+
+
+def logits(name: str) -> torch.Tensor:
+    return torch.from_numpy(fill.rng(f'golden/loss/{name}').standard_normal((RECIPE['batch'], RECIPE['classes'])) * 2)
+
+
+def targets(kind: str) -> torch.Tensor:
+    if kind == 'SoftTargetCrossEntropy':
+        return torch.from_numpy(
+            fill.rng('golden/loss/soft').standard_normal((RECIPE['batch'], RECIPE['classes']))
+        ).softmax(1)
+    return torch.from_numpy(fill.rng('golden/loss/labels').integers(0, RECIPE['classes'], RECIPE['batch']))
+
+
+class Teacher(nn.Module):
+    """Says the golden logits, and counts how often it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, images):
+        self.asked += 1
+        return logits('teacher')
+
+
+@pytest.mark.parametrize(
+    'row', RECIPE['rows'], ids=lambda row: f'{row["case"]}, {row["criterion"]}, {row.get("alpha")}'
+)
+def test_losses_are_as_published(row):
+    heads = re.search(r'\((.*)\)', row['case'])[1].split(', ')
+    outputs = namedtuple('Heads', [NAMES[h] for h in heads])(*map(logits, heads))
+    smoothing = 0.1 if 'Smoothing' in row['criterion'] else 0.0
+    teacher = Teacher() if 'distillation' in row['case'] and 'without' not in row['case'] else None
+    criterion = Criterion(smoothing, teacher, 'hard' in row['case'], row.get('alpha', 0.5), row.get('tau', 1.0))
+    loss = criterion(None, outputs, targets(row['criterion']))
+    assert loss.item() == pytest.approx(row['loss'], abs=1e-6)
+    assert teacher is None or teacher.asked == 1
+
+
+def test_one_output_and_all_heads_without_teacher():
+    y, named = targets('labels'), namedtuple('Heads', NAMES.values())
+    each = [Criterion()(None, logits(name), y) for name in NAMES]
+    together = Criterion()(None, named(*map(logits, NAMES)), y)
+    torch.testing.assert_close(together, sum(each) / 4)
+
+
+@pytest.mark.parametrize('hard', [True, False])
+def test_a_model_without_distillation_heads_learns_with_all(hard):
+    named = namedtuple('Heads', ['head', 'head_cls'])
+    outputs = named(logits('avg').requires_grad_(), logits('cls').requires_grad_())
+    Criterion(0.1, Teacher(), hard, alpha=1.0, tau=2.0)(None, outputs, targets('labels')).backward()
+    assert outputs.head.grad.any() and outputs.head_cls.grad.any()
+
+
+def test_half_precision_logits_give_a_full_precision_loss():
+    assert Criterion()(None, logits('avg').bfloat16(), targets('labels')).dtype == torch.float32

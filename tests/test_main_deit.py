@@ -1,0 +1,388 @@
+"""main_deit.py as its users run it: training, resuming, evaluating, fine-tuning, launchers."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import read_log
+from golden import fill
+from timm.scheduler import create_scheduler
+
+import engine
+import main_deit
+import models
+import utils
+from utils import InputError
+
+ROOT = Path(__file__).parent.parent
+NANO = [
+    '--model',
+    'evo_deit_nano_patch4_32',
+    '--input-size',
+    32,
+    '--num_workers',
+    0,
+    '--device',
+    'cpu',
+    '--print-freq',
+    1,
+]
+
+
+def accuracy(printed: str) -> str:
+    return re.findall(r'\* Acc@1 (\S+)', printed)[-1]
+
+
+@pytest.fixture(scope='module')
+def flags(image_folder):
+    return [*NANO, '--batch-size', 16, '--data-path', image_folder]
+
+
+# --- flags
+
+
+def test_every_published_flag_is_accepted():
+    flags = (
+        '--batch-size 64 --epochs 300 --model m --input-size 224 --drop 0.0 --drop-path 0.1 --model-ema --no-model-ema '
+        '--model-ema-decay 0.99996 --model-ema-force-cpu --opt adamw --opt-eps 1e-8 --opt-betas 0.9 0.99 --clip-grad 1 '
+        '--momentum 0.9 --weight-decay 0.05 --sched cosine --lr 5e-4 --lr-noise 0.4 0.6 --lr-noise-pct 0.67 '
+        '--lr-noise-std 1.0 --warmup-lr 1e-6 --min-lr 1e-5 --decay-epochs 30 --warmup-epochs 5 --cooldown-epochs 10 '
+        '--patience-epochs 10 --decay-rate 0.1 --dr 0.1 --color-jitter 0.4 --aa rand-m9-mstd0.5-inc1 --smoothing 0.1 '
+        '--train-interpolation bicubic --repeated-aug --no-repeated-aug --reprob 0.25 --remode pixel --recount 1 '
+        '--resplit '
+        '--mixup 0.8 --cutmix 1.0 --cutmix-minmax 0.1 0.2 --mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-mode batch '
+        '--teacher-model regnety_160 --teacher-path p --distillation-type none --distillation-alpha 0.5 '
+        '--distillation-tau 1.0 --finetune p --data-path p --data-set IMNET --inat-category name --output_dir p '
+        '--device cpu '
+        '--seed 0 --resume p --start_epoch 0 --eval --dist-eval --num_workers 10 --pin-mem --no-pin-mem --world_size 1 '
+        '--dist_url env:// --local_rank -1 --stage-epoch 3 --keep-ratio 0.5 --representative --precision bf16 '
+        '--compile '
+        '--grad-accum-steps 2 --print-freq 3 --eval-interval 2 --eval-ema'
+    ).split()
+    args = main_deit.get_parser().parse_args(flags)
+    assert args.lr_noise == [0.4, 0.6] and args.local_rank == -1
+
+
+def test_the_recipe_is_the_published_one():
+    args = main_deit.get_parser().parse_args([])
+    expected = dict(
+        epochs=300, batch_size=64, input_size=224, drop=0.0, drop_path=0.1, model_ema=True, model_ema_decay=0.99996,
+        opt='adamw', opt_eps=1e-8, opt_betas=None, clip_grad=None, momentum=0.9, weight_decay=0.05, sched='cosine', lr=5e-4,
+        warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30, warmup_epochs=5, cooldown_epochs=10, patience_epochs=10, decay_rate=0.1,
+        smoothing=0.1, color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', repeated_aug=True, reprob=0.25,
+        remode='pixel', recount=1, mixup=0.8, cutmix=1.0, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode='batch',
+        distillation_type='none', distillation_alpha=0.5, distillation_tau=1.0, data_set='IMNET', seed=0,
+        num_workers=10,
+    )  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    'row', json.loads((fill.HERE / 'recipe.json').read_text())['lr'], ids=lambda row: str(row['epochs'])
+)
+def test_learning_rates_are_the_published_ones(row):
+    args = main_deit.get_parser().parse_args(['--epochs', str(row['epochs'])])
+    args.warmup_epochs, args.warmup_lr, args.min_lr = row['warmup_epochs'], row['warmup_lr'], row['min_lr']
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=row['base_lr'])
+    scheduler, rates = create_scheduler(args, optimizer)[0], []
+    for epoch in range(row['epochs']):
+        rates.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(epoch)
+    assert rates == pytest.approx(row['per_epoch'], rel=1e-9)
+
+
+# --- one process
+
+
+def test_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tmp_path):
+    flags = [*flags, '--epochs', 3, '--lr', 0.01, '--warmup-epochs', 1, '--model-ema-decay', 0.9, '--eval-ema']
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    printed = script('main_deit', *flags, '--output_dir', whole)
+    assert 'evo_deit_nano_patch4_32' in printed and '{' not in printed
+    assert '16 x 1 accumulated x 1 processes = 16 images' in printed and 'cpu, fp32' in printed
+    log = read_log(whole)
+    assert [line['epoch'] for line in log] == [0, 1, 2]
+    assert [line['selection'] for line in log] == ['layer-wise', 'layer-wise', 'stage-wise']
+    needed = {'train_loss', 'train_lr', 'test_loss', 'test_acc1', 'test_acc5', 'epoch', 'n_parameters', 'test_ema_acc1'}
+    assert all(needed <= set(line) for line in log)
+
+    # A run that ended early goes on as if it had not. What a crash left of a line is no line of the log.
+    stop_after(1, script, *flags, '--output_dir', parts)
+    first = utils.read_checkpoint(parts / 'checkpoint.pth')
+    (parts / 'log.txt').write_text((parts / 'log.txt').read_text() + '{"epoch": 1, "torn')
+    command = [*flags, '--eval', '--resume', parts / 'checkpoint.pth', '--batch-size', 7]
+    printed = script('main_deit', *command)
+    assert 'layer-wise' in printed and accuracy(printed) == f'{log[0]["test_acc1"]:.3f}'
+    script('main_deit', *flags, '--output_dir', parts, '--resume', parts / 'checkpoint.pth')
+    one, two = (utils.read_checkpoint(folder / 'checkpoint.pth') for folder in (whole, parts))
+    assert first['epoch'] == 0 and one['epoch'] == two['epoch'] == 2
+    for name in ('model', 'model_ema'):
+        assert all(torch.equal(one[name][key], two[name][key]) for key in one[name])
+        assert not torch.equal(one[name]['head.weight'], first[name]['head.weight'])
+    assert str(one['optimizer']) == str(two['optimizer'])
+    assert [(a['train_loss'], a['train_lr']) for a in read_log(parts)] == [
+        (a['train_loss'], a['train_lr']) for a in log
+    ]
+
+    for which, key in (([], 'test_acc1'), (['--eval-ema'], 'test_ema_acc1')):
+        printed = script('main_deit', *flags[:-1], '--eval', '--resume', whole / 'checkpoint.pth', *which)
+        assert accuracy(printed) == f'{log[-1][key]:.3f}'
+
+
+def stop_after(epochs, script, *flags):
+    """Run as if the process had ended after so many epochs."""
+
+    class Stop(Exception):
+        pass
+
+    def write_and_stop(path, record, write_log=engine.write_log):
+        write_log(path, record)
+        if record['epoch'] + 1 == epochs:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(engine, 'write_log', write_and_stop)
+        script('main_deit', *flags)
+
+
+def test_the_best_is_remembered(script, flags, tmp_path, monkeypatch):
+    accuracies = iter([50.0, 40.0, 45.0, float('nan'), 60.0])
+
+    def evaluate(model, loader, autocast, name='Test'):
+        return {'acc1': next(accuracies), 'acc5': 0.0, 'loss': float('nan')}
+
+    monkeypatch.setattr(engine, 'evaluate', evaluate)
+    flags = [*flags, '--epochs', 5, '--output_dir', tmp_path]
+    stop_after(2, script, *flags)
+    script('main_deit', *flags, '--resume', tmp_path / 'checkpoint.pth')
+    assert [line['best_acc1'] for line in read_log(tmp_path)] == [50.0, 50.0, 50.0, 50.0, 60.0]
+    assert read_log(tmp_path)[3]['test_acc1'] is None
+    assert utils.read_checkpoint(tmp_path / 'best_checkpoint.pth')['epoch'] == 4
+
+
+def test_evaluation_is_rare_and_then_frequent(script, flags, tmp_path):
+    script('main_deit', *flags, '--epochs', 7, '--eval-interval', 2, '--output_dir', tmp_path)
+    assert [line['epoch'] for line in read_log(tmp_path) if 'test_acc1' in line] == [1, 3, 5, 6]
+
+
+def test_the_stage_epoch_is_a_share_of_the_run(script, flags, tmp_path):
+    script('main_deit', *flags, '--epochs', 6, '--prune-warmup-epoch', 1, '--output_dir', tmp_path)
+    assert [line['selection'] for line in read_log(tmp_path)] == [
+        'all patches',
+        *['layer-wise'] * 3,
+        *['stage-wise'] * 2,
+    ]
+
+
+def test_published_checkpoints_go_on_and_are_evaluated(script, flags, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('evo_deit_nano_patch4_32', num_classes=4)
+    published = {
+        'model': model.to_published(model.state_dict()),
+        'epoch': 1,
+        'args': Namespace(model='x', output_dir=Path('a')),
+    }
+    published['optimizer'] = {'state': {}, 'param_groups': []}
+    torch.save(published, tmp_path / 'published.pth')
+    printed = script('main_deit', *flags, '--eval', '--resume', tmp_path / 'published.pth')
+    assert '(30 images)' in printed
+    out = tmp_path / 'out'
+    printed = script('main_deit', *flags, '--epochs', 4, '--resume', tmp_path / 'published.pth', '--output_dir', out)
+    assert 'no averaged weights' in printed and 'the optimizer starts anew' in printed
+    assert [line['epoch'] for line in read_log(out)] == [2, 3]
+    # The rate is that of the epoch, not of a new run: here the second and third of five warm-up epochs.
+    assert [line['train_lr'] for line in read_log(out)] == pytest.approx(
+        [1e-6 + i * (5e-4 / 32 - 1e-6) / 5 for i in (1, 2)]
+    )
+
+
+def test_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('evo_deit_nano_patch4_32', num_classes=7, img_size=16)
+    torch.save({'model': model.state_dict()}, tmp_path / 'w.pth')
+    printed = script(
+        'main_deit', *flags, '--epochs', 1, '--lr', 1, '--finetune', tmp_path / 'w.pth', '--output_dir', tmp_path
+    )
+    assert re.search(r'new in the model: head.*head_cls.*not used of the file: ', printed)
+    trained = utils.read_checkpoint(tmp_path / 'checkpoint.pth')
+    state = trained['optimizer']['state']
+    assert len(state) == len(list(model.parameters()))
+    torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=7).state_dict(), tmp_path / 'seven.pth')
+    for flag in ('--resume', '--eval --resume'):
+        with pytest.raises(InputError, match='7 classes, the model 4.*\n.*--finetune'):
+            script('main_deit', *flags, *flag.split(), tmp_path / 'seven.pth')
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_distillation_through_the_real_loading(script, flags, tmp_path, kind):
+    teacher = timm.create_model('regnety_002', num_classes=4)
+    torch.save({'model': teacher.state_dict()}, tmp_path / 't.pth')
+    distil = ['--distillation-type', kind, '--teacher-model', 'regnety_002', '--teacher-path']
+    printed = script('main_deit', *flags, '--epochs', 1, *distil, tmp_path / 't.pth')
+    assert f'teacher: regnety_002, {kind}' in printed and 'done' in printed
+    torch.save({'model': timm.create_model('regnety_002', num_classes=5).state_dict()}, tmp_path / 't5.pth')
+    with pytest.raises(InputError, match='--teacher-path.*5 classes, the model 4'):
+        script('main_deit', *flags, *distil, tmp_path / 't5.pth')
+    with pytest.raises(InputError, match='--teacher-path .*is not a file'):
+        script('main_deit', *flags, *distil, tmp_path / 'none.pth')
+    with pytest.raises(InputError, match='needs --teacher-path'):
+        script('main_deit', *flags, *distil[:-1])
+
+
+def test_evaluation_needs_only_the_validation_folder(script, flags, tmp_path, image_folder):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict(), tmp_path / 'w.pth')
+    (tmp_path / 'val').symlink_to(image_folder / 'val')
+    printed = script('main_deit', *flags, '--data-path', tmp_path, '--eval', '--resume', tmp_path / 'w.pth')
+    assert '(30 images)' in printed
+
+
+def test_accumulated_batches_are_one_large_batch(script, flags, tmp_path):
+    plain = ['--mixup', 0, '--cutmix', 0, '--drop-path', 0, '--epochs', 1, '--opt', 'sgd', '--lr', 1, '--no-model-ema']
+    for name, more in (('one', ['--batch-size', 16]), ('two', ['--batch-size', 8, '--grad-accum-steps', 2])):
+        script('main_deit', *flags, *plain, *more, '--output_dir', tmp_path / name)
+    one, two = (utils.read_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('one', 'two'))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_trains(script, flags):
+    assert 'cpu, bf16' in script('main_deit', *flags, '--epochs', 1, '--precision', 'bf16')
+
+
+@pytest.mark.parametrize('size', [224, 384])
+def test_photograph_sizes_train(script, image_folder, size, tmp_path):
+    name = f'evo_deit_small_patch16_{size}'
+    flags = [
+        '--model',
+        name,
+        '--input-size',
+        size,
+        '--batch-size',
+        2,
+        '--data-path',
+        tmp_path,
+        '--device',
+        'cpu',
+        '--num_workers',
+        0,
+    ]
+    for split, count in (('train', 2), ('val', 1)):
+        folder = tmp_path / split / 'only'
+        folder.mkdir(parents=True)
+        for path in sorted((image_folder / split).rglob('*.png'))[:count]:
+            (folder / path.name).write_bytes(path.read_bytes())
+    assert 'loss: ' in script('main_deit', *flags, '--epochs', 1)
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize(
+    'wrong, says',
+    [
+        (['--resume', 'nowhere.pth'], '--resume nowhere.pth: .*is not a file'),
+        (['--finetune', 'nowhere.pth'], '--finetune nowhere.pth: .*is not a file'),
+        (['--eval'], '--eval needs --resume'),
+        (['--model', 'evo_deit_smal_patch16_224'], 'Nearest: evo_deit_small_patch16_224'),
+        (['--keep-ratio', '2'], 'keep_ratio: expected'),
+        (['--grad-accum-steps', '100'], 'an epoch has only 4 batches'),
+    ],
+)
+def test_wrong_flags(script, flags, wrong, says):
+    with pytest.raises(InputError, match=says):
+        script('main_deit', *flags, *wrong)
+
+
+def test_a_loss_that_is_not_finite_stops(script, flags, tmp_path):
+    flags = [*flags, '--epochs', 2, '--output_dir', tmp_path, '--opt', 'sgd', '--lr', 1e30, '--warmup-lr', 1e30]
+    with pytest.raises(InputError, match='the loss is nan in epoch 0.*--precision'):
+        script('main_deit', *flags)
+    assert not (tmp_path / 'checkpoint.pth').exists()
+
+
+def test_a_wrong_flag_ends_a_script_without_a_traceback(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, 'main_deit.py', '--eval', '--resume', 'https://127.0.0.1:9/x.pth', '--data-path', tmp_path],
+        cwd=ROOT,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 2 and 'Traceback' not in ran.stderr and 'Acc@1' not in ran.stdout
+    assert ran.stderr.startswith('main_deit.py: error: ')
+
+
+# --- launchers
+
+
+def launch(*command, check=True, **environment) -> subprocess.Popen:
+    kept = {key: value for key, value in os.environ.items() if key not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+    return subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-m', *map(str, command)], cwd=ROOT, env=kept | {'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    'launcher',
+    [
+        ['torch.distributed.launch', '--nproc_per_node=2', '--use_env'],
+        ['torch.distributed.launch', '--nproc_per_node=2'],
+        ['torch.distributed.run', '--nproc_per_node=2'],
+    ],
+    ids=['launch with use_env', 'launch', 'torchrun'],
+)
+def test_launchers(launcher, script, flags, tmp_path):
+    command = [
+        *launcher,
+        f'--master_port={free_port()}',
+        'main_deit.py',
+        *flags,
+        '--epochs',
+        1,
+        '--output_dir',
+        tmp_path,
+    ]
+    printed, _ = (running := launch(*command)).communicate(timeout=240)
+    assert running.returncode == 0, printed
+    assert '2 process(es)' in printed and '16 x 1 accumulated x 2 processes = 32 images' in printed
+    assert printed.count('Acc@1') == 1 + printed.count('best Acc@1'), 'only the first process prints'
+    assert '(30 images)' in printed
+    # One process, another batch size: the same accuracy.
+    again = script('main_deit', *flags, '--eval', '--resume', tmp_path / 'checkpoint.pth', '--batch-size', 7)
+    assert accuracy(again) == f'{read_log(tmp_path)[0]["test_acc1"]:.3f}'
+
+
+def test_two_nodes(flags, tmp_path):
+    port = free_port()
+    nodes = [
+        launch(
+            'torch.distributed.launch', '--nproc_per_node=1', '--nnodes=2', f'--node_rank={i}', f'--master_port={port}',
+            '--master_addr=127.0.0.1', 'main_deit.py', *flags, '--epochs', 1, '--output_dir', tmp_path / str(i),
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert '2 process(es)' in printed[0] and '(30 images)' in printed[0]
+    assert (tmp_path / '0' / 'checkpoint.pth').exists() and not (tmp_path / '1' / 'checkpoint.pth').exists()
+
+
+def test_models_that_are_not_ours_train_too(script, flags):
+    printed = script('main_deit', *flags, '--model', 'resnet10t', '--epochs', 1)
+    assert 'resnet10t' in printed and 'done' in printed
+    args = main_deit.get_parser().parse_args(['--model', 'vit_tiny_patch16_224', '--input-size', '32'])
+    assert models.build(args, 3).patch_embed.num_patches == 4

@@ -1,0 +1,261 @@
+"""Flags, seeds, and checkpoints: safe to read, whole on disk, exact to load."""
+
+import argparse
+import collections
+import hashlib
+import http.server
+import os
+import pathlib
+import random
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import models  # noqa: F401
+import utils
+from utils import InputError
+
+
+def nano(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('evo_deit_nano_patch4_32', **(dict(img_size=16, num_classes=10, embed_dim=32) | kwargs))
+
+
+@pytest.mark.parametrize('spelling', ['--weight-decay', '--weight_decay', '--weight_decay=3', '--weight-decay=3'])
+def test_flags_with_dashes_or_underscores(spelling):
+    parser = utils.Parser('')
+    parser.add_argument_group('g').add_argument('--weight-decay', type=int)
+    parser.add_argument('--output_dir')
+    assert parser.parse_args([spelling] if '=' in spelling else [spelling, '3']).weight_decay == 3
+    assert parser.parse_args(['--output-dir', 'a_b-c']).output_dir == 'a_b-c'
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--weight', '3'])
+
+
+def test_a_key_decides_all_random_numbers():
+    def draw(*key):
+        utils.seed_all(*key)
+        return random.random(), np.random.rand(), torch.rand(1).item(), torch.randn(3).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({draw(*key)[0] for key in [(1, 2, 3), (1, 3, 2), (2, 2, 3), (1, 2)]}) == 4
+
+
+@pytest.mark.parametrize('wanted', ['cuda:99', 'nonsense'])
+def test_a_device_that_is_not_there(wanted):
+    args = argparse.Namespace(device=wanted, local_rank=-1, dist_url='env://', seed=0)
+    with pytest.raises(InputError, match=f'--device {wanted}'):
+        utils.set_up_processes(args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_cuda_where_there_is_none():
+    with pytest.raises(InputError, match='--device cuda.*Without --device'):
+        utils.set_up_processes(argparse.Namespace(device='cuda', local_rank=-1, dist_url='env://', seed=0))
+
+
+# --- reading
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / 'checkpoint.pth'
+    utils.write_checkpoint(path, {'model': nano().state_dict(), 'epoch': 3})
+    return path
+
+
+def test_published_files_with_a_namespace_load(tmp_path):
+    arguments = argparse.Namespace(lr=0.1, output_dir=pathlib.PosixPath('a'), nested=argparse.Namespace(x=[1, None]))
+    for zipped in (True, False):
+        torch.save(
+            {'model': {'w': torch.ones(2)}, 'args': arguments},
+            tmp_path / 'p.pth',
+            _use_new_zipfile_serialization=zipped,
+        )
+        assert utils.read_checkpoint(tmp_path / 'p.pth')['args'] == arguments
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('place', ['whole', 'args', 'nested'])
+def test_code_in_a_checkpoint_never_runs(tmp_path, zipped, place):
+    proof = tmp_path / 'ran'
+    bad = Malicious(proof)
+    content = {'whole': bad, 'args': {'model': {'w': torch.ones(1)}, 'args': bad}}.get(
+        place, {'args': argparse.Namespace(x=bad)}
+    )
+    torch.save(content, tmp_path / 'bad.pth', _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match='could run code') as error:
+        utils.read_checkpoint(tmp_path / 'bad.pth')
+    assert not proof.exists() and 'weights_only' not in str(error.value)
+
+
+def test_damage_is_noticed(saved):
+    good = saved.read_bytes()
+    middle = len(good) // 2
+    for bad in (
+        good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
+        good[:middle] + bytes(4096) + good[middle + 4096 :],
+        good[: len(good) - 100],
+        good[:middle],
+    ):
+        saved.write_bytes(bad)
+        with pytest.raises(InputError, match=r'checkpoint\.pth.*(damaged|cut short)'):
+            utils.read_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    'content, says',
+    [
+        (b'', 'empty'),
+        (b'<!DOCTYPE html><html>', 'web page'),
+        (b'hello', 'text file'),
+        (bytes(5000), 'zeros'),
+        ((80).to_bytes(8, 'little') + b'{' + b'"a"' * 40, 'safetensors'),
+        (b'a' * 257 + b'ustar' + bytes(300), 'tar'),
+        (b'PK\x03\x04' + bytes(range(256)), 'cut short'),
+        (b'\x80\x02}q\x00', 'pickle'),
+    ],
+)
+def test_files_that_are_no_checkpoints(tmp_path, content, says):
+    path = tmp_path / 'x.pth'
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=says) as error:
+        utils.read_checkpoint(path)
+    assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_missing_files_folders_and_whole_models(tmp_path):
+    with pytest.raises(InputError, match='does not exist'):
+        utils.read_checkpoint(tmp_path / 'none.pth')
+    (tmp_path / 'model.bin').touch()
+    with pytest.raises(InputError, match='a folder.*model.bin'):
+        utils.read_checkpoint(tmp_path)
+    torch.save(torch.nn.Linear(1, 1), tmp_path / 'whole.pth')
+    with pytest.raises(InputError, match='Linear'):
+        utils.read_checkpoint(tmp_path / 'whole.pth')
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / 'script.pth')
+    with pytest.raises(InputError, match='TorchScript'):
+        utils.read_checkpoint(tmp_path / 'script.pth')
+
+
+# --- addresses
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    folder = tmp_path / 'www'
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield folder, f'http://127.0.0.1:{running.server_address[1]}'
+        running.shutdown()
+
+
+def test_addresses_are_read_and_their_hash_checked(server, saved, tmp_path, capsys):
+    folder, address = server
+    content = saved.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    (folder / f'w-{digest[:8]}.pth').write_bytes(content)
+    (folder / 'w-0badbad0.pth').write_bytes(content)
+    (folder / 'plain.pth').write_bytes(content)
+    cache = tmp_path / 'cache' / 'hub' / 'checkpoints'
+
+    assert utils.read_checkpoint(f'{address}/w-{digest[:8]}.pth')['epoch'] == 3
+    assert [p.name for p in cache.iterdir()] == [f'w-{digest[:8]}.pth']
+    (cache / f'w-{digest[:8]}.pth').write_bytes(content[:-1])
+    with pytest.raises(InputError, match=f'sha256 {digest[:8]}, found'):
+        utils.read_checkpoint(f'{address}/w-{digest[:8]}.pth')
+    assert utils.read_checkpoint(f'{address}/w-{digest[:8]}.pth')['epoch'] == 3
+
+    with pytest.raises(InputError, match=f'sha256 0badbad0, found {digest}'):
+        utils.read_checkpoint(f'{address}/w-0badbad0.pth')
+    assert utils.read_checkpoint(f'{address}/plain.pth#sha256={digest}')['epoch'] == 3
+    assert utils.read_checkpoint(f'{address}/plain.pth')['epoch'] == 3
+    with pytest.raises(InputError, match='could not be downloaded'):
+        utils.read_checkpoint(f'{address}/none-12345678.pth')
+    (folder / 'page.pth').write_text('<html>')
+    with pytest.raises(InputError, match='web page'):
+        utils.read_checkpoint(f'{address}/page.pth')
+
+
+# --- writing
+
+
+def test_a_save_is_whole_or_nothing(saved, monkeypatch):
+    before = saved.read_bytes()
+    done = []
+    real = {name: getattr(os, name) for name in ('fsync', 'replace')}
+    for name in real:
+        monkeypatch.setattr(os, name, lambda *a, name=name: (done.append(name), real[name](*a))[1])
+    utils.write_checkpoint(saved, {'model': {'w': torch.ones(3)}})
+    assert done == ['fsync', 'replace', 'fsync']
+    saved.write_bytes(before)
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'):
+        utils.write_checkpoint(saved, {'model': {'w': torch.ones(3)}})
+    assert saved.read_bytes() == before and [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+# --- loading
+
+
+def test_what_a_checkpoint_may_look_like():
+    model, state = nano(), nano(drop_rate=0.0).state_dict()
+    for name in state:
+        if state[name].is_floating_point():
+            state[name] = state[name] + 1
+    wrapped = {f'module._orig_mod.{key}': value for key, value in state.items()}
+    for checkpoint in (state, collections.OrderedDict(state), {'model': state}, {'state_dict': wrapped, 'epoch': 1}):
+        target = nano()
+        assert utils.load_weights(target, dict(checkpoint)) == ([], [])
+        assert torch.equal(target.head.weight, state['head.weight'])
+    utils.load_weights(model, {'model': nano().state_dict(), 'model_ema': state}, use_ema=True)
+    assert torch.equal(model.head.weight, state['head.weight'])
+    with pytest.raises(InputError, match='no averaged weights'):
+        utils.load_weights(model, {'model': state}, use_ema=True)
+    with pytest.raises(InputError, match='expected weights'):
+        utils.load_weights(model, {'epoch': 3})
+
+
+def test_other_models_do_not_load(tmp_path):
+    model, state = nano(), nano().state_dict()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(InputError, match='4 classes, the model 10'):
+        utils.load_weights(model, {'model': nano(num_classes=4).state_dict()})
+    with pytest.raises(InputError, match='of another shape') as error:
+        utils.load_weights(model, {'model': nano(embed_dim=64).state_dict()})
+    assert len(str(error.value).splitlines()) < 15
+    with pytest.raises(InputError, match=r'\d+ not expected: .*stem'):
+        utils.load_weights(model, {'model': timm.create_model('regnety_002').state_dict()})
+    for key in ('blocks.3.attn.qkv.weight', 'norm.bias', 'pos_embed'):
+        with pytest.raises(InputError, match=f'1 missing: {key}'):
+            utils.load_weights(model, {'model': {k: v for k, v in state.items() if k != key}})
+    published = model.to_published(state)
+    del published['vs.3.v.weight']
+    with pytest.raises(InputError, match='qks.3.qk.weight'):
+        utils.load_weights(model, {'model': published})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
