@@ -422,7 +422,7 @@ def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     """timm's mixup and cutmix of a batch, which also smooths its labels; None where both are off."""
-    if args.eval or (args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax):
+    if args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax:
         return None
     if args.batch_size % 2:
         raise InputError(

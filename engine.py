@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import datasets
+import losses
+import models
 import utils
 from utils import InputError, say
 
@@ -66,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         choices=['fp32', 'bf16', 'fp16'],
         help='autocast in training and evaluation (default: on a GPU bf16, or fp16 where it has none; on a CPU fp32)',
     )
+    group.add_argument('--fuse', action='store_true', help='with --eval: fold BatchNorms first, where a model has them')
     group.add_argument('--compile', action='store_true', help='compile the model and the teacher with torch.compile')
 
     group = parser.add_argument_group('optimizer')
@@ -98,6 +102,32 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument('--cooldown-epochs', type=int, default=10)
     group.add_argument('--patience-epochs', type=int, default=10)
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1)
+
+
+def get_parser(description: str, recipe: dict) -> utils.Parser:
+    """Parser with the flags of all modules; `recipe` holds the defaults in which a script differs from the others."""
+    parser = utils.Parser(description)
+    for add in (models.add_arguments, datasets.add_arguments, losses.add_arguments, add_arguments, utils.add_arguments):
+        add(parser)
+    parser.set_defaults(**recipe)
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """A script from its flags to the last evaluation, which it returns."""
+    check_arguments(args)
+    device = utils.set_up_processes(args)
+    train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size())
+    num_classes = len(val_loader.dataset.classes)
+    model = models.build(args, num_classes).to(device)
+    precision = pick_precision(args, device)
+    say(
+        f'{args.model}: {count_parameters(model):,} parameters, {device}, {precision}, {utils.world_size()} process(es)'
+    )
+    if args.eval:
+        return evaluate_checkpoint(args, model, val_loader, make_autocast(precision, device))
+    criterion = losses.build_criterion(args, num_classes, device)
+    return train(args, model, criterion, train_loader, val_loader, datasets.build_mixup(args, num_classes), precision)
 
 
 @dataclass
@@ -315,92 +345,131 @@ def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable, name: str
     return results
 
 
-def run(
-    args: argparse.Namespace,
-    model: nn.Module,
-    criterion: nn.Module,
-    train_loader: DataLoader | None,
-    val_loader: DataLoader,
-    mixup: Mixup | None,
-    device: torch.device,
+def evaluate_checkpoint(
+    args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, autocast: Callable
 ) -> dict[str, float]:
-    """Train and evaluate, or evaluate alone, as the flags say; returns the last evaluation."""
-    precision = pick_precision(args, device)
-    autocast = make_autocast(precision, device)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f'{args.model}: {parameters:,} parameters, {device}, {precision}, {utils.world_size()} process(es)')
-    if args.eval:
-        load_exactly(model, utils.read_checkpoint(args.resume), args.resume, args.eval_ema)
-        say(f'{args.resume}: {"averaged weights" if args.eval_ema else "weights"} loaded, {describe_schedule(model)}')
-        if args.compile:
-            model.compile()
-        return evaluate(model, val_loader, autocast)
+    """Evaluate what --resume names, with the selection that its weights were saved with."""
+    load_exactly(model, utils.read_checkpoint(args.resume), args.resume, args.eval_ema)
+    say(f'{args.resume}: {"averaged weights" if args.eval_ema else "weights"} loaded, {describe_schedule(model)}')
+    if args.fuse and hasattr(model, 'fuse'):
+        model.fuse()
+    if args.compile:
+        model.compile()
+    return evaluate(model, val_loader, autocast)
 
+
+def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int) -> State:
+    """What a run begins with: weights, average, optimizer and schedules, new or from a checkpoint, and say so."""
+    device = next(model.parameters()).device
     if args.finetune:
         loaded = utils.load_weights(model, args.finetune, adapt=True)
         say(
             f'{args.finetune}: loaded; new in the model: {", ".join(loaded.missing) or "nothing"}; '
             f'not used of the file: {", ".join(loaded.dropped) or "nothing"}'
         )
-    global_batch = args.batch_size * args.grad_accum_steps * utils.world_size()
-    rate = args.lr * global_batch / 512
-    steps = len(train_loader) // args.grad_accum_steps
-    if steps == 0:
-        raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {len(train_loader)} batches')
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
+    images = global_batch(args)
+    rate = args.lr * images / 512
     optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate}))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     state = State(model, ema, optimizer, create_scheduler(args, optimizer)[0], scaler, args.start_epoch)
     if args.resume:
         state.load(utils.read_checkpoint(args.resume), args.resume)
         say(f'{args.resume}: going on with epoch {state.epoch}, best Acc@1 so far {state.best_acc1:.3f}')
+    say(
+        f'batch {args.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
+        f'{images} images a step (published: {args.recipe_batch}), '
+        f'learning rate {args.lr:g} * {images} / 512 = {rate:.3g}, '
+        f'{steps} steps an epoch, epochs {state.epoch} to {args.epochs - 1}, stage-wise from epoch {stage_epoch(args)}'
+    )
+    return state
+
+
+def global_batch(args: argparse.Namespace) -> int:
+    """Images that one optimizer step sees, over all processes."""
+    return args.batch_size * args.grad_accum_steps * utils.world_size()
+
+
+def stage_epoch(args: argparse.Namespace) -> int:
+    """The first epoch with one selection a stage; published: 200 of 300."""
+    return 2 * args.epochs // 3 if args.stage_epoch is None else args.stage_epoch
+
+
+def train(
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    mixup: Mixup | None,
+    precision: str,
+) -> dict[str, float]:
+    """Train for all epochs, evaluating, saving and logging on the way; returns the last evaluation."""
+    device = next(model.parameters()).device
+    autocast = make_autocast(precision, device)
+    steps = len(train_loader) // args.grad_accum_steps
+    if steps == 0:
+        raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {len(train_loader)} batches')
+    state = start(args, model, precision, steps)
+    networks = [model, state.ema.module] if state.ema else [model]
     if args.compile:
         model.compile()
     net = model
     if utils.world_size() > 1:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
-    stage_epoch = 2 * args.epochs // 3 if args.stage_epoch is None else args.stage_epoch
-    say(
-        f'batch {args.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
-        f'{global_batch} images a step (published: {args.recipe_batch}), learning rate {args.lr:g} * {global_batch} / 512 = {rate:.3g}, '
-        f'{steps} steps an epoch, epochs {state.epoch} to {args.epochs - 1}, stage-wise from epoch {stage_epoch}'
-    )
-    output = Path(args.output_dir) if args.output_dir and utils.rank() == 0 else None
     test, started, first = {}, time.perf_counter(), state.epoch
     for epoch in range(first, args.epochs):
-        for network in (model, *([ema.module] if ema else [])):
+        for network in networks:
             if hasattr(network, 'set_schedule'):
-                network.set_schedule(epoch >= stage_epoch, epoch >= args.prune_warmup_epoch)
+                network.set_schedule(epoch >= stage_epoch(args), epoch >= args.prune_warmup_epoch)
         train_loader.sampler.set_epoch(epoch)
         record = train_one_epoch(state, net, criterion, train_loader, mixup, autocast, args)
-        share_buffers(model, ema)
+        for network in networks:
+            share_buffers(network)
         if (epoch + 1) % args.eval_interval == 0 or epoch >= args.epochs - args.eval_interval:
             test = evaluate(model, val_loader, autocast)
             record |= {f'test_{key}': value for key, value in test.items()}
-            if args.eval_ema and ema:
-                averaged = evaluate(ema.module, val_loader, autocast, 'Test of the average')
+            if args.eval_ema and state.ema:
+                averaged = evaluate(state.ema.module, val_loader, autocast, 'Test of the average')
                 record |= {f'test_ema_{key}': value for key, value in averaged.items()}
         # As published: the rate of epoch e is the schedule's at e - 1, so epochs 0 and 1 both have the warm-up rate.
         state.scheduler.step(epoch, record.get('test_acc1', state.best_acc1))
         state.epoch = epoch + 1
-        improved = record.get('test_acc1', -1) > state.best_acc1
-        state.best_acc1 = max(state.best_acc1, record['test_acc1']) if improved else state.best_acc1
-        record |= {'epoch': epoch, 'n_parameters': parameters, 'best_acc1': state.best_acc1}
-        record |= {'selection': describe_schedule(model), 'precision': precision, 'global_batch': global_batch}
-        if output:
-            checkpoint = state.state_dict(args)
-            utils.write_checkpoint(output / 'checkpoint.pth', checkpoint)
-            if improved:
-                utils.write_checkpoint(output / 'best_checkpoint.pth', checkpoint)
-            write_log(output / 'log.txt', record)
+        save_epoch(args, state, record | {'precision': precision, 'epoch': epoch})
         left = (time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         say(f'Epoch {epoch} done, best Acc@1 {state.best_acc1:.3f}, time left {timedelta(seconds=round(left))}\n')
-    if output:
-        say(f'written: {", ".join(str(p) for p in sorted(output.glob("*checkpoint.pth")))}, {output / "log.txt"}')
     return test
+
+
+def save_epoch(args: argparse.Namespace, state: State, record: dict):
+    """Keep the best accuracy; on the first process write the checkpoint, the best one, and a line of the log."""
+    improved = record.get('test_acc1', 0.0) > state.best_acc1  # False for NaN
+    if improved:
+        state.best_acc1 = record['test_acc1']
+    if not args.output_dir or utils.rank() > 0:
+        return
+    output = Path(args.output_dir)
+    checkpoint = state.state_dict(args)
+    utils.write_checkpoint(output / 'checkpoint.pth', checkpoint)
+    if improved:
+        utils.write_checkpoint(output / 'best_checkpoint.pth', checkpoint)
+    record |= {
+        'best_acc1': state.best_acc1,
+        'n_parameters': count_parameters(state.model),
+        'selection': describe_schedule(state.model),
+        'global_batch': global_batch(args),
+    }
+    write_log(output / 'log.txt', record)
+    if state.epoch == args.epochs:
+        say(f'written: {output / "checkpoint.pth"}, {output / "best_checkpoint.pth"}, {output / "log.txt"}')
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def describe_schedule(model: nn.Module) -> str:
@@ -410,10 +479,10 @@ def describe_schedule(model: nn.Module) -> str:
     return ('stage-wise' if model.stage_wise else 'layer-wise') if model.evolving else 'all patches'
 
 
-def share_buffers(model: nn.Module, ema: ModelEmaV3 | None):
+def share_buffers(model: nn.Module):
     """Give every process the buffers (BatchNorm statistics) of the first one, whose file will hold them."""
     if dist.is_initialized():
-        for buffer in (*model.buffers(), *(ema.module.buffers() if ema else ())):
+        for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 

@@ -85,7 +85,7 @@ def _full_precision(logits: Tensor) -> Tensor:
 
 def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.device) -> Criterion:
     """The criterion that the flags ask for, its teacher loaded; InputError where the teacher's weights do not fit."""
-    if args.eval or args.distillation_type == 'none':
+    if args.distillation_type == 'none':
         return Criterion(args.smoothing)
     if not args.teacher_path:
         raise InputError(

@@ -16,32 +16,15 @@ On a laptop, with a data set that the program draws itself:
     output
 """
 
-import datasets
 import engine
-import losses
-import models
 import utils
 
-
-def get_parser() -> utils.Parser:
-    """All flags, with the recipe of DeiT (300 epochs, 1024 images a step) as defaults."""
-    parser = utils.Parser(__doc__)
-    for module in (models, datasets, losses, engine, utils):
-        module.add_arguments(parser)
-    parser.set_defaults(model='evo_deit_small_patch16_224', drop_path=0.1, weight_decay=0.05, recipe_batch=1024)
-    return parser
+# DeiT's recipe is the default of every flag; these are left.
+RECIPE = dict(model='evo_deit_small_patch16_224', drop_path=0.1, recipe_batch=1024)
 
 
 def main():
-    args = get_parser().parse_args()
-    engine.check_arguments(args)
-    device = utils.set_up_processes(args)
-    train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size())
-    num_classes = len(val_loader.dataset.classes)
-    model = models.build(args, num_classes).to(device)
-    criterion = losses.build_criterion(args, num_classes, device)
-    mixup = datasets.build_mixup(args, num_classes)
-    engine.run(args, model, criterion, train_loader, val_loader, mixup, device)
+    engine.main(engine.get_parser(__doc__, RECIPE).parse_args())
 
 
 if __name__ == '__main__':

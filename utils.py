@@ -324,7 +324,10 @@ def load_weights(model: nn.Module, source: str | Path | dict, use_ema: bool = Fa
     own = model.state_dict()
     state, missing, dropped = find_weights(checkpoint, use_ema), [], []
     if hasattr(model, 'convert_state'):
-        state, missing, dropped = model.convert_state(state, resize=adapt)
+        try:
+            state, missing, dropped = model.convert_state(state, resize=adapt)
+        except ValueError as error:
+            raise InputError(f'{where}: {error}') from error
 
     classifier = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
     heads = tuple(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier))

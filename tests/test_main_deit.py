@@ -67,18 +67,19 @@ def test_every_published_flag_is_accepted():
         '--compile '
         '--grad-accum-steps 2 --print-freq 3 --eval-interval 2 --eval-ema'
     ).split()
-    args = main_deit.get_parser().parse_args(flags)
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(flags)
     assert args.lr_noise == [0.4, 0.6] and args.local_rank == -1
 
 
 def test_the_recipe_is_the_published_one():
-    args = main_deit.get_parser().parse_args([])
+    args = engine.get_parser('', main_deit.RECIPE).parse_args([])
     expected = dict(
         epochs=300, batch_size=64, input_size=224, drop=0.0, drop_path=0.1, model_ema=True, model_ema_decay=0.99996,
-        opt='adamw', opt_eps=1e-8, opt_betas=None, clip_grad=None, momentum=0.9, weight_decay=0.05, sched='cosine', lr=5e-4,
-        warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30, warmup_epochs=5, cooldown_epochs=10, patience_epochs=10, decay_rate=0.1,
-        smoothing=0.1, color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', repeated_aug=True, reprob=0.25,
-        remode='pixel', recount=1, mixup=0.8, cutmix=1.0, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode='batch',
+        opt='adamw', opt_eps=1e-8, opt_betas=None, clip_grad=None, momentum=0.9, weight_decay=0.05, sched='cosine',
+        lr=5e-4, warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30, warmup_epochs=5, cooldown_epochs=10, patience_epochs=10,
+        decay_rate=0.1, smoothing=0.1, color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic',
+        repeated_aug=True, reprob=0.25, remode='pixel', recount=1, mixup=0.8, cutmix=1.0, mixup_prob=1.0,
+        mixup_switch_prob=0.5, mixup_mode='batch',
         distillation_type='none', distillation_alpha=0.5, distillation_tau=1.0, data_set='IMNET', seed=0,
         num_workers=10,
     )  # fmt: skip
@@ -89,7 +90,7 @@ def test_the_recipe_is_the_published_one():
     'row', json.loads((fill.HERE / 'recipe.json').read_text())['lr'], ids=lambda row: str(row['epochs'])
 )
 def test_learning_rates_are_the_published_ones(row):
-    args = main_deit.get_parser().parse_args(['--epochs', str(row['epochs'])])
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(['--epochs', str(row['epochs'])])
     args.warmup_epochs, args.warmup_lr, args.min_lr = row['warmup_epochs'], row['warmup_lr'], row['min_lr']
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=row['base_lr'])
     scheduler, rates = create_scheduler(args, optimizer)[0], []
@@ -384,5 +385,5 @@ def test_two_nodes(flags, tmp_path):
 def test_models_that_are_not_ours_train_too(script, flags):
     printed = script('main_deit', *flags, '--model', 'resnet10t', '--epochs', 1)
     assert 'resnet10t' in printed and 'done' in printed
-    args = main_deit.get_parser().parse_args(['--model', 'vit_tiny_patch16_224', '--input-size', '32'])
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(['--model', 'vit_tiny_patch16_224', '--input-size', '32'])
     assert models.build(args, 3).patch_embed.num_patches == 4

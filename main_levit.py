@@ -1,0 +1,37 @@
+"""Train and evaluate Evo-LeViT, distilled from a RegNetY-160.
+
+Evo-LeViT-128, on one node with 8 GPUs (384 px: --model EvoLeViT_384_384 --input-size 384 --batch-size 128):
+
+    python3 -m torch.distributed.launch --nproc_per_node=8 --use_env main_levit.py --model EvoLeViT_128 \\
+        --batch-size 256 --data-path /path/to/imagenet --output_dir /path/to/save
+
+The teacher's weights are looked for in ./regnety_160-a5fe301d.pth; --teacher-path takes another path or an address, and
+--distillation-type none trains without. Evaluate a checkpoint, one of the published ones too:
+
+    python3 main_levit.py --model EvoLeViT_128 --eval --resume /path/to/checkpoint.pth --data-path /path/to/imagenet
+"""
+
+import engine
+import utils
+
+# LeViT's recipe, where it differs from DeiT's, which is the default of every flag.
+RECIPE = dict(
+    model='EvoLeViT_128S',
+    batch_size=256,
+    recipe_batch=2048,
+    weight_decay=0.025,
+    clip_grad=0.01,
+    clip_mode='agc',
+    distillation_type='cls',
+    teacher_path='./regnety_160-a5fe301d.pth',
+    eval_interval=20,
+    precision='fp32',
+)
+
+
+def main():
+    engine.main(engine.get_parser(__doc__, RECIPE).parse_args())
+
+
+if __name__ == '__main__':
+    utils.run_script(main)
