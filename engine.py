@@ -38,7 +38,7 @@ from utils import InputError, say
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the run: epochs, optimizer, schedules, precision, checkpoints."""
     group = parser.add_argument_group('run')
-    group.add_argument('--epochs', type=int, default=300)
+    group.add_argument('--epochs', type=int, default=300, help='passes over the training images')
     group.add_argument('--start_epoch', type=int, default=0, help='first epoch, where no checkpoint says it')
     group.add_argument(
         '--stage-epoch',
@@ -74,17 +74,22 @@ def add_arguments(parser: argparse.ArgumentParser):
 
     group = parser.add_argument_group('optimizer')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='any optimizer of timm')
-    group.add_argument('--opt-eps', type=float, default=1e-8)
+    group.add_argument('--opt-eps', type=float, default=1e-8, help='epsilon of the optimizer')
     group.add_argument('--opt-betas', type=float, nargs='+', help="default: the optimizer's own")
     group.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients (default: not)')
-    group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm')
-    group.add_argument('--momentum', type=float, default=0.9)
-    group.add_argument('--weight-decay', type=float, default=0.05)
+    group.add_argument(
+        '--clip-mode',
+        choices=['norm', 'value', 'agc'],
+        default='norm',
+        help='clip the norm, each value, or adaptively (AGC)',
+    )
+    group.add_argument('--momentum', type=float, default=0.9, help='of optimizers that have one')
+    group.add_argument('--weight-decay', type=float, default=0.05, help='not on biases, norms, positions')
     group.add_argument(
         '--grad-accum-steps', type=int, default=1, metavar='N', help='batches a process adds up for one step'
     )
     group.add_argument('--model-ema', action=argparse.BooleanOptionalAction, default=True, help='average the weights')
-    group.add_argument('--model-ema-decay', type=float, default=0.99996)
+    group.add_argument('--model-ema-decay', type=float, default=0.99996, help='of the average, for each step')
     group.add_argument('--model-ema-force-cpu', action='store_true', help='keep the averaged weights on the CPU')
 
     group = parser.add_argument_group('learning rate')
@@ -93,15 +98,17 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument(
         '--lr-noise', type=float, nargs='+', metavar='PCT', help='epochs, as a share of all, with noisy rate'
     )
-    group.add_argument('--lr-noise-pct', type=float, default=0.67)
-    group.add_argument('--lr-noise-std', type=float, default=1.0)
-    group.add_argument('--warmup-lr', type=float, default=1e-6)
-    group.add_argument('--min-lr', type=float, default=1e-5)
-    group.add_argument('--decay-epochs', type=float, default=30)
-    group.add_argument('--warmup-epochs', type=int, default=5)
-    group.add_argument('--cooldown-epochs', type=int, default=10)
-    group.add_argument('--patience-epochs', type=int, default=10)
-    group.add_argument('--decay-rate', '--dr', type=float, default=0.1)
+    group.add_argument('--lr-noise-pct', type=float, default=0.67, help='limit of the noise')
+    group.add_argument('--lr-noise-std', type=float, default=1.0, help='deviation of the noise')
+    group.add_argument('--warmup-lr', type=float, default=1e-6, help='rate at the start of the warm-up')
+    group.add_argument('--min-lr', type=float, default=1e-5, help='rate at the end')
+    group.add_argument('--decay-epochs', type=float, default=30, help='epochs between decays, for step schedules')
+    group.add_argument('--warmup-epochs', type=int, default=5, help='epochs of linear warm-up')
+    group.add_argument(
+        '--cooldown-epochs', type=int, default=10, help='epochs at the last rate, where --epochs leaves them'
+    )
+    group.add_argument('--patience-epochs', type=int, default=10, help='epochs without progress, for plateau schedules')
+    group.add_argument('--decay-rate', '--dr', type=float, default=0.1, help='factor of a decay')
 
 
 def get_parser(description: str, recipe: dict) -> utils.Parser:
@@ -214,8 +221,11 @@ def check_arguments(args: argparse.Namespace):
     """Refuse, before anything is read or built, what cannot end well."""
     for flag in ('resume', 'finetune', 'teacher_path'):
         source = getattr(args, flag)
+        if flag == 'teacher_path' and (args.eval or args.distillation_type == 'none'):
+            continue
         if source and not utils.is_address(source) and not Path(source).is_file():
-            raise InputError(f'--{flag.replace("_", "-")} {source}: {Path(source).absolute()} is not a file')
+            where = f'; the published teacher is at {losses.PUBLISHED_TEACHER}' if flag == 'teacher_path' else ''
+            raise InputError(f'--{flag.replace("_", "-")} {source}: {Path(source).absolute()} is not a file{where}')
     if args.eval and not args.resume:
         raise InputError(
             '--eval needs --resume with the checkpoint to evaluate; without one, random weights would be scored'

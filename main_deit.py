@@ -12,8 +12,8 @@ Evaluate a checkpoint, one of the published ones too:
 
 On a laptop, with a data set that the program draws itself:
 
-    python3 main_deit.py --model evo_deit_nano_patch4_32 --data-set SHAPES --input-size 32 --epochs 10 --output_dir
-    output
+    python3 main_deit.py --model evo_deit_nano_patch4_32 --data-set SHAPES --input-size 32 --epochs 10 \\
+        --output_dir output
 """
 
 import engine

@@ -55,7 +55,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        said = action.default in (None, '', False) or '(default' in action.help
+        return action.help if said else super()._get_help_string(action)
 
 
 def add_arguments(parser: argparse.ArgumentParser):

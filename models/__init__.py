@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group('model')
     group.add_argument('--model', metavar='NAME', help='any Evo-ViT or timm model')
     group.add_argument('--drop', type=float, default=0.0, metavar='RATE', help='dropout before the head')
-    group.add_argument('--drop-path', type=float, metavar='RATE', help="stochastic depth (default: the model's own)")
+    group.add_argument('--drop-path', type=float, metavar='RATE', help="stochastic depth; without, the model's own")
     group.add_argument(
         '--keep-ratio', type=float, nargs='+', metavar='R', help='share of informative patches, one or one a stage'
     )

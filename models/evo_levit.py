@@ -52,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, need_attention: bool) -> tuple[Tenso
         x = F.scaled_dot_product_attention(q, k, v)
         row = evolution.class_attention(q[:, :, :1], k, scale) if need_attention else None
     else:
-        attention = (q * scale @ k.mT).softmax(-1)
+        attention = ((q * scale) @ k.mT).softmax(-1)
         x, row = attention @ v, attention[:, :, 0, 1:]
     return x.transpose(1, 2).flatten(2), row.mean(1) if need_attention else None
 
@@ -210,7 +210,7 @@ class EvoLeViT(nn.Module):
         self.stage_wise, self.learned_tradeoff, self.evolving = state.tolist()
 
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
-        """Choose the schedule of selection; the tradeoff is learned from when the selection is stage-wise."""
+        """Choose the schedule of selection; the tradeoff is learned from the time on that selection is stage-wise."""
         self.stage_wise = self.learned_tradeoff = stage_wise
         self.evolving = evolving
 
@@ -319,7 +319,7 @@ class EvoLeViT(nn.Module):
         selecting = [(i, g.start) for i, stage in enumerate(groups) for g in stage if g.keep_ratio < 1]
         last_selection = max(selecting, default=(-1, -1))
         x, score, selections, outputs = self.embed(x), None, {}, []
-        for i, stage in enumerate(self.stages[:stop]):
+        for i, stage in enumerate(list(self.stages)[:stop]):
             tradeoffs = [self.tradeoff(block.attn) for block in stage.blocks]
             layers = [stage.downsample, *stage.blocks]
             if recompute:

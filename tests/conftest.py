@@ -2,12 +2,19 @@
 
 import importlib
 import json
+import os
+import re
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from datasets import Shapes
+
+ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # small models; threads that wait for each other on busy cores cost more
 
@@ -41,3 +48,24 @@ def script(monkeypatch, capfd):
 def read_log(folder) -> list[dict]:
     """The lines of a run's log."""
     return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+
+
+def accuracy(printed: str) -> str:
+    """The last top-1 that was printed."""
+    return re.findall(r'\* Acc@1 (\S+)', printed)[-1]
+
+
+def launch(*command) -> subprocess.Popen:
+    """Start `python -m` with a launcher's command in the project's folder."""
+    kept = {key: value for key, value in os.environ.items() if key not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+    return subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-m', *map(str, command)], cwd=ROOT, env=kept | {'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]

@@ -1,9 +1,7 @@
 """main_deit.py as its users run it: training, resuming, evaluating, fine-tuning, launchers."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import read_log
+from conftest import accuracy, free_port, launch, read_log
 from golden import fill
 from timm.scheduler import create_scheduler
 
@@ -35,10 +33,6 @@ NANO = [
     '--print-freq',
     1,
 ]
-
-
-def accuracy(printed: str) -> str:
-    return re.findall(r'\* Acc@1 (\S+)', printed)[-1]
 
 
 @pytest.fixture(scope='module')
@@ -321,20 +315,6 @@ def test_a_wrong_flag_ends_a_script_without_a_traceback(tmp_path):
 
 
 # --- launchers
-
-
-def launch(*command, check=True, **environment) -> subprocess.Popen:
-    kept = {key: value for key, value in os.environ.items() if key not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
-    return subprocess.Popen(
-        [sys.executable, '-W', 'ignore', '-m', *map(str, command)], cwd=ROOT, env=kept | {'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(
