@@ -5,13 +5,13 @@ evolution has `set_schedule`; that is all this module knows of families.
 """
 
 import argparse
-import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import checkpoint
 import datasets
 import losses
 import models
 import utils
+from checkpoint import State
 from utils import InputError, say
 
 
@@ -48,15 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     group.add_argument(
         '--prune-warmup-epoch', type=int, default=0, metavar='N', help='first N epochs without selection'
-    )
-    group.add_argument(
-        '--output_dir', default='', metavar='PATH', help='where checkpoints and the log go; nothing is written without'
-    )
-    group.add_argument(
-        '--resume', default='', metavar='PATH', help='checkpoint (path or address) to go on from, or to evaluate'
-    )
-    group.add_argument(
-        '--finetune', default='', metavar='PATH', help='weights to start from; another head or image size is adapted'
     )
     group.add_argument('--eval', action='store_true', help='evaluate and stop')
     group.add_argument('--eval-ema', action='store_true', help='evaluate the averaged weights (in training: these too)')
@@ -114,8 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 def get_parser(description: str, recipe: dict) -> utils.Parser:
     """Parser with the flags of all modules; `recipe` holds the defaults in which a script differs from the others."""
     parser = utils.Parser(description)
-    for add in (models.add_arguments, datasets.add_arguments, losses.add_arguments, add_arguments, utils.add_arguments):
-        add(parser)
+    for module in (models, datasets, losses, checkpoint, utils):
+        module.add_arguments(parser)
+    add_arguments(parser)
     parser.set_defaults(**recipe)
     return parser
 
@@ -135,71 +129,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         return evaluate_checkpoint(args, model, val_loader, make_autocast(precision, device))
     criterion = losses.build_criterion(args, num_classes, device)
     return train(args, model, criterion, train_loader, val_loader, datasets.build_mixup(args, num_classes), precision)
-
-
-@dataclass
-class State:
-    """All that a run changes, and so all that a checkpoint holds."""
-
-    model: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scheduler: object
-    scaler: torch.amp.GradScaler
-    epoch: int = 0  # the next one
-    best_acc1: float = 0.0
-
-    def state_dict(self, args: argparse.Namespace) -> dict:
-        """A checkpoint after epoch `self.epoch - 1`: tensors and plain data, so that it loads without running code."""
-        return {
-            'model': self.model.state_dict(),
-            'model_ema': self.ema.module.state_dict() if self.ema else None,
-            'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': self.scheduler.state_dict(),
-            'scaler': self.scaler.state_dict(),
-            'epoch': self.epoch - 1,
-            'best_acc1': self.best_acc1,
-            'args': {name: value for name, value in vars(args).items()},
-        }
-
-    def load(self, checkpoint: dict, source: str):
-        """Take everything over from a checkpoint, saying what it does not hold."""
-        load_exactly(self.model, checkpoint, source)
-        if self.ema:
-            if checkpoint.get('model_ema'):
-                load_exactly(self.ema.module, checkpoint, source, use_ema=True)
-            else:
-                self.ema.set(self.model)
-                say(f'{source} has no averaged weights; the average starts from its weights')
-        if 'epoch' not in checkpoint:
-            say(f'{source} holds weights alone; training starts with them at epoch {self.epoch}')
-            return
-        self.epoch = checkpoint['epoch'] + 1
-        self.best_acc1 = checkpoint.get('best_acc1', 0.0)
-        published = hasattr(self.model, 'is_published') and self.model.is_published(utils.find_weights(checkpoint))
-        if checkpoint.get('optimizer') is None or published:
-            # The published optimizer state follows another order and number of parameters.
-            self.scheduler.step(checkpoint['epoch'])
-            say(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its rate')
-            return
-        self.optimizer.load_state_dict(checkpoint['optimizer'])
-        self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
-        if self.scaler.is_enabled() and checkpoint.get('scaler'):
-            self.scaler.load_state_dict(checkpoint['scaler'])
-        elif self.scaler.is_enabled() or checkpoint.get('scaler'):
-            say(f'{source} was saved in another precision; the loss scale starts anew')
-
-
-def load_exactly(model: nn.Module, checkpoint: dict, source: str, use_ema: bool = False):
-    """Load weights of which nothing may be missing: a wrong accuracy is worse than none."""
-    try:
-        loaded = utils.load_weights(model, checkpoint, use_ema)
-    except InputError as error:
-        raise InputError(f'{source}: {error}\nTo start from weights that differ, use --finetune.') from error
-    if loaded.missing:
-        raise InputError(
-            f'{source} holds a plain vision transformer, without {", ".join(loaded.missing)}: --finetune starts from it'
-        )
 
 
 def pick_precision(args: argparse.Namespace, device: torch.device) -> str:
@@ -232,11 +161,46 @@ def check_arguments(args: argparse.Namespace):
         )
     if args.grad_accum_steps < 1:
         raise InputError(f'--grad-accum-steps: expected 1 or more, found {args.grad_accum_steps}')
-    if args.output_dir and not args.eval:
-        try:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f'--output_dir {args.output_dir} cannot be made: {error}') from error
+    if args.keep_checkpoints < 1:
+        raise InputError(f'--keep-checkpoints: expected 1 or more, found {args.keep_checkpoints}')
+    if args.output_dir and not args.eval and int(os.environ.get('RANK', 0)) == 0:
+        checkpoint.claim_output(args)
+
+
+class Gate:
+    """Where all processes agree, in each step and before its update, whether to go on.
+
+    They stop together where the loss of one is not finite, and after this step where one was asked to end (SIGTERM).
+    On a GPU the loss looked at is that of the step before, so that the device never waits; no checkpoint comes between.
+    """
+
+    def __init__(self, device: torch.device):
+        self.delay = device.type == 'cuda'
+        self.group = dist.new_group(backend='gloo') if self.delay and dist.is_initialized() else None
+        self.asked = self.stopping = False
+        self.before: Tensor | None = None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def pass_through(self, loss: Tensor | None, place: str):
+        """Agree on a loss, None to look at the one that is still open; InputError in all processes if one is bad."""
+        loss, self.before = (self.before, loss) if self.delay else (loss, None)
+        bad = loss is not None and not math.isfinite(loss.item())
+        verdict = torch.tensor([float(bad) * (1 + utils.rank()), float(self.asked), loss.item() if bad else 0.0])
+        if dist.is_initialized():
+            every = [torch.empty_like(verdict) for _ in range(utils.world_size())]
+            dist.all_gather(every, verdict, group=self.group)
+            verdict = torch.stack(every)
+        verdict = verdict.view(-1, 3)
+        self.stopping |= bool(verdict[:, 1].any())
+        for rank, _, value in verdict[verdict[:, 0] > 0].tolist():
+            raise InputError(
+                f'the loss of process {rank - 1:.0f} is {value} {place}; all stop, checkpoints are as they were. '
+                'A lower --lr, --clip-grad 1, or --precision bf16 or fp32 may help'
+            )
 
 
 def train_step(
@@ -247,11 +211,12 @@ def train_step(
     count: int,
     autocast: Callable,
     args: argparse.Namespace,
+    accept: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """One optimizer step from `count` batches of images (B, 3, rows, columns) and targets; returns the mean loss,
-    detached.
+    """One optimizer step from `count` batches of images (B, 3, rows, columns) and targets; returns the mean loss.
 
-    `net` is the model as it is called, perhaps inside DistributedDataParallel. Nothing here waits for the device.
+    `net` is the model as it is called, perhaps inside DistributedDataParallel. `accept` sees the loss before the update
+    and may raise. Nothing else here waits for the device.
     """
     total = 0.0
     for i, (images, targets) in enumerate(batches, 1):
@@ -262,6 +227,8 @@ def train_step(
                 loss = criterion(images, net(images), targets) / count
             state.scaler.scale(loss).backward()
         total += loss.detach()
+    if accept is not None:
+        accept(total)
     if args.clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
         dispatch_clip_grad(state.model.parameters(), args.clip_grad, args.clip_mode)
@@ -281,55 +248,67 @@ def train_one_epoch(
     mixup: Mixup | None,
     autocast: Callable,
     args: argparse.Namespace,
+    gate: Gate,
 ) -> dict[str, float]:
-    """Train on each batch of `loader` once; returns the mean loss, the rate of the last step and images a second."""
+    """Train on the batches of an epoch from `state.step` on; returns the mean loss, the rate and images a second.
+
+    Saves on the way where the flags ask for it, and before it ends with exit code 143 where the process was asked to.
+    """
     net.train()
     device = next(state.model.parameters()).device
-    count = args.grad_accum_steps
-    steps = len(loader) // count
-    loss_sum = torch.zeros(2, device=device)  # of the epoch, of the steps since the last line of progress
-    images_per_step = loader.batch_size * count * utils.world_size()
+    count, steps = args.grad_accum_steps, len(loader) // args.grad_accum_steps
+    first, images = state.step, global_batch(args)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # sums: of the epoch, since the last line of progress
+    sums[0] = state.loss_sum if utils.rank() == 0 else 0.0
+    loader.sampler.set_epoch(state.epoch, start=first * count * args.batch_size)
     started = lap = time.perf_counter()
-    batches = iter(loader)
-    for step in range(steps):
-        # Mixup and stochastic depth too are functions of the place in the run. (Data sets seed by (seed, epoch,
-        # position).)
+    batches, shown = iter(loader), first
+    for step in range(first, steps):
+        place = f'in epoch {state.epoch}, step {step}, at rate {state.optimizer.param_groups[-1]["lr"]:.3g}'
+        # Mixup and stochastic depth too are functions of the place in the run, as the data set's augmentation is.
         utils.seed_all(args.seed, state.epoch, step, 1 + utils.rank())
-        loss_sum += train_step(
-            state, net, criterion, _prepare(islice(batches, count), mixup, device), count, autocast, args
+        factor = utils.inject_fault(state.epoch, step)
+        inputs = _prepare(islice(batches, count), mixup, device, factor)
+        sums += train_step(
+            state, net, criterion, inputs, count, autocast, args, partial(gate.pass_through, place=place)
         )
-        if (step + 1) % args.print_freq == 0 or step + 1 == steps:
-            mean = utils.all_sum(loss_sum.clone()) / utils.world_size()
-            epoch_loss, lap_loss = mean.tolist()
-            loss_sum[1] = 0
+        state.step = step + 1
+        interval = args.save_interval_steps and state.step % args.save_interval_steps == 0
+        if gate.stopping or (interval and state.step < steps):
+            gate.pass_through(None, place)
+            state.loss_sum = utils.all_sum(sums.clone())[0].item()
+            sums[0] = state.loss_sum if utils.rank() == 0 else 0.0
+            checkpoint.save(args, state)
+        if gate.stopping:
+            say(f'asked to end: stopped {place}' + (f'; saved in {args.output_dir}' if args.output_dir else ''))
+            raise SystemExit(128 + signal.SIGTERM)
+        if state.step % args.print_freq == 0 or state.step == steps:
+            lap_loss = utils.all_sum(sums.clone())[1].item() / utils.world_size() / (state.step - shown)
             now = time.perf_counter()
-            since = (step + 1) % args.print_freq or args.print_freq
-            left = timedelta(seconds=round((now - started) / (step + 1) * (steps - step - 1)))
+            left = timedelta(seconds=round((now - started) / (state.step - first) * (steps - state.step)))
             say(
-                f'Epoch: [{state.epoch}/{args.epochs}]  [{step + 1:>{len(str(steps))}}/{steps}]  '
-                f'loss: {lap_loss / since:.4f}  '
-                f'lr: {state.optimizer.param_groups[-1]["lr"]:.3g}  {images_per_step * since / (now - lap):.1f} img/s  '
-                f'eta: {left}'
+                f'Epoch: [{state.epoch}/{args.epochs}]  [{state.step:>{len(str(steps))}}/{steps}]  '
+                f'loss: {lap_loss:.4f}  lr: {state.optimizer.param_groups[-1]["lr"]:.3g}  '
+                f'{images * (state.step - shown) / (now - lap):.1f} img/s  eta: {left}'
                 + (f'  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB' if device.type == 'cuda' else '')
             )
-            lap = now
-            if not math.isfinite(lap_loss):
-                raise InputError(
-                    f'the loss is {lap_loss} in epoch {state.epoch}, in the {since} steps before step {step + 1}; '
-                    'training stops, checkpoints are as after the last epoch. '
-                    'A lower --lr, --clip-grad 1, or --precision bf16 or fp32 may help'
-                )
-    seconds = time.perf_counter() - started
+            sums[1], lap, shown = 0.0, now, state.step
+    gate.pass_through(None, f'at the end of epoch {state.epoch}')
+    seconds = max(time.perf_counter() - started, 1e-9)
     return {
-        'train_loss': epoch_loss / steps,
+        'train_loss': utils.all_sum(sums)[0].item() / utils.world_size() / steps,
         'train_lr': state.optimizer.param_groups[-1]['lr'],
-        'train_images_per_second': steps * images_per_step / seconds,
+        'train_images_per_second': (steps - first) * images / seconds,
     }
 
 
-def _prepare(batches: Iterable, mixup: Mixup | None, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _prepare(
+    batches: Iterable, mixup: Mixup | None, device: torch.device, factor: float
+) -> Iterator[tuple[Tensor, Tensor]]:
     for images, targets in batches:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if factor != 1:
+            images = images * factor
         yield mixup(images, targets) if mixup else (images, targets)
 
 
@@ -359,7 +338,7 @@ def evaluate_checkpoint(
     args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, autocast: Callable
 ) -> dict[str, float]:
     """Evaluate what --resume names, with the selection that its weights were saved with."""
-    load_exactly(model, utils.read_checkpoint(args.resume), args.resume, args.eval_ema)
+    checkpoint.load_exactly(model, utils.read_checkpoint(args.resume), args.resume, args.eval_ema)
     say(f'{args.resume}: {"averaged weights" if args.eval_ema else "weights"} loaded, {describe_schedule(model)}')
     if args.fuse and hasattr(model, 'fuse'):
         model.fuse()
@@ -385,9 +364,10 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
     optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate}))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     state = State(model, ema, optimizer, create_scheduler(args, optimizer)[0], scaler, args.start_epoch)
-    if args.resume:
-        state.load(utils.read_checkpoint(args.resume), args.resume)
-        say(f'{args.resume}: going on with epoch {state.epoch}, best Acc@1 so far {state.best_acc1:.3f}')
+    if found := checkpoint.find_start(args):
+        source, content = found
+        state.load(content, source, args)
+        say(f'{source}: going on with epoch {state.epoch}, step {state.step}, best Acc@1 so far {state.best_acc1:.3f}')
     say(
         f'batch {args.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
         f'{images} images a step (published: {args.recipe_batch}), '
@@ -430,13 +410,13 @@ def train(
     if utils.world_size() > 1:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
+    gate = Gate(device)
     test, started, first = {}, time.perf_counter(), state.epoch
     for epoch in range(first, args.epochs):
         for network in networks:
             if hasattr(network, 'set_schedule'):
                 network.set_schedule(epoch >= stage_epoch(args), epoch >= args.prune_warmup_epoch)
-        train_loader.sampler.set_epoch(epoch)
-        record = train_one_epoch(state, net, criterion, train_loader, mixup, autocast, args)
+        record = train_one_epoch(state, net, criterion, train_loader, mixup, autocast, args, gate)
         for network in networks:
             share_buffers(network)
         if (epoch + 1) % args.eval_interval == 0 or epoch >= args.epochs - args.eval_interval:
@@ -447,32 +427,29 @@ def train(
                 record |= {f'test_ema_{key}': value for key, value in averaged.items()}
         # As published: the rate of epoch e is the schedule's at e - 1, so epochs 0 and 1 both have the warm-up rate.
         state.scheduler.step(epoch, record.get('test_acc1', state.best_acc1))
-        state.epoch = epoch + 1
-        save_epoch(args, state, record | {'precision': precision, 'epoch': epoch})
+        state.epoch, state.step, state.loss_sum = epoch + 1, 0, 0.0
+        finish_epoch(args, state, record | {'precision': precision, 'epoch': epoch})
         left = (time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         say(f'Epoch {epoch} done, best Acc@1 {state.best_acc1:.3f}, time left {timedelta(seconds=round(left))}\n')
     return test
 
 
-def save_epoch(args: argparse.Namespace, state: State, record: dict):
-    """Keep the best accuracy; on the first process write the checkpoint, the best one, and a line of the log."""
-    improved = record.get('test_acc1', 0.0) > state.best_acc1  # False for NaN
+def finish_epoch(args: argparse.Namespace, state: State, record: dict):
+    """Keep the best accuracy, write the checkpoint and a line of the log."""
+    improved = (record.get('test_acc1') or 0.0) > state.best_acc1  # False for NaN
     if improved:
         state.best_acc1 = record['test_acc1']
+    checkpoint.save(args, state, improved)
     if not args.output_dir or utils.rank() > 0:
         return
-    output = Path(args.output_dir)
-    checkpoint = state.state_dict(args)
-    utils.write_checkpoint(output / 'checkpoint.pth', checkpoint)
-    if improved:
-        utils.write_checkpoint(output / 'best_checkpoint.pth', checkpoint)
     record |= {
         'best_acc1': state.best_acc1,
         'n_parameters': count_parameters(state.model),
         'selection': describe_schedule(state.model),
         'global_batch': global_batch(args),
     }
-    write_log(output / 'log.txt', record)
+    output = Path(args.output_dir)
+    checkpoint.write_log(output / 'log.txt', record)
     if state.epoch == args.epochs:
         say(f'written: {output / "checkpoint.pth"}, {output / "best_checkpoint.pth"}, {output / "log.txt"}')
 
@@ -494,18 +471,3 @@ def share_buffers(model: nn.Module):
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-
-
-def write_log(path: Path, record: dict):
-    """Put one line of JSON for an epoch into the log, in place of lines of this epoch or later and of torn ones."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)['epoch'] < record['epoch']:
-                lines.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text('\n'.join([*lines, json.dumps(finite)]) + '\n')
-    os.replace(temporary, path)

@@ -24,6 +24,7 @@ RECIPE = dict(model='evo_deit_small_patch16_224', drop_path=0.1, recipe_batch=10
 
 
 def main():
+    """Train or evaluate Evo-DeiT, as the flags say."""
     engine.main(engine.get_parser(__doc__, RECIPE).parse_args())
 
 

@@ -30,6 +30,7 @@ RECIPE = dict(
 
 
 def main():
+    """Train or evaluate Evo-LeViT, as the flags say."""
     engine.main(engine.get_parser(__doc__, RECIPE).parse_args())
 
 

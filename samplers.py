@@ -21,7 +21,7 @@ class RepeatedAugSampler(Sampler):
     take places in turn, and equally many. With `repeats` above 1 an epoch is still about as long as the data set, so it
     sees one image in `repeats`; `repeats=1` is plain shuffling, which sees all.
 
-    Source: RASampler of DeiT, the same order with seed 0. There, an epoch of fewer than 256 images is empty.
+    Source: the published RASampler, the same order with seed 0. There, an epoch of fewer than 256 images is empty.
     """
 
     def __init__(self, size: int, rank: int = 0, world_size: int = 1, seed: int = 0, repeats: int = REPEATS):

@@ -2,13 +2,17 @@
 
 import argparse
 import hashlib
+import math
 import os
 import pathlib
 import random
 import re
+import signal
 import sys
+import time
 import zipfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urldefrag, urlparse
@@ -66,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument('--device', help='cuda, cpu, ... (default: a GPU where there is one, else the CPU)')
     group.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation')
     group.add_argument('--dist_url', default='env://', help='where the processes meet; launchers set the environment')
+    group.add_argument('--dist-timeout', type=float, default=1800, help='seconds to wait for another process')
     group.add_argument('--local_rank', type=int, default=-1, help='set by launchers that do not use the environment')
     group.add_argument('--world_size', type=int, default=1, help='accepted; the launcher says how many processes run')
 
@@ -109,7 +114,12 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
             f'CUDA devices found: {torch.cuda.device_count()}. Without --device the script takes what is there.'
         ) from error
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=args.dist_url)
+        timeout = timedelta(seconds=args.dist_timeout)
+        store, number, count = next(dist.rendezvous(args.dist_url, timeout=timeout))
+        # After a restart the store still has the addresses of the processes that died: each start has its own names.
+        store = dist.PrefixStore(f'start{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     seed_all(args.seed)
     return device
 
@@ -122,6 +132,24 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 # --- randomness
+
+
+def inject_fault(epoch: int, step: int) -> float:
+    """For tests: fail where EVO_VIT_FAULT=kind:rank:epoch:step says so; returns what images are multiplied by.
+
+    Kinds: kill, stall, exception, nan. A job that was restarted does not fail again.
+    """
+    kind, *place = os.environ.get('EVO_VIT_FAULT', '').split(':')
+    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    if not kind or restarted or [rank(), epoch, step] != [int(number) for number in place]:
+        return 1.0
+    if kind == 'kill':
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == 'stall':
+        time.sleep(3600)
+    if kind == 'exception':
+        raise RuntimeError('injected fault')
+    return math.nan
 
 
 def seed_all(*key: int):

@@ -89,8 +89,6 @@ class EvoDeiT(VisionTransformer):
                 f'Evo-DeiT needs one class token and nothing else before the patches, found {self.num_prefix_tokens}'
             )
         self.stage_wise = self.evolving = True
-        evolving = range(FIRST_EVOLVING, len(self.blocks), BLOCKS_PER_STAGE)
-        self.stages = [min(BLOCKS_PER_STAGE, len(self.blocks) - start) for start in evolving]
         self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
         self.representative = representative
         # Nothing accumulates in the dense blocks: the score before block 4 is the attention of block 3.
@@ -130,17 +128,25 @@ class EvoDeiT(VisionTransformer):
         for head in (self.head, self.head_cls):
             self._init_weights(head)
 
+    @property
+    def stages(self) -> list[int]:
+        """How many blocks each evolving stage has."""
+        starts = range(FIRST_EVOLVING, len(self.blocks), BLOCKS_PER_STAGE)
+        return [min(BLOCKS_PER_STAGE, len(self.blocks) - start) for start in starts]
+
     def groups(self, cuts: Sequence[int] = ()) -> list[evolution.Group]:
         """The blocks as groups that share a selection, cut after the blocks `cuts` too."""
         dense = len(self.blocks) - sum(self.stages)
-        ratios = self.keep_ratio if self.evolving else (1.0,) * len(self.stages)
+        ratios = self.keep_ratio[: len(self.stages)] if self.evolving else (1.0,) * len(self.stages)
         return evolution.partition(dense, self.stages, ratios, self.stage_wise, cuts)
 
-    def evolve(self, x: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    def evolve(
+        self, x: Tensor, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[str, evolution.Selection], list[Tensor]]:
         """Embed images (B, channels, height, width) and run all blocks.
 
-        Returns tokens (B, 1 + N, C), the selections {first block of the group: kept (B, K)}, and the tokens after each
-        of the blocks `taps`.
+        Returns tokens (B, 1 + N, C), the selections {first block of the group: (kept, score)}, and the tokens after
+        each of the blocks `taps`.
         """
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         blocks = list(self.blocks)
@@ -150,6 +156,7 @@ class EvoDeiT(VisionTransformer):
         groups = self.groups(taps)
         last_selection = max((g.start for g in groups if g.select and g.keep_ratio < 1), default=0)
         for start, stop, ratio, fresh in groups:
+            score_before = score
             x, score, kept = evolution.evolve(
                 x,
                 score,
@@ -161,7 +168,7 @@ class EvoDeiT(VisionTransformer):
                 need_score=start < last_selection,
             )
             if fresh and kept is not None:
-                selections[f'blocks.{start}'] = kept
+                selections[f'blocks.{start}'] = evolution.Selection(kept, score_before)
             if stop - 1 in taps:
                 tapped.append(x)
         return x, selections, tapped
@@ -185,7 +192,7 @@ class EvoDeiT(VisionTransformer):
     def forward_with_selection(self, x: Tensor) -> tuple[Tensor | Heads, dict[str, Tensor]]:
         """Logits, and for each selection {'blocks.4': kept (B, K)}: raster indices, int64, ascending."""
         x, selections, _ = self.evolve(x)
-        return self.forward_head(x), {name: kept.sort(1).values for name, kept in selections.items()}
+        return self.forward_head(x), {name: s.kept.sort(1).values for name, s in selections.items()}
 
     def forward_intermediates(
         self,

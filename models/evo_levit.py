@@ -307,11 +307,11 @@ class EvoLeViT(nn.Module):
         x = self.patch_embed(x).flatten(2).mT
         return torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
 
-    def evolve(self, x: Tensor, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    def evolve(self, x: Tensor, stop: int | None = None) -> tuple[Tensor, dict[str, evolution.Selection], list[Tensor]]:
         """Embed images (B, channels, height, width) and run the first `stop` stages, by default all.
 
-        Returns tokens (B, 1 + N, C), the selections {first layer of the group: kept (B, K)}, and the tokens after each
-        of these stages.
+        Returns tokens (B, 1 + N, C), the selections {first layer of the group: (kept, score)}, and the tokens after
+        each of these stages.
         """
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         groups = self.groups()
@@ -329,6 +329,7 @@ class EvoLeViT(nn.Module):
                 score = score if i <= last_selection[0] else None
                 x, score = downsample(x, score, self.tradeoff(stage.downsample))
             for start, end, ratio, _ in groups[i]:
+                score_before = score
                 x, score, kept = evolution.evolve(
                     x,
                     score,
@@ -339,7 +340,7 @@ class EvoLeViT(nn.Module):
                     need_score=(i, start) < last_selection,
                 )
                 if kept is not None:
-                    selections[f'stages.{i}.blocks.{start}'] = kept
+                    selections[f'stages.{i}.blocks.{start}'] = evolution.Selection(kept, score_before)
             outputs.append(x)
         return x, selections, outputs
 
@@ -363,7 +364,7 @@ class EvoLeViT(nn.Module):
     def forward_with_selection(self, x: Tensor) -> tuple[Tensor | Heads, dict[str, Tensor]]:
         """Logits, and for each selection {'stages.0.blocks.2': kept (B, K)}: raster indices, int64, ascending."""
         x, selections, _ = self.evolve(x)
-        return self.forward_head(x), {name: kept.sort(1).values for name, kept in selections.items()}
+        return self.forward_head(x), {name: s.kept.sort(1).values for name, s in selections.items()}
 
     def forward_intermediates(
         self,

@@ -37,6 +37,13 @@ class Group(NamedTuple):
     select: bool = True
 
 
+class Selection(NamedTuple):
+    """What one selection chose, kept (B, K), and the score (B, N) that it chose by."""
+
+    kept: Tensor
+    score: Tensor
+
+
 def check_keep_ratio(keep_ratio: float | Sequence[float], stages: int) -> tuple[float, ...]:
     """One keep ratio for each of `stages` stages, from a single one or a list; ValueError outside (0, 1] or of wrong
     length.

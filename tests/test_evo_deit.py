@@ -230,6 +230,9 @@ def test_options_of_timm():
         assert model.eval()(images()).shape == (2, 17, 32)
         features = timm.create_model('evo_deit_nano_patch4_32', features_only=True)(torch.randn(1, 3, 32, 32))
         assert [f.shape[-2:] for f in features] == [(8, 8)] * 3
+        for last in (5, 8):  # timm drops the blocks after the last one asked for
+            cut = timm.create_model('evo_deit_nano_patch4_32', features_only=True, out_indices=(1, last))
+            assert len(cut(torch.randn(1, 3, 32, 32))) == 2 and len(cut.model.blocks) == last + 1
     with pytest.raises(ValueError, match='one class token'):
         nano(reg_tokens=2)
 

@@ -14,6 +14,7 @@ from conftest import accuracy, free_port, launch, read_log
 from golden import fill
 from timm.scheduler import create_scheduler
 
+import checkpoint
 import engine
 import main_deit
 import models
@@ -138,13 +139,13 @@ def stop_after(epochs, script, *flags):
     class Stop(Exception):
         pass
 
-    def write_and_stop(path, record, write_log=engine.write_log):
+    def write_and_stop(path, record, write_log=checkpoint.write_log):
         write_log(path, record)
         if record['epoch'] + 1 == epochs:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(engine, 'write_log', write_and_stop)
+        patch.setattr(checkpoint, 'write_log', write_and_stop)
         script('main_deit', *flags)
 
 
@@ -299,7 +300,7 @@ def test_wrong_flags(script, flags, wrong, says):
 
 def test_a_loss_that_is_not_finite_stops(script, flags, tmp_path):
     flags = [*flags, '--epochs', 2, '--output_dir', tmp_path, '--opt', 'sgd', '--lr', 1e30, '--warmup-lr', 1e30]
-    with pytest.raises(InputError, match='the loss is nan in epoch 0.*--precision'):
+    with pytest.raises(InputError, match='the loss of process 0 is nan in epoch 0, step .*--precision'):
         script('main_deit', *flags)
     assert not (tmp_path / 'checkpoint.pth').exists()
 

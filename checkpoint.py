@@ -1,0 +1,240 @@
+"""What a run keeps on disk: all of its state, to go on exactly from; the best and the last checkpoints; the log."""
+
+import argparse
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import utils
+from utils import InputError, say
+
+# Flags that may differ between a run and its continuation; all others change what is trained.
+FREE = {
+    *('resume', 'auto_resume', 'overwrite', 'accept_changes', 'output_dir', 'data_path', 'teacher_path', 'finetune'),
+    *('device', 'num_workers', 'pin_mem', 'dist_url', 'dist_timeout', 'local_rank', 'world_size', 'dist_eval'),
+    *('print_freq', 'eval', 'eval_ema', 'eval_interval', 'fuse', 'save_interval_steps', 'keep_checkpoints', 'compile'),
+    *('start_epoch', 'model_ema_force_cpu', 'max_broken_images', 'recipe_batch'),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Flags of what is kept, and of going on from it."""
+    group = parser.add_argument_group('checkpoints')
+    add = group.add_argument
+    add('--output_dir', default='', metavar='PATH', help='for checkpoints and the log; nothing is written without')
+    add('--resume', default='', metavar='PATH', help='checkpoint (path or address) to go on from, or to evaluate')
+    add('--auto-resume', action='store_true', help='go on from the newest good checkpoint in --output_dir, if any')
+    add('--overwrite', action='store_true', help='begin anew where --output_dir holds another run')
+    add('--accept-changes', action='store_true', help='resume although flags differ; those of now count')
+    add('--finetune', default='', metavar='PATH', help='weights to start from; another head or image size is adapted')
+    add('--save-interval-steps', type=int, default=0, metavar='N', help='save every N steps too (0: epochs alone)')
+    add('--keep-checkpoints', type=int, default=2, metavar='K', help='keep the last K, besides the best')
+
+
+@dataclass
+class State:
+    """All that a run changes, and so all that a checkpoint holds.
+
+    Random numbers need no state: they are functions of the seed and the place in the run.
+    """
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # the one to train
+    step: int = 0  # steps done of it
+    loss_sum: float = 0.0  # of these steps, over all processes
+    best_acc1: float = 0.0
+
+    def state_dict(self, args: argparse.Namespace) -> dict:
+        """A checkpoint: tensors and plain data, which load without running code. `epoch` is the last whole one."""
+        return {
+            'model': self.model.state_dict(),
+            'model_ema': self.ema.module.state_dict() if self.ema else None,
+            'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': self.scheduler.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'epoch': self.epoch - 1,
+            'step': self.step,
+            'loss_sum': self.loss_sum,
+            'best_acc1': self.best_acc1,
+            'world_size': utils.world_size(),
+            'args': dict(vars(args)),
+        }
+
+    def load(self, checkpoint: dict, source: str, args: argparse.Namespace):
+        """Take all over from a checkpoint, saying what it does not hold. Rates and the like are those of `args`."""
+        check_changes(args, checkpoint, source)
+        load_exactly(self.model, checkpoint, source)
+        if self.ema:
+            if checkpoint.get('model_ema'):
+                load_exactly(self.ema.module, checkpoint, source, use_ema=True)
+            else:
+                self.ema.set(self.model)
+                say(f'{source} has no averaged weights; the average starts from its weights')
+        if 'epoch' not in checkpoint:
+            say(f'{source} holds weights alone; training starts with them at epoch {self.epoch}')
+            return
+        self.epoch = checkpoint['epoch'] + 1
+        for name in ('step', 'loss_sum', 'best_acc1'):
+            setattr(self, name, checkpoint.get(name, 0))
+        if self.epoch > 0:
+            # The schedule is a function of the epoch; a schedule that was changed counts from here.
+            self.scheduler.step(self.epoch - 1, self.best_acc1)
+        self._load_optimizer(checkpoint, source, args)
+        if self.scaler.is_enabled() and checkpoint.get('scaler'):
+            self.scaler.load_state_dict(checkpoint['scaler'])
+        elif self.scaler.is_enabled() or checkpoint.get('scaler'):
+            say(f'{source} was saved in another precision; the loss scale is left out')
+
+    def _load_optimizer(self, checkpoint: dict, source: str, args: argparse.Namespace):
+        saved, own = checkpoint.get('optimizer'), self.optimizer.state_dict()
+        published = hasattr(self.model, 'is_published') and self.model.is_published(utils.find_weights(checkpoint))
+        if saved is None or published:
+            # The published optimizer state follows another order and number of parameters.
+            say(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its rate')
+            return
+        groups = [[len(group['params']) for group in state['param_groups']] for state in (saved, own)]
+        parameters = [p for group in self.optimizer.param_groups for p in group['params']]
+        shapes = all(
+            value.shape in ((), parameters[int(i)].shape)
+            for i, moments in saved['state'].items()
+            for value in moments.values()
+            if isinstance(value, torch.Tensor) and int(i) < len(parameters)
+        )
+        # Checked here, because AdamW takes moments of any shape and fails, or worse, does not, in the first step.
+        if args.opt == checkpoint.get('args', {}).get('opt', args.opt) and not (groups[0] == groups[1] and shapes):
+            raise InputError(
+                f'{source}: its optimizer state is of other parameters; --finetune takes the weights alone'
+            )
+        self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': own['param_groups']})
+        if args.sched == 'plateau':
+            self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
+
+
+def check_changes(args: argparse.Namespace, checkpoint: dict, source: str):
+    """Compare the flags with the checkpoint's; InputError with a table where they differ, but for --accept-changes."""
+    saved, now = checkpoint.get('args'), vars(args)
+    if not isinstance(saved, dict):
+        say(f'{source} does not say its flags: the order of images and their augmentation may not go on as they began')
+        return
+    rows = [(name, saved[name], now[name]) for name in sorted(saved) if name in now and name not in FREE]
+    rows = [row for row in rows if row[1] != row[2]]
+    if rows:
+        rows = [('', 'then', 'now'), *rows]
+        table = '\n'.join(f'  {name:24} {before!s:>20} {after!s:>20}' for name, before, after in rows)
+        table = f'{source} was trained with other flags:\n{table}'
+        if not args.accept_changes:
+            raise InputError(f'{table}\nGive those of then, or --accept-changes to go on with those of now.')
+        say(table)
+    if checkpoint.get('world_size', utils.world_size()) != utils.world_size():
+        say(
+            f'{source} was written by {checkpoint["world_size"]} process(es), now there are {utils.world_size()}: '
+            'training goes on, but not exactly as it would have'
+        )
+
+
+def load_exactly(model: nn.Module, checkpoint: dict, source: str, use_ema: bool = False):
+    """Load weights of which nothing may be missing: a wrong accuracy is worse than none."""
+    try:
+        loaded = utils.load_weights(model, checkpoint, use_ema)
+    except InputError as error:
+        raise InputError(f'{source}: {error}\nTo start from weights that differ, use --finetune.') from error
+    if loaded.missing:
+        raise InputError(
+            f'{source} holds a plain vision transformer, without {", ".join(loaded.missing)}: --finetune starts from it'
+        )
+
+
+def kept(folder: Path) -> list[Path]:
+    """The last checkpoints in a folder, the newest first; that one has two names."""
+    return [p for p in (folder / 'checkpoint.pth',) if p.exists()] + sorted(
+        folder.glob('checkpoint-*.pth'), reverse=True
+    )
+
+
+def claim_output(args: argparse.Namespace):
+    """Make --output_dir, and refuse to write into the run of somebody else, or earlier; --overwrite removes that."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f'.probe-{os.getpid()}'
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f'--output_dir {folder.absolute()} cannot be written to: {error}') from error
+    there = [p for p in (*kept(folder), folder / 'best_checkpoint.pth', folder / 'log.txt') if p.exists()]
+    if there and not (args.resume or args.auto_resume):
+        if not args.overwrite:
+            raise InputError(
+                f'--output_dir {folder} holds a run ({", ".join(p.name for p in there)}): '
+                '--resume or --auto-resume goes on with it, --overwrite begins anew'
+            )
+        for path in there:
+            path.unlink()
+
+
+def find_start(args: argparse.Namespace) -> tuple[str, dict] | None:
+    """The checkpoint to go on from, and its name: that of --resume, or the newest good one with --auto-resume."""
+    if args.resume:
+        return args.resume, utils.read_checkpoint(args.resume)
+    there, damaged = kept(Path(args.output_dir)) if args.auto_resume and args.output_dir else [], []
+    for path in there:
+        try:
+            found = utils.read_checkpoint(path)
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            place = f'epoch {found["epoch"] + 1}, step {found["step"]}'
+            say(f'warning: {"; ".join(damaged)}\nwarning: going back to {path}, {place}; what came after is lost')
+        return str(path), found
+    if there:
+        raise InputError('--auto-resume: no checkpoint can be read:\n  ' + '\n  '.join(damaged))
+    return None
+
+
+def save(args: argparse.Namespace, state: State, best: bool = False):
+    """On the first process write `checkpoint.pth`, keep the last ones beside it, and the best."""
+    if not args.output_dir or utils.rank() > 0:
+        return
+    folder, content = Path(args.output_dir), state.state_dict(args)
+    newest = folder / 'checkpoint.pth'
+    try:
+        utils.write_checkpoint(newest, content)
+        if best:
+            utils.write_checkpoint(folder / 'best_checkpoint.pth', content)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f'{newest} could not be written, the one before is whole: {error}') from error
+    try:
+        # A second name for the same file: a link costs neither time nor space.
+        numbered = folder / f'checkpoint-{state.epoch:04d}-{state.step:06d}.pth'
+        numbered.unlink(missing_ok=True)
+        os.link(newest, numbered)
+        for old in sorted(folder.glob('checkpoint-*.pth'))[: -args.keep_checkpoints]:
+            old.unlink()
+    except OSError as error:
+        say(f'warning: older checkpoints in {folder} could not be kept or removed: {error}')
+
+
+def write_log(path: Path, record: dict):
+    """Put one line of JSON for an epoch into the log, in place of lines of this epoch or later and of torn ones."""
+    lines = []
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)['epoch'] < record['epoch']:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary.write_text('\n'.join([*lines, json.dumps(finite)]) + '\n')
+    os.replace(temporary, path)
