@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= output/demo
-EPOCHS ?= 8
+EPOCHS ?= 3
 
 .PHONY: install demo test lint format clean
 
@@ -19,7 +19,7 @@ SHAPES := --model evo_deit_nano_patch4_32 --data-set SHAPES --input-size 32
 demo: install
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 main_deit.py $(SHAPES) \
 		--epochs $(EPOCHS) --batch-size 32 --lr 8e-3 --warmup-epochs 1 --warmup-lr 1e-3 --drop-path 0 --num_workers 1 \
-		--no-repeated-aug --aa '' --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --no-model-ema --output_dir $(OUTPUT)
+		--no-repeated-aug --aa '' --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --no-model-ema --overwrite --output_dir $(OUTPUT)
 	$(BIN)/python main_deit.py $(SHAPES) --eval --resume $(OUTPUT)/checkpoint.pth
 	@echo "Everything was written to $(OUTPUT):" && ls -l $(OUTPUT)
 

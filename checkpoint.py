@@ -19,8 +19,10 @@ FREE = {
     *('resume', 'auto_resume', 'overwrite', 'accept_changes', 'output_dir', 'data_path', 'teacher_path', 'finetune'),
     *('device', 'num_workers', 'pin_mem', 'dist_url', 'dist_timeout', 'local_rank', 'world_size', 'dist_eval'),
     *('print_freq', 'eval', 'eval_ema', 'eval_interval', 'fuse', 'save_interval_steps', 'keep_checkpoints', 'compile'),
-    *('start_epoch', 'model_ema_force_cpu', 'max_broken_images', 'recipe_batch'),
+    *('start_epoch', 'model_ema_force_cpu', 'max_broken_images', 'recipe_batch', 'precision'),
 }
+# Of these, what changes the last digits of every number.
+INEXACT = 'world_size', 'device', 'precision', 'compile'
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add = group.add_argument
     add('--output_dir', default='', metavar='PATH', help='for checkpoints and the log; nothing is written without')
     add('--resume', default='', metavar='PATH', help='checkpoint (path or address) to go on from, or to evaluate')
-    add('--auto-resume', action='store_true', help='go on from the newest good checkpoint in --output_dir, if any')
+    add('--auto-resume', action='store_true', help='go on from the newest good one in --output_dir, if any')
     add('--overwrite', action='store_true', help='begin anew where --output_dir holds another run')
     add('--accept-changes', action='store_true', help='resume although flags differ; those of now count')
     add('--finetune', default='', metavar='PATH', help='weights to start from; another head or image size is adapted')
@@ -66,13 +68,12 @@ class State:
             'step': self.step,
             'loss_sum': self.loss_sum,
             'best_acc1': self.best_acc1,
-            'world_size': utils.world_size(),
-            'args': dict(vars(args)),
+            'args': dict(vars(args)) | {'world_size': utils.world_size()},
         }
 
     def load(self, checkpoint: dict, source: str, args: argparse.Namespace):
         """Take all over from a checkpoint, saying what it does not hold. Rates and the like are those of `args`."""
-        check_changes(args, checkpoint, source)
+        changed = check_changes(args, checkpoint, source)
         load_exactly(self.model, checkpoint, source)
         if self.ema:
             if checkpoint.get('model_ema'):
@@ -86,19 +87,22 @@ class State:
         self.epoch = checkpoint['epoch'] + 1
         for name in ('step', 'loss_sum', 'best_acc1'):
             setattr(self, name, checkpoint.get(name, 0))
+        if self.step and changed & {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug', 'seed'}:
+            say(f'{source}: its {self.step} steps of epoch {self.epoch} saw other images; the epoch starts again')
+            self.step, self.loss_sum = 0, 0.0
         if self.epoch > 0:
             # The schedule is a function of the epoch; a schedule that was changed counts from here.
             self.scheduler.step(self.epoch - 1, self.best_acc1)
-        self._load_optimizer(checkpoint, source, args)
+        self._load_optimizer(checkpoint, source, args, 'opt' in changed)
         if self.scaler.is_enabled() and checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
         elif self.scaler.is_enabled() or checkpoint.get('scaler'):
             say(f'{source} was saved in another precision; the loss scale is left out')
 
-    def _load_optimizer(self, checkpoint: dict, source: str, args: argparse.Namespace):
+    def _load_optimizer(self, checkpoint: dict, source: str, args: argparse.Namespace, other: bool):
         saved, own = checkpoint.get('optimizer'), self.optimizer.state_dict()
         published = hasattr(self.model, 'is_published') and self.model.is_published(utils.find_weights(checkpoint))
-        if saved is None or published:
+        if saved is None or published or other:
             # The published optimizer state follows another order and number of parameters.
             say(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its rate')
             return
@@ -111,7 +115,7 @@ class State:
             if isinstance(value, torch.Tensor) and int(i) < len(parameters)
         )
         # Checked here, because AdamW takes moments of any shape and fails, or worse, does not, in the first step.
-        if args.opt == checkpoint.get('args', {}).get('opt', args.opt) and not (groups[0] == groups[1] and shapes):
+        if groups[0] != groups[1] or not shapes:
             raise InputError(
                 f'{source}: its optimizer state is of other parameters; --finetune takes the weights alone'
             )
@@ -120,26 +124,27 @@ class State:
             self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
 
 
-def check_changes(args: argparse.Namespace, checkpoint: dict, source: str):
-    """Compare the flags with the checkpoint's; InputError with a table where they differ, but for --accept-changes."""
-    saved, now = checkpoint.get('args'), vars(args)
-    if not isinstance(saved, dict):
+def check_changes(args: argparse.Namespace, checkpoint: dict, source: str) -> set[str]:
+    """Compare the flags with the checkpoint's, say which differ, and return their names.
+
+    Raises InputError with a table of those that change what is trained, but for --accept-changes.
+    """
+    saved, now = checkpoint.get('args'), vars(args) | {'world_size': utils.world_size()}
+    if not isinstance(saved, dict) or 'seed' not in saved:
         say(f'{source} does not say its flags: the order of images and their augmentation may not go on as they began')
-        return
-    rows = [(name, saved[name], now[name]) for name in sorted(saved) if name in now and name not in FREE]
-    rows = [row for row in rows if row[1] != row[2]]
-    if rows:
+        return set()
+    changed = [(name, saved[name], now[name]) for name in sorted(saved) if name in now and saved[name] != now[name]]
+    if rows := [row for row in changed if row[0] not in FREE]:
         rows = [('', 'then', 'now'), *rows]
         table = '\n'.join(f'  {name:24} {before!s:>20} {after!s:>20}' for name, before, after in rows)
         table = f'{source} was trained with other flags:\n{table}'
         if not args.accept_changes:
             raise InputError(f'{table}\nGive those of then, or --accept-changes to go on with those of now.')
         say(table)
-    if checkpoint.get('world_size', utils.world_size()) != utils.world_size():
-        say(
-            f'{source} was written by {checkpoint["world_size"]} process(es), now there are {utils.world_size()}: '
-            'training goes on, but not exactly as it would have'
-        )
+    for name, before, after in changed:
+        if name in INEXACT:
+            say(f'{source}: {name} was {before}, now {after}: training goes on, but not exactly as it would have')
+    return {name for name, _, _ in changed}
 
 
 def load_exactly(model: nn.Module, checkpoint: dict, source: str, use_ema: bool = False):
@@ -173,7 +178,8 @@ def claim_output(args: argparse.Namespace):
         raise InputError(f'--output_dir {folder.absolute()} cannot be written to: {error}') from error
     there = [p for p in (*kept(folder), folder / 'best_checkpoint.pth', folder / 'log.txt') if p.exists()]
     if there and not (args.resume or args.auto_resume):
-        if not args.overwrite:
+        # What a launcher starts again must not remove what it wrote itself.
+        if not args.overwrite or utils.restarts():
             raise InputError(
                 f'--output_dir {folder} holds a run ({", ".join(p.name for p in there)}): '
                 '--resume or --auto-resume goes on with it, --overwrite begins anew'
@@ -183,9 +189,7 @@ def claim_output(args: argparse.Namespace):
 
 
 def find_start(args: argparse.Namespace) -> tuple[str, dict] | None:
-    """The checkpoint to go on from, and its name: that of --resume, or the newest good one with --auto-resume."""
-    if args.resume:
-        return args.resume, utils.read_checkpoint(args.resume)
+    """The checkpoint to go on from, and its name: with --auto-resume the newest good one, else that of --resume."""
     there, damaged = kept(Path(args.output_dir)) if args.auto_resume and args.output_dir else [], []
     for path in there:
         try:
@@ -194,12 +198,14 @@ def find_start(args: argparse.Namespace) -> tuple[str, dict] | None:
             damaged.append(str(error))
             continue
         if damaged:
+            lost = [p.stem.split('-')[1:] for p in there if '-' in p.stem][:1]
+            until = f' up to epoch {int(lost[0][0])}, step {int(lost[0][1])}' if lost else ''
             place = f'epoch {found["epoch"] + 1}, step {found["step"]}'
-            say(f'warning: {"; ".join(damaged)}\nwarning: going back to {path}, {place}; what came after is lost')
+            say(f'warning: {"; ".join(damaged)}\nwarning: going back to {path}; from {place} on, all is lost{until}')
         return str(path), found
     if there:
         raise InputError('--auto-resume: no checkpoint can be read:\n  ' + '\n  '.join(damaged))
-    return None
+    return (args.resume, utils.read_checkpoint(args.resume)) if args.resume else None
 
 
 def save(args: argparse.Namespace, state: State, best: bool = False):
@@ -208,19 +214,19 @@ def save(args: argparse.Namespace, state: State, best: bool = False):
         return
     folder, content = Path(args.output_dir), state.state_dict(args)
     newest = folder / 'checkpoint.pth'
-    try:
-        utils.write_checkpoint(newest, content)
-        if best:
-            utils.write_checkpoint(folder / 'best_checkpoint.pth', content)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise InputError(f'{newest} could not be written, the one before is whole: {error}') from error
+    utils.write_checkpoint(newest, content)
+    if best:
+        utils.write_checkpoint(folder / 'best_checkpoint.pth', content)
     try:
         # A second name for the same file: a link costs neither time nor space.
         numbered = folder / f'checkpoint-{state.epoch:04d}-{state.step:06d}.pth'
         numbered.unlink(missing_ok=True)
         os.link(newest, numbered)
-        for old in sorted(folder.glob('checkpoint-*.pth'))[: -args.keep_checkpoints]:
-            old.unlink()
+        numbers = sorted(folder.glob('checkpoint-*.pth'))
+        here = numbers.index(numbered) + 1
+        # Later ones are of a run that went another way from an earlier checkpoint, as are later lines of the log.
+        for other in numbers[: max(here - args.keep_checkpoints, 0)] + numbers[here:]:
+            other.unlink()
     except OSError as error:
         say(f'warning: older checkpoints in {folder} could not be kept or removed: {error}')
 
@@ -235,6 +241,5 @@ def write_log(path: Path, record: dict):
         except (ValueError, KeyError, TypeError):
             continue
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text('\n'.join([*lines, json.dumps(finite)]) + '\n')
-    os.replace(temporary, path)
+    text = '\n'.join([*lines, json.dumps(finite)]) + '\n'
+    utils.write_whole(path, lambda file: file.write(text.encode()))

@@ -8,6 +8,7 @@ import argparse
 import colorsys
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -54,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument('--batch-size', type=int, default=64, help='images of one process in one step')
     group.add_argument('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
     group.add_argument('--pin-mem', action=argparse.BooleanOptionalAction, default=True, help='used with CUDA alone')
+    group.add_argument(
+        '--max-broken-images', type=int, default=0, metavar='N',
+        help='let each process replace up to N unreadable training images by their neighbours; never in evaluation',
+    )  # fmt: skip
     group.add_argument('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
 
     group = parser.add_argument_group('augmentation')
@@ -116,6 +121,9 @@ class ImageFiles(Dataset):
 
     def __init__(self, samples: list[tuple[str, int]], classes: list[str], transform: Callable):
         self.samples, self.classes, self.transform = samples, classes, transform
+        for path, label in samples:
+            if not 0 <= label < len(classes):
+                raise InputError(f'{path} has label {label}, but there are {len(classes)} classes, counted from 0')
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
@@ -223,10 +231,10 @@ SHAPES = {  # within the unit circle: an outline, and the hole in it
     'cross': (_outline([0.94 - 0.34j, 0.94 + 0.34j, 0.34 + 0.34j], 4),),
 }
 AREAS = {name: _area(outline) - sum(map(_area, hole)) for name, (outline, *hole) in SHAPES.items()}
-# Equally far apart, and no inverted colour, which augmentation makes, is another one.
-HUES = {'red': 0.97, 'yellow': 0.17, 'green': 0.37, 'blue': 0.57, 'violet': 0.77}
-# Each shape has its hue and the next: neither tells the class alone.
-KINDS = [(shape, (list(HUES) * 2)[i + j]) for i, shape in enumerate(SHAPES) for j in (0, 1)]
+HUES = {'red': 0.0, 'orange': 0.09, 'yellow': 0.17, 'lime': 0.25, 'green': 0.36}
+HUES |= {'teal': 0.46, 'azure': 0.55, 'blue': 0.65, 'violet': 0.77, 'pink': 0.89}
+# Each class has a hue of its own and shares its shape with one other.
+KINDS = [(shape, list(HUES)[i + j]) for i, shape in enumerate(SHAPES) for j in (0, 5)]
 CIRCLE = _outline([1], 24)
 GRID = np.add.outer(1j * np.linspace(-0.5, 0.5, 12), np.linspace(-0.5, 0.5, 12))
 
@@ -234,8 +242,8 @@ GRID = np.add.outer(1j * np.linspace(-0.5, 0.5, 12), np.linspace(-0.5, 0.5, 12))
 class Shapes(Dataset):
     """Ten classes of coloured shapes on cluttered backgrounds, a function of (seed, split, index).
 
-    Five shapes have two hues each and five hues two shapes each, so neither alone tells the class. The object has any
-    turn and any place where it is whole, covers 12 to 28 % of the image whatever its shape, and varies in hue,
+    A class has its own hue, with some play, and one of five shapes: small networks learn the colour first. The object
+    has any turn and any place where it is whole, covers 12 to 28 % of the image whatever its shape, and varies in hue,
     saturation and light. Behind it are a gradient, noise, blobs and lines in muted colours. Any size shows the same
     scene.
 
@@ -309,7 +317,7 @@ class Shapes(Dataset):
         clutter = [*(blobs + places[:3]), *(lines + places[3:])]
         image.paste(self._spread(muted(2, 2)), mask=self._opacity(clutter, rng.integers(110, 256, 6)))
 
-        hue = HUES[KINDS[label][1]] + rng.uniform(-0.035, 0.035)
+        hue = HUES[KINDS[label][1]] + rng.uniform(-0.02, 0.02)
         colour = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.7, 0.95), rng.uniform(0.75, 0.95)))
         image.paste(self._spread(255 * colour * rng.uniform(0.75, 1.2, (2, 2, 1))), mask=opacity)
         return image if self.transform is None else self.transform(image), label
@@ -370,16 +378,30 @@ def build_dataset(train: bool, args: argparse.Namespace, classes: list[str] | No
 class Seeded(Dataset):
     """Takes (epoch, position, index) and makes all that is random in an image a function of (seed, epoch, position).
 
-    Without workers this seeds the generators of the training process itself, which therefore seeds them for each step.
+    Without workers this seeds the generators of the training process itself, which therefore seeds them for each batch.
+    Up to `max_broken` unreadable images are replaced by the next in the data set; all workers mark them in `broken`.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset, seed: int, max_broken: int = 0):
+        self.dataset, self.seed, self.max_broken = dataset, seed, min(max_broken, len(dataset) - 1)
+        self.broken = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, key: tuple[int, int, int]):
         epoch, position, index = key
-        seed_all(self.seed, epoch, position)
-        return self.dataset[index]
+        while True:
+            seed_all(self.seed, epoch, position)
+            try:
+                return self.dataset[index]
+            except InputError as error:
+                known = bool(self.broken[index])
+                self.broken[index] = 1
+                count = int(self.broken.sum())
+                if count > self.max_broken:
+                    told = f'{error}\n{count} broken training images, --max-broken-images allows {self.max_broken}'
+                    raise InputError(told) from error
+                index = (index + 1) % len(self.dataset)
+                if not known:
+                    print(f'warning: {error}; image {index} takes its place ({count} so far)', flush=True)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -398,6 +420,7 @@ def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) 
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=args.pin_mem and torch.cuda.is_available(),
+        worker_init_fn=_outlive_termination,
     )
     # Each loader has a generator of its own: otherwise evaluating would shift the random numbers of training.
     train_loader, classes = None, None
@@ -411,13 +434,22 @@ def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) 
                 f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
             )
         train_loader = DataLoader(
-            Seeded(train, args.seed), sampler=sampler, drop_last=True, generator=torch.Generator(), **common
+            Seeded(train, args.seed, args.max_broken_images),
+            sampler=sampler,
+            drop_last=True,
+            generator=torch.Generator(),
+            **common,
         )
     val = build_dataset(False, args, classes)
     if not len(val):
         raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
     shard = eval_shard(len(val), rank, world_size)
     return train_loader, DataLoader(val, sampler=shard, generator=torch.Generator(), **common)
+
+
+def _outlive_termination(_):
+    # SIGTERM to a process group reaches the workers too, and the last steps before a checkpoint need them.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:

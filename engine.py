@@ -174,22 +174,35 @@ class Gate:
     On a GPU the loss looked at is that of the step before, so that the device never waits; no checkpoint comes between.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, timeout: float):
         self.delay = device.type == 'cuda'
-        self.group = dist.new_group(backend='gloo') if self.delay and dist.is_initialized() else None
+        self.group = None
+        if self.delay and dist.is_initialized():
+            self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
         self.asked = self.stopping = False
-        self.before: Tensor | None = None
+        self.before: tuple[Tensor, torch.cuda.Event] | None = None  # on its way from the GPU
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_):
         self.asked = True
 
+    def _arrived(self, loss: Tensor | None) -> float:
+        """The loss of the step before: to wait for its copy is not to wait for what the GPU was given since."""
+        before, self.before = self.before, None
+        if loss is not None:
+            host = torch.empty_like(loss, device='cpu', pin_memory=True).copy_(loss, non_blocking=True)
+            self.before = host, torch.cuda.current_stream().record_event()
+        if before is None:
+            return 0.0
+        before[1].synchronize()
+        return before[0].item()
+
     def pass_through(self, loss: Tensor | None, place: str):
         """Agree on a loss, None to look at the one that is still open; InputError in all processes if one is bad."""
-        loss, self.before = (self.before, loss) if self.delay else (loss, None)
-        bad = loss is not None and not math.isfinite(loss.item())
-        verdict = torch.tensor([float(bad) * (1 + utils.rank()), float(self.asked), loss.item() if bad else 0.0])
+        value = self._arrived(loss) if self.delay else 0.0 if loss is None else loss.item()
+        bad = not math.isfinite(value)
+        verdict = torch.tensor([float(bad) * (1 + utils.rank()), float(self.asked), value])
         if dist.is_initialized():
             every = [torch.empty_like(verdict) for _ in range(utils.world_size())]
             dist.all_gather(every, verdict, group=self.group)
@@ -198,7 +211,7 @@ class Gate:
         self.stopping |= bool(verdict[:, 1].any())
         for rank, _, value in verdict[verdict[:, 0] > 0].tolist():
             raise InputError(
-                f'the loss of process {rank - 1:.0f} is {value} {place}; all stop, checkpoints are as they were. '
+                f'the loss of rank {rank - 1:.0f} is {value} {place}; all stop, checkpoints are as they were. '
                 'A lower --lr, --clip-grad 1, or --precision bf16 or fp32 may help'
             )
 
@@ -265,10 +278,9 @@ def train_one_epoch(
     batches, shown = iter(loader), first
     for step in range(first, steps):
         place = f'in epoch {state.epoch}, step {step}, at rate {state.optimizer.param_groups[-1]["lr"]:.3g}'
-        # Mixup and stochastic depth too are functions of the place in the run, as the data set's augmentation is.
-        utils.seed_all(args.seed, state.epoch, step, 1 + utils.rank())
         factor = utils.inject_fault(state.epoch, step)
-        inputs = _prepare(islice(batches, count), mixup, device, factor)
+        key = args.seed, state.epoch, step, 1 + utils.rank()
+        inputs = _prepare(islice(batches, count), mixup, device, key, factor)
         sums += train_step(
             state, net, criterion, inputs, count, autocast, args, partial(gate.pass_through, place=place)
         )
@@ -303,9 +315,11 @@ def train_one_epoch(
 
 
 def _prepare(
-    batches: Iterable, mixup: Mixup | None, device: torch.device, factor: float
+    batches: Iterable, mixup: Mixup | None, device: torch.device, key: tuple[int, ...], factor: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, targets in batches:
+    for i, (images, targets) in enumerate(batches):
+        # Mixup and stochastic depth too are functions of the place in the run, as the data set's augmentation is.
+        utils.seed_all(*key, i)
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if factor != 1:
             images = images * factor
@@ -361,13 +375,16 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
     images = global_batch(args)
     rate = args.lr * images / 512
-    optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate}))
+    # One kernel for all parameters, where the optimizer has one.
+    fused = {'fused': True} if args.opt.lower() in ('adam', 'adamw') else {}
+    optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate} | fused))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     state = State(model, ema, optimizer, create_scheduler(args, optimizer)[0], scaler, args.start_epoch)
     if found := checkpoint.find_start(args):
         source, content = found
         state.load(content, source, args)
         say(f'{source}: going on with epoch {state.epoch}, step {state.step}, best Acc@1 so far {state.best_acc1:.3f}')
+    check_agreement(state, device)
     say(
         f'batch {args.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
         f'{images} images a step (published: {args.recipe_batch}), '
@@ -375,6 +392,21 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
         f'{steps} steps an epoch, epochs {state.epoch} to {args.epochs - 1}, stage-wise from epoch {stage_epoch(args)}'
     )
     return state
+
+
+def check_agreement(state: State, device: torch.device):
+    """InputError where processes would begin at different places, as with an output folder on each node's own disk."""
+    if not dist.is_initialized():
+        return
+    own = torch.tensor([state.epoch, state.step], device=device)
+    places = [torch.empty_like(own) for _ in range(utils.world_size())]
+    dist.all_gather(places, own)
+    places = [tuple(place.tolist()) for place in places]
+    if len(set(places)) > 1:
+        raise InputError(
+            f'processes would begin at different places, (epoch, step): {", ".join(map(str, places))}; '
+            'all of them must find the same checkpoint'
+        )
 
 
 def global_batch(args: argparse.Namespace) -> int:
@@ -410,13 +442,16 @@ def train(
     if utils.world_size() > 1:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
-    gate = Gate(device)
+    gate = Gate(device, args.dist_timeout)
     test, started, first = {}, time.perf_counter(), state.epoch
     for epoch in range(first, args.epochs):
         for network in networks:
             if hasattr(network, 'set_schedule'):
                 network.set_schedule(epoch >= stage_epoch(args), epoch >= args.prune_warmup_epoch)
         record = train_one_epoch(state, net, criterion, train_loader, mixup, autocast, args, gate)
+        if args.max_broken_images:
+            broken = utils.all_sum(train_loader.dataset.broken.to(device, torch.int32))
+            record['train_broken_images'] = int(broken.count_nonzero())
         for network in networks:
             share_buffers(network)
         if (epoch + 1) % args.eval_interval == 0 or epoch >= args.epochs - args.eval_interval:

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib.metadata
 import math
 import os
 import pathlib
@@ -13,14 +14,16 @@ import time
 import zipfile
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import urldefrag, urlparse
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 
 class InputError(ValueError):
@@ -28,15 +31,49 @@ class InputError(ValueError):
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's `main`: wrong input ends it with a message, and its processes leave their group in any case."""
+    """Run a script's `main`: wrong input ends it with a message, and its processes leave their group in any case.
+
+    torchrun's summary shows what ended a process, because `record` leaves it the traceback.
+    """
+
+    @record
+    def recorded():
+        try:
+            main()
+        except RuntimeError as error:
+            if dist.is_initialized() and re.search(r'timed? ?out|closed by peer|reset by peer', str(error), re.I):
+                error.add_note(
+                    'This process gave up waiting for another one. That one ended, and says why itself, or it was '
+                    'silent for longer than --dist-timeout (seconds).'
+                )
+            raise
+
     try:
-        main()
+        recorded()
     except InputError as error:
         print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+# What the code was tested with: from the first version on, before the second; and what is wrong outside.
+TESTED = {
+    'torch': ((2, 10), (3,), 'before 2.10, a checkpoint can run code although it is read the safe way'),
+    'torchvision': ((0, 25), (1,), 'it is one pair with torch, installed together'),
+    'timm': ((1, 0, 20), (2,), 'the networks are built from its layers'),
+    'pillow': ((11,), (13,), "from 13 on, timm's RandAugment, which is on by default, ends training after some steps"),
+}
+
+
+def check_versions(version: Callable[[str], str] = importlib.metadata.version):
+    """Say which packages are outside the tested range, and what that may cost."""
+    for package, (first, end, reason) in TESTED.items():
+        found = tuple(int(number) for number in re.findall(r'\d+', version(package).split('+')[0])[:3])
+        if not first <= found < end:
+            wanted = f'at least {".".join(map(str, first))} and below {".".join(map(str, end))}'
+            say(f'warning: {package} {version(package)} was not tested, expected {wanted}: {reason}')
 
 
 # --- flags
@@ -114,14 +151,20 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
             f'CUDA devices found: {torch.cuda.device_count()}. Without --device the script takes what is there.'
         ) from error
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
+        # After a restart the store still has the addresses of the processes that died: each start has its own names.
         timeout = timedelta(seconds=args.dist_timeout)
         store, number, count = next(dist.rendezvous(args.dist_url, timeout=timeout))
-        # After a restart the store still has the addresses of the processes that died: each start has its own names.
-        store = dist.PrefixStore(f'start{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        store = dist.PrefixStore(f'start{restarts()}', store)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    check_versions()
     seed_all(args.seed)
     return device
+
+
+def restarts() -> int:
+    """How often the launcher started this job again after a failure."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def all_sum(values: Tensor) -> Tensor:
@@ -140,8 +183,7 @@ def inject_fault(epoch: int, step: int) -> float:
     Kinds: kill, stall, exception, nan. A job that was restarted does not fail again.
     """
     kind, *place = os.environ.get('EVO_VIT_FAULT', '').split(':')
-    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
-    if not kind or restarted or [rank(), epoch, step] != [int(number) for number in place]:
+    if not kind or restarts() or [rank(), epoch, step] != [int(number) for number in place]:
         return 1.0
     if kind == 'kill':
         os.kill(os.getpid(), signal.SIGKILL)
@@ -170,20 +212,26 @@ def seed_all(*key: int):
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict):
-    """Write a checkpoint so that `path` holds the old file or the new one, whole, whatever happens.
+    """Write a checkpoint as `write_whole` does."""
+    write_whole(Path(path), partial(torch.save, checkpoint))
 
-    Raises OSError, with the old file in place and the temporary one gone, where the disk is full.
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]):
+    """Write a file so that `path` holds the old content or the new one, whole, whatever happens.
+
+    Raises InputError, with the old file in place and the temporary one gone, where that fails, as on a full disk.
     """
-    path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch reports a full disk as a RuntimeError
+            raise InputError(f'{path} could not be written, what was there before is whole: {error}') from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -257,7 +305,7 @@ def describe_file(path: Path) -> str:
     if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < size:
         return 'it is a safetensors file; convert it with safetensors.torch.load_file and torch.save'
     if head[:2] == b'PK':
-        return f'it is a zip file cut short at {size:,} bytes (an interrupted download or copy)'
+        return f'it is damaged, a zip file cut short at {size:,} bytes (an interrupted download or copy)'
     if head[:1] == b'\x80':
         return f'it is a pickle, damaged or cut short at {size:,} bytes'
     if all(byte in b'\t\n\r' or byte >= 32 for byte in head):

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def script(monkeypatch, capfd):
         importlib.import_module(name).main()
         return capfd.readouterr().out
 
-    return run
+    yield run
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training handles it, from its start on
 
 
 def read_log(folder) -> list[dict]:

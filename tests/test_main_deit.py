@@ -300,7 +300,7 @@ def test_wrong_flags(script, flags, wrong, says):
 
 def test_a_loss_that_is_not_finite_stops(script, flags, tmp_path):
     flags = [*flags, '--epochs', 2, '--output_dir', tmp_path, '--opt', 'sgd', '--lr', 1e30, '--warmup-lr', 1e30]
-    with pytest.raises(InputError, match='the loss of process 0 is nan in epoch 0, step .*--precision'):
+    with pytest.raises(InputError, match='the loss of rank 0 is nan in epoch 0, step .*--precision'):
         script('main_deit', *flags)
     assert not (tmp_path / 'checkpoint.pth').exists()
 

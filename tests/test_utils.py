@@ -4,7 +4,6 @@ import argparse
 import collections
 import hashlib
 import http.server
-import os
 import pathlib
 import random
 import threading
@@ -78,42 +77,6 @@ def test_published_files_with_a_namespace_load(tmp_path):
         assert utils.read_checkpoint(tmp_path / 'p.pth')['args'] == arguments
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize('zipped', [True, False])
-@pytest.mark.parametrize('place', ['whole', 'args', 'nested'])
-def test_code_in_a_checkpoint_never_runs(tmp_path, zipped, place):
-    proof = tmp_path / 'ran'
-    bad = Malicious(proof)
-    content = {'whole': bad, 'args': {'model': {'w': torch.ones(1)}, 'args': bad}}.get(
-        place, {'args': argparse.Namespace(x=bad)}
-    )
-    torch.save(content, tmp_path / 'bad.pth', _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match='could run code') as error:
-        utils.read_checkpoint(tmp_path / 'bad.pth')
-    assert not proof.exists() and 'weights_only' not in str(error.value)
-
-
-def test_damage_is_noticed(saved):
-    good = saved.read_bytes()
-    middle = len(good) // 2
-    for bad in (
-        good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
-        good[:middle] + bytes(4096) + good[middle + 4096 :],
-        good[: len(good) - 100],
-        good[:middle],
-    ):
-        saved.write_bytes(bad)
-        with pytest.raises(InputError, match=r'checkpoint\.pth.*(damaged|cut short)'):
-            utils.read_checkpoint(saved)
-
-
 @pytest.mark.parametrize(
     'content, says',
     [
@@ -132,7 +95,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content, says):
     path.write_bytes(content)
     with pytest.raises(InputError, match=says) as error:
         utils.read_checkpoint(path)
-    assert str(path) in str(error.value) and '\n' not in str(error.value)
+    assert str(path) in str(error.value) and '\n' not in str(error.value) and 'weights_only' not in str(error.value)
 
 
 def test_missing_files_folders_and_whole_models(tmp_path):
@@ -196,28 +159,6 @@ def test_addresses_are_read_and_their_hash_checked(server, saved, tmp_path, caps
     (folder / 'page.pth').write_text('<html>')
     with pytest.raises(InputError, match='web page'):
         utils.read_checkpoint(f'{address}/page.pth')
-
-
-# --- writing
-
-
-def test_a_save_is_whole_or_nothing(saved, monkeypatch):
-    before = saved.read_bytes()
-    done = []
-    real = {name: getattr(os, name) for name in ('fsync', 'replace')}
-    for name in real:
-        monkeypatch.setattr(os, name, lambda *a, name=name: (done.append(name), real[name](*a))[1])
-    utils.write_checkpoint(saved, {'model': {'w': torch.ones(3)}})
-    assert done == ['fsync', 'replace', 'fsync']
-    saved.write_bytes(before)
-
-    def full(*args):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='No space'):
-        utils.write_checkpoint(saved, {'model': {'w': torch.ones(3)}})
-    assert saved.read_bytes() == before and [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
 # --- loading

@@ -1,0 +1,1053 @@
+"""What must hold when things go wrong: a test for each row of docs/reliability.md that no other test file proves.
+
+A run here is a real process, or two, forked from a server that has imported everything; torchrun where it matters.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from conftest import ROOT, accuracy, free_port, launch, read_log
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import checkpoint
+import datasets
+import engine
+import main_deit
+import models
+import utils
+from utils import InputError
+
+NANO = [
+    *('--model', 'evo_deit_nano_patch4_32', '--input-size', 32, '--batch-size', 16, '--num_workers', 0),
+    *('--device', 'cpu', '--print-freq', 1, '--epochs', 2),
+]
+# Mixup, cutmix, drop path and repeated augmentation are on by default; fp16 has a loss scale, which is state too.
+WHOLE = [
+    *(*NANO, '--lr', 0.01, '--warmup-epochs', 1, '--warmup-lr', 0.001, '--model-ema-decay', 0.9),
+    *('--precision', 'fp16', '--save-interval-steps', 1, '--keep-checkpoints', 9),
+]
+
+
+# --- processes
+
+
+@pytest.fixture(scope='session')
+def forks():
+    """A way to start processes that have everything imported and no state of this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('OMP_NUM_THREADS', '1')
+        patch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), str(ROOT / 'tests')]))
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['main_deit', 'main_levit', 'visualize', 'test_reliability'])
+        started = context.Process(target=int)
+        started.start()
+        started.join()
+        yield context
+
+
+def run_rank(script: str, flags: list, env: dict, out: Path, file_limit: int | None):
+    """One process of a run: the script with its flags, in a process group of its own, printing to a file."""
+    os.setsid()
+    printed = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    os.environ.update(env)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    import importlib
+    import sys
+
+    sys.argv = [f'{script}.py', *map(str, flags)]
+    utils.run_script(importlib.import_module(script).main)
+
+
+class Run:
+    """A script that runs in `ranks` processes."""
+
+    def __init__(self, forks, out: Path, *flags, ranks=1, script='main_deit', fault='', file_limit=None):
+        self.out = out
+        env = {'EVO_VIT_FAULT': fault, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+        self.processes = []
+        for rank in range(ranks):
+            places = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks}
+            own = env | ({key: str(value) for key, value in places.items()} if ranks > 1 else {})
+            process = forks.Process(target=run_rank, args=(script, flags, own, out, file_limit))
+            process.start()
+            self.processes.append(process)
+
+    @property
+    def printed(self) -> str:
+        return self.out.read_text() if self.out.exists() else ''
+
+    def wait_for(self, text: str, seconds: float = 120):
+        until = time.monotonic() + seconds
+        while text not in self.printed:
+            assert time.monotonic() < until and any(p.is_alive() for p in self.processes), self.printed
+            time.sleep(0.005)
+
+    def send(self, number: int):
+        """A signal to the processes and all that they started."""
+        for process in self.processes:
+            os.killpg(process.pid, number)
+
+    def end(self, seconds: float = 120) -> list[int]:
+        """Exit codes."""
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(until - time.monotonic(), 0.01))
+        codes = [process.exitcode for process in self.processes]
+        assert None not in codes, self.printed
+        return codes
+
+
+@pytest.fixture
+def start(forks, tmp_path, image_folder):
+    """Start a run; those that a test leaves are ended."""
+    runs = []
+
+    def run(*flags, **kwargs) -> Run:
+        flags = flags if '--data-path' in flags else ('--data-path', image_folder, *flags)
+        runs.append(Run(forks, tmp_path / f'printed{len(runs)}', *flags, **kwargs))
+        return runs[-1]
+
+    yield run
+    for process in itertools.chain(*(run.processes for run in runs)):
+        if process.is_alive():
+            process.kill()
+
+
+@pytest.fixture(scope='session')
+def whole(forks, tmp_path_factory, image_folder):
+    """Folder of a run that nothing interrupted, by the number of processes and of workers."""
+    done = {}
+
+    def folder(ranks: int = 1, workers: int = 0, script: str = 'main_deit', flags=()) -> Path:
+        key = ranks, workers, script
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp('whole')
+            run = Run(
+                forks, done[key] / 'printed', *WHOLE, '--data-path', image_folder, '--num_workers', workers, *flags,
+                '--output_dir', done[key], ranks=ranks, script=script,
+            )  # fmt: skip
+            assert run.end() == [0] * ranks, run.printed
+        return done[key]
+
+    return folder
+
+
+def same(one, two) -> bool:
+    """Whether two trees of dicts, lists, tensors and numbers are equal, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return isinstance(two, dict) and list(one) == list(two) and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+def differences(one: Path, two: Path) -> set[str]:
+    """What differs between two runs: pieces of the last checkpoints, of the best ones, lines of the log."""
+    found = set()
+    for name in ('checkpoint.pth', 'best_checkpoint.pth'):
+        a, b = (utils.read_checkpoint(folder / name) for folder in (one, two))
+        for content in (a, b):
+            content['args'] = {key: value for key, value in content['args'].items() if key not in checkpoint.FREE}
+        found |= {f'{name}: {key}' for key in a | b if not same(a.get(key), b.get(key))}
+    logs = [read_log(folder) for folder in (one, two)]
+    for line in itertools.chain(*logs):
+        del line['train_images_per_second']
+    return found | ({'log.txt'} if logs[0] != logs[1] else set())
+
+
+def continued(whole: Path, folder: Path, *names: str) -> Path:
+    """A folder with some of the files of a run."""
+    folder.mkdir()
+    for name in names:
+        shutil.copy(whole / name, folder / name.split('/')[-1])
+    return folder
+
+
+# --- a run is interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ranks', [1, 2])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_row_03_an_interrupted_run_ends_as_one_that_was_not(start, whole, tmp_path, ranks, workers):
+    flags = [*WHOLE, '--num_workers', workers, '--auto-resume', '--output_dir']
+    # Killed in the first step of an epoch, and in the middle of one.
+    places = {'edge': f'kill:{ranks - 1}:1:0', 'middle': f'kill:{ranks - 1}:1:{3 - ranks}'}
+    runs = [start(*flags, tmp_path / name, ranks=ranks, fault=fault) for name, fault in places.items()]
+    assert all(-signal.SIGKILL in run.end() for run in runs)
+    found = [utils.read_checkpoint(tmp_path / name / 'checkpoint.pth') for name in places]
+    assert [(c['epoch'] + 1, c['step']) for c in found] == [(1, 0), (1, 3 - ranks)]
+    runs = [start(*flags, tmp_path / name, ranks=ranks) for name in places]
+    assert [run.end() for run in runs] == [[0] * ranks] * 2, [run.printed for run in runs]
+    for name in places:
+        assert differences(whole(ranks, workers), tmp_path / name) == set()
+
+
+@pytest.mark.slow
+def test_row_03_levit(start, whole, tmp_path):
+    flags = [*('--model', 'EvoLeViT_128S', '--input-size', 64, '--distillation-type', 'none', '--precision', 'fp32')]
+    run = start(*WHOLE, *flags, '--output_dir', tmp_path / 'run', script='main_levit', fault='kill:0:1:2')
+    assert run.end() == [-signal.SIGKILL]
+    run = start(*WHOLE, *flags, '--auto-resume', '--output_dir', tmp_path / 'run', script='main_levit')
+    assert run.end() == [0], run.printed
+    assert differences(whole(1, 0, 'main_levit', flags), tmp_path / 'run') == set()
+
+
+@pytest.fixture
+def resumed(script, image_folder, tmp_path):
+    """Run a copy of a checkpoint to its end, changed by a function; returns the folder."""
+
+    def run(source: Path, change, *flags) -> Path:
+        content = utils.read_checkpoint(source)
+        change(content)
+        folder = tmp_path / f'resumed{len(list(tmp_path.iterdir()))}'
+        folder.mkdir()
+        shutil.copy(source.parent / 'log.txt', folder)
+        torch.save(content, folder / 'changed.pth')
+        more = ['--data-path', image_folder, '--output_dir', folder, '--resume', folder / 'changed.pth']
+        script('main_deit', *WHOLE, *more, *flags)
+        return folder
+
+    return run
+
+
+def test_row_04_each_piece_of_state_counts(whole, resumed):
+    source = whole() / 'checkpoint-0001-000002.pth'
+
+    def keep(content):
+        content['best_acc1'] = 99.0
+
+    def drop(name, value=None):
+        return lambda content: (keep(content), content.update({name: value}))
+
+    complete = resumed(source, keep)
+    assert {name.split()[-1] for name in differences(whole(), complete)} <= {'best_acc1', 'log.txt'}
+    torch.manual_seed(0)
+    other = timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict()
+    pieces = {
+        'model': other, 'model_ema': None, 'optimizer': None, 'scaler': None, 'step': 0, 'best_acc1': 0.0,
+    }  # fmt: skip
+    for name, value in pieces.items():
+        assert differences_of_last(complete, resumed(source, drop(name, value))), name
+    # The sum of the epoch's loss ends in the log; the seed stands for the state of all random numbers.
+    assert last_loss(complete) != last_loss(resumed(source, drop('loss_sum', 0.0)))
+    assert differences_of_last(complete, resumed(source, keep, '--seed', 1, '--accept-changes'))
+
+
+def last_loss(folder: Path) -> float:
+    return read_log(folder)[-1]['train_loss']
+
+
+def differences_of_last(one: Path, two: Path) -> bool:
+    one, two = (utils.read_checkpoint(folder / 'checkpoint.pth') for folder in (one, two))
+    return not all(same(one[key], two[key]) for key in one if key != 'args')
+
+
+def test_row_04_the_schedule_counts_where_it_has_state(script, resumed, image_folder, tmp_path):
+    plateau = ['--sched', 'plateau', '--patience-epochs', 0, '--precision', 'fp32']
+    folder = tmp_path / 'plateau'
+    script('main_deit', *WHOLE, *plateau, '--data-path', image_folder, '--output_dir', folder)
+    source = folder / 'checkpoint-0001-000000.pth'
+    assert not differences_of_last(folder, resumed(source, lambda content: None, *plateau))
+    new = engine.create_scheduler(
+        engine.get_parser('', main_deit.RECIPE).parse_args(list(map(str, plateau))),
+        torch.optim.SGD([torch.zeros(1)], lr=1),
+    )[0].state_dict()
+    assert differences_of_last(folder, resumed(source, lambda content: content.update(lr_scheduler=new), *plateau))
+
+
+def write_for_ever(path: Path, durable: bool):
+    write = utils.write_checkpoint if durable else lambda path, content: torch.save(content, path)
+    weights = torch.zeros(4_000_000)
+    for i in itertools.count(1):
+        write(path, {'model': {'w': weights.fill_(i)}, 'number': i})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('durable', [True, False], ids=['as written here', 'without protection'])
+def test_row_06_killed_while_saving(forks, tmp_path, durable):
+    path, rng, damaged = tmp_path / 'c.pth', np.random.default_rng(0), 0
+    for _ in range(10):
+        process = forks.Process(target=write_for_ever, args=(path, durable))
+        process.start()
+        while not path.exists():
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.02, 0.3))
+        process.kill()
+        process.join()
+        try:
+            found = utils.read_checkpoint(path)
+            assert bool((found['model']['w'] == found['number']).all())
+        except InputError:
+            damaged += 1
+    assert damaged == 0 if durable else damaged > 0
+
+
+def test_row_07_order_of_a_save(tmp_path, monkeypatch):
+    path = tmp_path / 'c.pth'
+    utils.write_checkpoint(path, {'model': {'w': torch.zeros(3)}})
+    done = []
+
+    def spy(name, describe):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, **k: (done.append((name, *describe(a))), real(*a, **k))[1])
+
+    spy('fsync', lambda a: (Path(os.readlink(f'/proc/self/fd/{a[0]}')),))
+    spy('replace', lambda a: map(Path, a))
+    spy('unlink', lambda a: map(Path, a))
+    utils.write_checkpoint(path, {'model': {'w': torch.ones(3)}})
+    temporary = tmp_path / '.c.pth.tmp'
+    assert done == [('fsync', temporary), ('replace', temporary, path), ('fsync', tmp_path)]
+
+
+def test_row_08_damage_is_refused(tmp_path):
+    path = tmp_path / 'c.pth'
+    content = {'model': {f'w{i}': torch.arange(3000.0) for i in range(4)}, 'epoch': 3}
+    utils.write_checkpoint(path, content)
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    middle = len(good) // 2
+    for bad in (
+        good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
+        good[:4096] + bytes(4096) + good[8192:],
+        good[:-1],
+        good[:middle],
+        good[:100],
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(InputError, match=f'{path} .*damaged'):
+            utils.read_checkpoint(path)
+    # A flipped bit anywhere is noticed, or is in none of the content.
+    for place in rng.integers(0, len(good), 200):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << rng.integers(8)]) + good[place + 1 :])
+        try:
+            assert same(utils.read_checkpoint(path), content), place
+        except InputError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.slow
+def test_row_09_a_damaged_newest_checkpoint(start, whole, script, tmp_path, image_folder):
+    names = ['checkpoint.pth', 'best_checkpoint.pth', 'checkpoint-0002-000000.pth', 'checkpoint-0001-000003.pth']
+    folder = continued(whole(), tmp_path / 'run', *names, 'log.txt')
+    for name in (names[0], names[2]):
+        damage(folder / name)
+    run = start(*WHOLE, '--output_dir', folder, '--auto-resume')
+    assert run.end() == [0], run.printed
+    printed = run.printed
+    assert 'checkpoint.pth is damaged' in printed and 'going back to' in printed and names[3] in printed
+    assert 'from epoch 1, step 3 on, all is lost up to epoch 2, step 0' in printed
+    assert differences(whole(), folder) == set()
+    damage(folder / names[0])
+    with pytest.raises(InputError, match=r'checkpoint\.pth is damaged'):
+        script('main_deit', *WHOLE, '--data-path', image_folder, '--resume', folder / names[0])
+
+
+def damage(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_row_11_a_loss_that_is_not_finite_on_one_rank(start, tmp_path):
+    run = start(*NANO, '--output_dir', tmp_path / 'run', ranks=2, fault='nan:1:1:0')
+    run.wait_for('Epoch 0 done')
+    began = time.monotonic()
+    assert run.end() == [2, 2]
+    assert time.monotonic() - began < 10
+    assert run.printed.count('the loss of rank 1 is nan in epoch 1, step 0, at rate') == 2
+    found = utils.read_checkpoint(tmp_path / 'run' / 'checkpoint.pth')
+    assert found['epoch'] == 0
+    assert all(bool(value.isfinite().all()) for value in [*found['model'].values(), *found['model_ema'].values()])
+
+
+def test_row_11_infinity_too_and_that_it_matters(script, image_folder, tmp_path, monkeypatch):
+    gate = engine.Gate(torch.device('cpu'), 10)
+    gate.pass_through(torch.tensor(1.0), 'here')
+    with pytest.raises(InputError, match='the loss of rank 0 is inf here'):
+        gate.pass_through(torch.tensor(float('inf')), 'here')
+    monkeypatch.setattr(engine.Gate, 'pass_through', lambda *args: None)
+    monkeypatch.setenv('EVO_VIT_FAULT', 'nan:0:1:0')
+    script('main_deit', *NANO, '--data-path', image_folder, '--output_dir', tmp_path)
+    assert not utils.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['head.weight'].isfinite().any()
+
+
+def torchrun(*flags, restarts: int = 0, fault: str = ''):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('EVO_VIT_FAULT', fault)
+        command = ['--nproc_per_node=2', f'--max_restarts={restarts}', f'--master_port={free_port()}', 'main_deit.py']
+        return launch('torch.distributed.run', *command, *flags)
+
+
+@pytest.mark.slow
+def test_row_12_a_killed_rank_and_a_launcher_that_restarts(whole, image_folder, tmp_path):
+    flags = [*WHOLE, '--data-path', image_folder, '--output_dir', tmp_path / 'run', '--auto-resume']
+    running = torchrun(*flags, restarts=1, fault='kill:1:1:1')
+    printed, _ = running.communicate(timeout=240)
+    assert running.returncode == 0, printed
+    assert 'going on with epoch 1, step 1' in printed
+    assert differences(whole(2), tmp_path / 'run') == set()
+
+
+@pytest.mark.slow
+def test_row_13_a_launcher_is_asked_to_end(start, whole, image_folder, tmp_path):
+    folder = tmp_path / 'run'
+    running = torchrun(*WHOLE, '--data-path', image_folder, '--num_workers', 2, '--output_dir', folder)
+    printed = ''
+    while '[1/2]' not in printed:
+        printed += (line := running.stdout.readline())
+        assert line, printed
+    running.terminate()
+    printed += running.communicate(timeout=120)[0]
+    assert running.returncode != 0 and 'asked to end: stopped in epoch' in printed, printed
+    check_resume(start, folder, whole)
+
+
+@pytest.mark.slow
+def test_row_13_a_process_group_is_asked_to_end(start, whole, tmp_path):
+    folder = tmp_path / 'run'
+    run = start(*WHOLE, '--num_workers', 2, '--output_dir', folder, ranks=2)
+    run.wait_for('[1/2]')
+    run.send(signal.SIGTERM)
+    time.sleep(0.02)
+    run.send(signal.SIGTERM)
+    assert run.end() == [143, 143], run.printed
+    check_resume(start, folder, whole)
+
+
+def check_resume(start, folder: Path, whole):
+    """A run of two processes that was asked to end goes on as if it had not been."""
+    found = utils.read_checkpoint(folder / 'checkpoint.pth')
+    assert (found['epoch'] + 1, found['step']) < (2, 0), 'it came to its end'
+    run = start(*WHOLE, '--num_workers', 2, '--output_dir', folder, '--auto-resume', ranks=2)
+    assert run.end() == [0, 0], run.printed
+    assert f'going on with epoch {found["epoch"] + 1}, step {found["step"]}' in run.printed
+    assert differences(whole(2, 2), folder) == set()
+
+
+def test_row_13_workers_outlive_the_signal(image_folder, monkeypatch):
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(
+        ['--data-path', str(image_folder), '--input-size', '32', '--batch-size', '4', '--num_workers', '1']
+    )
+    for protected in (True, False):
+        loader = datasets.build_loaders(args)[1]
+        if not protected:
+            loader.worker_init_fn = None
+        batches = iter(loader)
+        next(batches)
+        for worker in batches._workers:
+            os.kill(worker.pid, signal.SIGTERM)
+        if protected:
+            assert len(list(batches)) == 7
+        else:
+            with pytest.raises(RuntimeError, match='worker'):
+                list(batches)
+
+
+@pytest.mark.slow
+def test_row_14_a_rank_that_is_stuck(start, tmp_path):
+    run = start(*NANO, '--dist-timeout', 6, ranks=2, fault='stall:1:0:1')
+    run.wait_for('[1/2]')
+    began = time.monotonic()
+    run.processes[0].join(60)
+    assert run.processes[0].exitcode == 1 and run.processes[1].is_alive()
+    assert 4 < time.monotonic() - began < 30
+    assert 'it was silent for longer than --dist-timeout' in run.printed
+
+
+@pytest.mark.slow
+def test_row_15_an_exception_on_one_rank(image_folder):
+    running = torchrun(*NANO, '--data-path', image_folder, fault='exception:1:0:1')
+    printed, began = '', None
+    for line in running.stdout:
+        printed += line
+        if began is None and 'injected fault' in line:
+            began = time.monotonic()
+    assert running.wait(60) != 0 and time.monotonic() - began < 10
+    summary = printed.split('Root Cause')[1]
+    assert 'rank      : 1' in summary and 'RuntimeError: injected fault' in summary and 'inject_fault' in summary
+
+
+# --- evaluation
+
+
+def images_and_model(size: int, seed: int = 0) -> tuple[TensorDataset, torch.nn.Module]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, 4, 4, generator=generator)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 7, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(7, 48, generator=generator))
+    return TensorDataset(images, torch.arange(size) % 7), model
+
+
+def evaluate_shard(size: int, batch: int, rank: int, ranks: int) -> dict[str, float]:
+    data, model = images_and_model(size)
+    loader = DataLoader(data, batch, sampler=engine.datasets.eval_shard(size, rank, ranks))
+    return engine.evaluate(model, loader, engine.make_autocast('fp32', torch.device('cpu')))
+
+
+CASES = [(size, batch) for size in (3, *range(12, 18)) for batch in range(1, 7)]
+
+
+def evaluate_rank(rank: int, ranks: int, port: int, out: Path):
+    store = dist.TCPStore('127.0.0.1', port, ranks, rank == 0)
+    dist.init_process_group('gloo', store=store, rank=rank, world_size=ranks)
+    results = [evaluate_shard(*case, rank, ranks) for case in CASES]
+    (out / f'{rank}.json').write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ranks', [2, 5])
+def test_row_16_evaluation_over_processes(forks, tmp_path, ranks):
+    port = free_port()
+    processes = [forks.Process(target=evaluate_rank, args=(rank, ranks, port, tmp_path)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    single = [evaluate_shard(*case, 0, 1) for case in CASES]
+    for rank in range(ranks):
+        for case, one, many in zip(CASES, single, json.loads((tmp_path / f'{rank}.json').read_text()), strict=True):
+            assert (many['acc1'], many['acc5']) == (one['acc1'], one['acc5']), case
+            assert many['loss'] == pytest.approx(one['loss'], rel=1e-6), case
+
+
+@pytest.mark.parametrize('ranks', range(1, 9))
+def test_row_16_up_to_eight_ranks(monkeypatch, capsys, ranks):
+    for case in CASES:
+        one = evaluate_shard(*case, 0, 1)
+        with monkeypatch.context() as patch:
+            parts = []
+            patch.setattr(utils, 'all_sum', lambda values, parts=parts: (parts.append(values), sum(parts))[1])
+            many = [evaluate_shard(*case, rank, ranks) for rank in range(ranks)][-1]
+        assert many == pytest.approx(one, rel=1e-6) and many['acc1'] == one['acc1'], case
+        assert f'({case[0]} images)' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_row_17_batch_size_of_evaluation():
+    results = [evaluate_shard(30, batch, 0, 1) for batch in (1, 4, 7, 30)]
+    assert len({(r['acc1'], r['acc5']) for r in results}) == 1
+    assert [r['loss'] for r in results] == pytest.approx([results[0]['loss']] * 4, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_row_18_evaluation_in_a_new_process(start, whole):
+    log = read_log(whole(2))
+    runs = [
+        start(*NANO, '--precision', 'fp16', '--eval', '--resume', whole(2) / name)
+        for name in ('checkpoint-0001-000000.pth', 'checkpoint.pth')
+    ]
+    for run, line, schedule in zip(runs, log, ('layer-wise', 'stage-wise'), strict=True):
+        assert run.end() == [0], run.printed
+        assert schedule in run.printed and line['selection'] == schedule
+        assert accuracy(run.printed) == f'{line["test_acc1"]:.3f}'
+
+
+# --- input that is wrong or hostile
+
+
+@pytest.mark.parametrize('interpolation', ['bicubic', 'random'])
+def test_row_01_the_default_augmentation_never_raises(interpolation):
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(
+        ['--input-size', '32', '--train-interpolation', interpolation]
+    )
+    transform = datasets.build_transform(True, args)
+    image, _ = datasets.Shapes('train', 32)[0]
+    utils.seed_all(0)
+    for _ in range(10_000):
+        assert transform(image).shape == (3, 32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'script, flags',
+    [
+        ('main_deit', ['--resume']),
+        ('main_deit', ['--eval', '--resume']),
+        ('main_deit', ['--finetune']),
+        ('main_deit', ['--distillation-type', 'hard', '--teacher-path']),
+        ('main_levit', ['--distillation-type', 'none', '--resume']),
+        ('main_levit', ['--distillation-type', 'none', '--finetune']),
+        ('main_levit', ['--teacher-path']),
+        ('visualize', ['--resume']),
+    ],
+)
+def test_row_02_wrong_paths(start, tmp_path, script, flags):
+    wrong = tmp_path / 'no' / 'such.pth'
+    # There is no data either, but that is not what the message is about.
+    run = start(*flags, wrong, '--data-path', tmp_path, '--output_dir', tmp_path / 'out', script=script)
+    assert run.end() == [2]
+    assert f'{flags[-1]} {wrong}: {wrong} is not a file' in run.printed
+    assert 'Acc@1' not in run.printed and 'Traceback' not in run.printed
+
+
+class Malicious:
+    def __init__(self, proof: Path):
+        self.proof = str(proof)
+
+    def __reduce__(self):
+        return os.mkdir, (self.proof,)
+
+
+def raw_pickle(content, path: Path):
+    path.write_bytes(pickle.dumps(content, 2))
+
+
+WRITERS = {
+    'zip': torch.save,
+    'legacy': lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    'raw': raw_pickle,
+}
+
+
+@pytest.mark.parametrize('kind', WRITERS)
+@pytest.mark.parametrize('place', ['whole', 'args', 'namespace', 'weights'])
+def test_row_10_code_in_a_checkpoint_never_runs(tmp_path, kind, place):
+    bad, path, proof = Malicious(tmp_path / 'ran'), tmp_path / 'bad.pth', tmp_path / 'ran'
+    weights = {'w': torch.ones(1)} if kind != 'raw' else {}
+    content = {
+        'whole': bad,
+        'args': {'model': weights, 'args': bad},
+        'namespace': {'model': weights, 'args': argparse.Namespace(x=[bad])},
+        'weights': {'model': weights | {'v': bad}},
+    }[place]
+    WRITERS[kind](content, path)
+    with pytest.raises(InputError, match=str(path)) as error:
+        utils.read_checkpoint(path)
+    assert not proof.exists() and 'weights_only' not in str(error.value)
+    if kind != 'raw':
+        torch.load(path, weights_only=False)
+        assert proof.exists(), 'the file is not dangerous: this test shows nothing'
+
+
+@pytest.mark.parametrize('kind', WRITERS)
+@pytest.mark.parametrize(
+    'name, flags',
+    [
+        ('main_deit', ['--resume']),
+        ('main_deit', ['--eval', '--resume']),
+        ('main_deit', ['--finetune']),
+        ('main_levit', ['--teacher-path']),
+        ('visualize', ['--resume']),
+    ],
+)
+def test_row_10_by_every_flag(script, image_folder, tmp_path, kind, name, flags):
+    path, proof = tmp_path / 'bad.pth', tmp_path / 'ran'
+    WRITERS[kind]({'model': {}, 'args': Malicious(proof)}, path)
+    small = [*NANO, '--data-path', image_folder]
+    if name == 'main_levit':
+        small += ['--model', 'EvoLeViT_128S', '--input-size', 64, '--teacher-model', 'regnety_002']
+    if name == 'visualize':
+        small = [*NANO[:8], '--data-path', image_folder, '--output_dir', tmp_path / 'out']
+    with pytest.raises(InputError, match=r'bad\.pth'):
+        script(name, *small, *flags, path)
+    assert not proof.exists()
+
+
+def load_and_measure(path: Path, out: Path):
+    Path('/proc/self/clear_refs').write_text('5')  # forget the peak of before
+
+    def peak() -> int:
+        return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
+
+    before = peak()
+    try:
+        datasets.load_image(path)
+    except InputError as error:
+        out.write_text(json.dumps([peak() - before, str(error)]))
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak of memory is read from Linux')
+@pytest.mark.parametrize('size', [(3000, 1), (12, 1300), (9000, 8000)])
+def test_row_21_sizes_that_would_fill_the_memory(forks, tmp_path, size, monkeypatch):
+    path, out = tmp_path / 'a.jpg', tmp_path / 'out.json'
+    Image.new('1', size).save(path, 'png') if max(size) > 5000 else Image.new('RGB', size).save(path)
+    process = forks.Process(target=load_and_measure, args=(path, out))
+    process.start()
+    process.join(60)
+    kib, message = json.loads(out.read_text())
+    assert kib < 200 * 1024 and str(path) in message and f'{size[0]} x {size[1]}' in message
+    monkeypatch.setattr(Image.Image, 'convert', lambda *args: pytest.fail('it was decoded'))
+    with pytest.raises(InputError):
+        datasets.load_image(path)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_row_20_broken_training_images_are_tolerated_on_request(image_folder, tmp_path, script, capfd, workers):
+    root = tmp_path / 'images'
+    shutil.copytree(image_folder, root)
+    broken = sorted((root / 'train' / 'class1').iterdir())[:2]
+    broken[0].write_bytes(b'')
+    broken[1].write_bytes(broken[1].read_bytes()[:-60])
+    flags = [*NANO, '--epochs', 1, '--data-path', root, '--no-repeated-aug', '--num_workers', workers]
+    with pytest.raises(InputError, match=f'{root}/train/class1/.*(\n.*)*--max-broken-images allows 0'):
+        script('main_deit', *flags)
+    with pytest.raises(InputError, match='2 broken training images, --max-broken-images allows 1'):
+        script('main_deit', *flags, '--max-broken-images', 1)
+    capfd.readouterr()
+    printed = script('main_deit', *flags, '--max-broken-images', 2, '--output_dir', tmp_path / 'out')
+    assert all(printed.count(str(path)) == 1 for path in broken) and '(2 so far)' in printed
+    assert read_log(tmp_path / 'out')[0]['train_broken_images'] == 2
+    # The same is not tolerated in evaluation.
+    (root / 'val' / 'class0' / '0.png').write_bytes(b'')
+    with pytest.raises(InputError, match=f'{root}/val/class0/0.png'):
+        script('main_deit', *flags, '--max-broken-images', 2)
+
+
+def test_row_22_pictures_are_upright_and_have_three_channels(tmp_path):
+    visualize = pytest.importorskip('visualize')
+    rgb = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    for mode in ('RGB', 'L', 'LA', 'RGBA', 'P', '1', 'CMYK'):
+        path = tmp_path / f'{mode}.jpg'
+        Image.fromarray(rgb).convert(mode).save(path, 'tiff' if mode == 'CMYK' else 'png')
+        assert visualize.load_upright(path).mode == datasets.load_image(path).mode == 'RGB'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rgb).save(tmp_path / 'turned.jpg', exif=exif)
+    assert visualize.load_upright(tmp_path / 'turned.jpg').size == (30, 40)
+    assert datasets.load_image(tmp_path / 'turned.jpg').size == (40, 30)
+
+
+@pytest.mark.parametrize('kind', ['zip', 'safetensors', 'page', 'tar', 'folder'])
+def test_row_24_one_line_says_what_a_file_is(tmp_path, kind):
+    path = tmp_path / 'x.pth'
+    if kind == 'zip':
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('a.txt', 'a')
+    elif kind == 'safetensors':
+        from safetensors.torch import save_file
+
+        save_file({'w': torch.ones(3)}, path)
+    elif kind == 'page':
+        path.write_text('\n<html><body>Sign in</body></html>')
+    elif kind == 'tar':
+        import tarfile
+
+        with tarfile.open(path, 'w') as archive:
+            archive.addfile(tarfile.TarInfo('sys_info'))
+    else:
+        path.mkdir()
+    word = {'zip': 'a zip file', 'page': 'web page'}.get(kind, kind)
+    with pytest.raises(InputError, match=word) as error:
+        utils.read_checkpoint(path)
+    message = str(error.value)
+    assert '\n' not in message and 'weights_only' not in message and 'trust' not in message
+
+
+# --- what is kept, and going on from it
+
+
+@pytest.mark.slow
+def test_row_27_a_full_disk(start, whole, tmp_path):
+    folder = continued(whole(2), tmp_path / 'run', 'checkpoint-0001-000001.pth', 'log.txt')
+    newest = folder / 'checkpoint-0001-000001.pth'
+    newest.rename(folder / 'checkpoint.pth')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    # The system refuses to let a file grow beyond a limit, as it does on a full disk.
+    run = start(*WHOLE, '--auto-resume', '--output_dir', folder, ranks=2, file_limit=1_000_000)
+    codes = run.end(60)
+    assert codes[0] == 2, run.printed
+    assert 'checkpoint.pth could not be written, what was there before is whole' in run.printed
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def resume(args: argparse.Namespace, content: dict, source: str = 'c.pth') -> tuple[engine.State, set[str]]:
+    """A new run's state after it took over a checkpoint."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    scheduler = engine.create_scheduler(args, optimizer)[0]
+    scaler = torch.amp.GradScaler('cpu', enabled=args.precision == 'fp16')
+    state = engine.State(model, None, optimizer, scheduler, scaler)
+    if content is not None:
+        state.load(content, source, args)
+    return state
+
+
+def arguments(*flags) -> argparse.Namespace:
+    return engine.get_parser('', main_deit.RECIPE).parse_args(['--no-model-ema', *map(str, flags)])
+
+
+def trained(*flags, steps: int = 2) -> dict:
+    """A checkpoint in the middle of epoch 3."""
+    args = arguments(*flags)
+    state = resume(args, None)
+    for _ in range(2):
+        state.model(torch.ones(1, 3)).sum().backward()
+        state.optimizer.step()
+    state.epoch, state.step, state.loss_sum = 3, steps, 1.5
+    return state.state_dict(args)
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('lr', 0.1), ('epochs', 7), ('sched', 'step'), ('batch_size', 8), ('opt', 'sgd'), ('seed', 5),
+        ('weight_decay', 0.0), ('drop_path', 0.3), ('mixup', 0.0), ('model', 'EvoLeViT_128S'), ('warmup_epochs', 0),
+    ],
+)  # fmt: skip
+def test_row_28_changed_flags(name, value, capsys):
+    content, flag = trained(), '--' + name.replace('_', '-')
+    with pytest.raises(InputError, match=rf'then +now\n +{name} +\S+ +{value}\n.*--accept-changes') as error:
+        resume(arguments(flag, value), content)
+    assert len(str(error.value).splitlines()) == 4
+    state = resume(arguments(flag, value, '--accept-changes'), content)
+    assert f'{value}' in capsys.readouterr().out
+    other_images = name in ('batch_size', 'seed')
+    assert (state.epoch, state.step) == (3, 0 if other_images else 2)
+    assert bool(state.optimizer.state_dict()['state']) == (name != 'opt')
+
+
+def test_row_28_rates_and_schedules_are_those_of_now():
+    content = trained('--sched', 'cosine', '--epochs', 300, '--warmup-epochs', 0)
+    for flags in (['--lr', 0.2], ['--epochs', 10], ['--sched', 'step', '--decay-epochs', 1]):
+        args = arguments('--sched', 'cosine', '--epochs', 300, '--warmup-epochs', 0, *flags, '--accept-changes')
+        fresh = resume(args, None)
+        fresh.scheduler.step(2)
+        assert resume(args, content).optimizer.param_groups[0]['lr'] == fresh.optimizer.param_groups[0]['lr']
+
+
+def test_row_28_moments_of_other_parameters():
+    content = trained()
+    content['optimizer']['state'][0]['exp_avg'] = torch.zeros(5)
+    with pytest.raises(InputError, match='optimizer state is of other parameters'):
+        resume(arguments(), content)
+
+
+@pytest.mark.slow
+def test_row_29_another_number_of_processes(whole, script, image_folder, tmp_path):
+    folder = continued(whole(2), tmp_path / 'run', 'checkpoint-0001-000001.pth', 'log.txt')
+    flags = [*WHOLE, '--data-path', image_folder, '--output_dir', folder]
+    printed = script('main_deit', *flags, '--resume', folder / 'checkpoint-0001-000001.pth')
+    assert 'world_size was 2, now 1: training goes on, but not exactly' in printed
+    assert 'the epoch starts again' in printed and 'Epoch 1 done' in printed
+    assert [line['epoch'] for line in read_log(folder)] == [0, 1]
+
+
+@pytest.mark.slow
+def test_row_29_processes_that_find_different_checkpoints(forks, whole, image_folder, tmp_path):
+    continued(whole(2), tmp_path / 'first', 'checkpoint.pth')
+    port, runs = str(free_port()), []
+    for rank, folder in enumerate(('first', 'second')):
+        env = {'RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        flags = [*WHOLE, '--data-path', image_folder, '--output_dir', tmp_path / folder, '--auto-resume']
+        runs.append(forks.Process(target=run_rank, args=('main_deit', flags, env, tmp_path / f'out{rank}', None)))
+        runs[-1].start()
+    for rank, run in enumerate(runs):
+        run.join(60)
+        assert run.exitcode == 2
+        assert 'different places, (epoch, step): (2, 0), (0, 0)' in (tmp_path / f'out{rank}').read_text()
+
+
+def test_row_30_other_precisions_and_devices(capsys):
+    with_scale, without = trained('--precision', 'fp16'), trained('--precision', 'fp32', '--device', 'cuda')
+    assert with_scale['scaler'] and not without['scaler']
+    for content, now in ((with_scale, 'bf16'), (without, 'fp16')):
+        state = resume(arguments('--precision', now), content)
+        printed = capsys.readouterr().out
+        assert 'the loss scale is left out' in printed and f'precision was {content["args"]["precision"]}' in printed
+        assert state.epoch == 3 and state.scaler.is_enabled() == (now == 'fp16')
+    assert 'device was cuda, now None: training goes on, but not exactly' in printed
+    scaler = resume(arguments('--precision', 'fp16'), with_scale | {'scaler': with_scale['scaler'] | {'scale': 8.0}})
+    assert scaler.scaler.get_scale() == 8
+
+
+@pytest.mark.parametrize('saved', [None, {}, argparse.Namespace(seed=0), 'text'])
+def test_row_31_a_checkpoint_that_does_not_say_its_seed(saved, capsys):
+    resume(arguments(), trained() | {'args': saved})
+    assert 'the order of images and their augmentation may not go on as they began' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_row_32_workers_change_nothing(whole):
+    assert differences(whole(1, 0), whole(1, 2)) == set()
+
+
+def test_row_33_no_images_to_validate(image_folder, script, tmp_path):
+    (tmp_path / 'train').symlink_to(image_folder / 'train')
+    (tmp_path / 'val' / 'class0').mkdir(parents=True)
+    with pytest.raises(InputError, match=f'{tmp_path}/val: no images in class0'):
+        script('main_deit', *NANO, '--data-path', tmp_path)
+    with pytest.raises(InputError, match='64 training images give each of 1 processes 64.*batch of 65'):
+        script('main_deit', *NANO, '--data-path', image_folder, '--batch-size', 65)
+    with pytest.raises(InputError, match='--batch-size 15 is odd'):
+        script('main_deit', *NANO, '--data-path', image_folder, '--batch-size', 15)
+
+
+@pytest.mark.parametrize('label', [3, -1])
+def test_row_34_labels_beyond_the_classes(label):
+    with pytest.raises(InputError, match=f'b.jpg has label {label}, but there are 3 classes'):
+        datasets.ImageFiles([('a.jpg', 2), ('b.jpg', label)], ['x', 'y', 'z'], None)
+
+
+def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(models, 'build', lambda *args: pytest.fail('the model was built'))
+    flags = [*NANO, '--data-path', image_folder, '--output_dir']
+    (tmp_path / 'file').touch()
+    with pytest.raises(InputError, match=f'--output_dir {tmp_path}/file/a cannot be written to'):
+        script('main_deit', *flags, tmp_path / 'file' / 'a')
+    folder = continued(whole(), tmp_path / 'run', 'checkpoint.pth', 'checkpoint-0001-000000.pth', 'log.txt')
+    before = sorted(folder.iterdir())
+    with pytest.raises(InputError, match='holds a run .*--resume or --auto-resume goes on.*--overwrite begins anew'):
+        script('main_deit', *flags, folder)
+    assert sorted(folder.iterdir()) == before
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    with pytest.raises(InputError, match='holds a run'):
+        checkpoint.claim_output(arguments('--overwrite', '--output_dir', folder))
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    checkpoint.claim_output(arguments('--auto-resume', '--output_dir', folder))
+    assert sorted(folder.iterdir()) == before
+    checkpoint.claim_output(arguments('--overwrite', '--output_dir', folder))
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script', ['main_deit', 'main_levit'])
+def test_row_36_a_wrong_data_path(start, tmp_path, script):
+    (tmp_path / 'data' / 'training').mkdir(parents=True)
+    run = start('--distillation-type', 'none', '--data-path', tmp_path / 'data', script=script)
+    assert run.end() == [2]
+    assert f'{tmp_path}/data/train does not exist' in run.printed and 'holds training' in run.printed
+
+
+@pytest.mark.parametrize('name', ['hf-hub:timm/vit', 'local-dir:/tmp/x', '../evo_deit', 'evo_deit_tiny_patch16', ''])
+def test_row_37_unknown_models(name, monkeypatch):
+    monkeypatch.setattr('socket.socket.connect', lambda *args: pytest.fail('the network was asked'))
+    monkeypatch.setattr('builtins.open', lambda *args, **kwargs: pytest.fail('a file was read'))
+    with pytest.raises(InputError, match='there is no such model. (Nearest|timm.list_models)'):
+        models.build(arguments('--model', name), 10)
+
+
+@pytest.mark.parametrize('name', ['../x', '..', 'a/b', '/x', 'a\\b'])
+def test_row_38_names_that_lead_elsewhere(name, tmp_path):
+    visualize = pytest.importorskip('visualize')
+    flags = ['--resume', 'x', '--img-path', 'x', '--output_dir', str(tmp_path / 'out'), '--save-name', name]
+    with pytest.raises(InputError, match='--save-name'):
+        visualize.check_arguments(visualize.get_parser().parse_args(flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_row_40_the_log_after_a_crash(tmp_path):
+    path = tmp_path / 'log.txt'
+    for epoch in range(3):
+        checkpoint.write_log(path, {'epoch': epoch, 'loss': float('nan'), 'run': 1})
+    path.write_text(path.read_text() + 'no json\n[1]\n{"epoch": 3, "lo')
+    for epoch in (2, 3):
+        checkpoint.write_log(path, {'epoch': epoch, 'loss': float('inf'), 'run': 2})
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [(line['epoch'], line['run'], line['loss']) for line in lines] == [
+        (0, 1, None), (1, 1, None), (2, 2, None), (3, 2, None),
+    ]  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ['log.txt']
+
+
+def test_row_41_the_last_are_kept_and_the_best(tmp_path, monkeypatch, capsys):
+    args = arguments('--output_dir', tmp_path, '--keep-checkpoints', 2)
+    state = resume(args, None)
+
+    def save(epoch: int, best: bool = False) -> list[str]:
+        state.epoch = epoch
+        checkpoint.save(args, state, best)
+        assert utils.read_checkpoint(tmp_path / 'checkpoint.pth')['epoch'] == epoch - 1
+        return sorted(int(p.name[11:15]) for p in tmp_path.glob('checkpoint-*.pth'))
+
+    assert [save(1), save(2, best=True), save(3), save(4)] == [[1], [1, 2], [2, 3], [3, 4]]
+    assert utils.read_checkpoint(tmp_path / 'best_checkpoint.pth')['epoch'] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'link', lambda *args: (_ for _ in ()).throw(OSError('links are not allowed')))
+        assert save(5) == [3, 4]
+        patch.undo()
+        real = Path.unlink
+        patch.setattr(
+            Path, 'unlink', lambda p, **k: real(p, **k) if '0006' in p.name else (_ for _ in ()).throw(OSError('busy'))
+        )
+        assert save(6) == [3, 4, 6]
+    printed = capsys.readouterr().out
+    assert 'warning: older checkpoints' in printed and 'links are not allowed' in printed and 'busy' in printed
+    assert save(7) == [6, 7]
+    # Going back to an earlier one leaves the later ones behind.
+    assert save(3) == [3]
+
+
+def test_row_42_versions_outside_the_tested_range(capsys):
+    tested = {'torch': '2.15.0+cpu', 'torchvision': '0.29.0', 'timm': '1.0.31', 'pillow': '12.3.0'}
+    utils.check_versions(tested.get)
+    assert not capsys.readouterr().out
+    utils.check_versions()
+    assert not capsys.readouterr().out, 'the installed versions are tested'
+    for package, version, reason in (
+        ('torch', '2.9.1', 'can run code'),
+        ('torch', '3.0.0a1', 'expected at least 2.10'),
+        ('pillow', '13.0.0', 'RandAugment'),
+        ('timm', '1.0.19', 'layers'),
+    ):
+        utils.check_versions((tested | {package: version}).get)
+        printed = capsys.readouterr().out
+        assert printed.count('\n') == 1 and f'{package} {version}' in printed and reason in printed
+
+
+def test_row_42_they_are_looked_at_at_the_start(monkeypatch, capsys):
+    monkeypatch.setitem(utils.TESTED, 'pillow', ((1,), (2,), 'the reason'))
+    utils.set_up_processes(arguments('--device', 'cpu'))
+    assert 'warning: pillow' in capsys.readouterr().out
+
+
+def test_row_43_no_launcher_in_a_slurm_allocation(script, image_folder, monkeypatch, whole):
+    for name, value in {'SLURM_PROCID': 3, 'SLURM_NTASKS': 8, 'SLURM_LOCALID': 3, 'SLURM_JOB_ID': 1}.items():
+        monkeypatch.setenv(name, str(value))
+    printed = script('main_deit', *NANO, '--data-path', image_folder, '--eval', '--resume', whole() / 'checkpoint.pth')
+    assert 'cpu, fp32, 1 process(es)' in printed and '(30 images)' in printed
+
+
+def small(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    size = 32 if 'nano' in name else 64
+    model = timm.create_model(name, num_classes=4, img_size=size).eval()
+    model.set_schedule(stage_wise='nano' in name)
+    return model, torch.randn(2, 3, size, size)
+
+
+@torch.no_grad()
+def test_row_45_models_and_threads_do_not_disturb_each_other():
+    cases = [small(name) for name in ('evo_deit_nano_patch4_32', 'EvoLeViT_128S')]
+    alone = [model(images) for model, images in cases]
+    features = [model.forward_features(images) for model, images in cases]
+    again = [model.forward_head(feature) for (model, _), feature in zip(cases, features, strict=True)]
+    assert all(map(torch.equal, alone, again))
+    for (model, images), expected in zip(cases, alone, strict=True):
+        found = {}
+
+        def call(part, model=model, images=images, found=found):
+            for _ in range(4):
+                with torch.no_grad():
+                    found[part] = model(images.flip(0) if part else images)
+
+        threads = [threading.Thread(target=call, args=(part,)) for part in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(found[0], expected)
+        torch.testing.assert_close(found[1], expected.flip(0))
