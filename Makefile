@@ -10,6 +10,7 @@ EPOCHS ?= 3
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
+	@echo "Installing torch and the rest into $(VENV): some 5 GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
@@ -21,7 +22,9 @@ demo: install
 		--epochs $(EPOCHS) --batch-size 32 --lr 8e-3 --warmup-epochs 1 --warmup-lr 1e-3 --drop-path 0 --num_workers 1 \
 		--no-repeated-aug --aa '' --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --no-model-ema --overwrite --output_dir $(OUTPUT)
 	$(BIN)/python main_deit.py $(SHAPES) --eval --resume $(OUTPUT)/checkpoint.pth
-	@echo "Everything was written to $(OUTPUT):" && ls -l $(OUTPUT)
+	$(BIN)/python visualize.py $(SHAPES) --resume $(OUTPUT)/checkpoint.pth --output_dir $(OUTPUT)/pictures \
+		--batch-size 12 --score
+	@echo "Everything was written to $(OUTPUT):" && ls -l $(OUTPUT) $(OUTPUT)/pictures
 
 test: install
 	$(BIN)/python -m pytest
@@ -35,4 +38,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV) output/demo

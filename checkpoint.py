@@ -19,7 +19,7 @@ FREE = {
     *('resume', 'auto_resume', 'overwrite', 'accept_changes', 'output_dir', 'data_path', 'teacher_path', 'finetune'),
     *('device', 'num_workers', 'pin_mem', 'dist_url', 'dist_timeout', 'local_rank', 'world_size', 'dist_eval'),
     *('print_freq', 'eval', 'eval_ema', 'eval_interval', 'fuse', 'save_interval_steps', 'keep_checkpoints', 'compile'),
-    *('start_epoch', 'model_ema_force_cpu', 'max_broken_images', 'recipe_batch', 'precision'),
+    *('start_epoch', 'model_ema_force_cpu', 'max_broken_images', 'precision', 'recipe_precision'),
 }
 # Of these, what changes the last digits of every number.
 INEXACT = 'world_size', 'device', 'precision', 'compile'
@@ -62,7 +62,7 @@ class State:
             'model': self.model.state_dict(),
             'model_ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': self.scheduler.state_dict(),
+            'lr_scheduler': self._plateau().state_dict(),
             'scaler': self.scaler.state_dict(),
             'epoch': self.epoch - 1,
             'step': self.step,
@@ -93,16 +93,16 @@ class State:
         if self.epoch > 0:
             # The schedule is a function of the epoch; a schedule that was changed counts from here.
             self.scheduler.step(self.epoch - 1, self.best_acc1)
-        self._load_optimizer(checkpoint, source, args, 'opt' in changed)
+        self._load_optimizer(checkpoint, source, args, changed)
         if self.scaler.is_enabled() and checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
         elif self.scaler.is_enabled() or checkpoint.get('scaler'):
             say(f'{source} was saved in another precision; the loss scale is left out')
 
-    def _load_optimizer(self, checkpoint: dict, source: str, args: argparse.Namespace, other: bool):
+    def _load_optimizer(self, checkpoint: dict, source: str, args: argparse.Namespace, changed: set[str]):
         saved, own = checkpoint.get('optimizer'), self.optimizer.state_dict()
         published = hasattr(self.model, 'is_published') and self.model.is_published(utils.find_weights(checkpoint))
-        if saved is None or published or other:
+        if saved is None or published or 'opt' in changed:
             # The published optimizer state follows another order and number of parameters.
             say(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its rate')
             return
@@ -120,8 +120,14 @@ class State:
                 f'{source}: its optimizer state is of other parameters; --finetune takes the weights alone'
             )
         self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': own['param_groups']})
-        if args.sched == 'plateau':
-            self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
+        if args.sched == 'plateau' and 'sched' not in changed:
+            self._plateau().load_state_dict(checkpoint['lr_scheduler'])
+            for group, before in zip(self.optimizer.param_groups, saved['param_groups'], strict=True):
+                group['lr'] = before['lr']
+
+    def _plateau(self):
+        # timm's plateau schedule leaves half of its state out; torch's, inside it, does not.
+        return getattr(self.scheduler, 'lr_scheduler', self.scheduler)
 
 
 def check_changes(args: argparse.Namespace, checkpoint: dict, source: str) -> set[str]:
@@ -145,6 +151,22 @@ def check_changes(args: argparse.Namespace, checkpoint: dict, source: str) -> se
         if name in INEXACT:
             say(f'{source}: {name} was {before}, now {after}: training goes on, but not exactly as it would have')
     return {name for name, _, _ in changed}
+
+
+def saved_flags(content: dict) -> dict:
+    """The flags that a checkpoint was trained with; published files have a Namespace, bare weights nothing."""
+    saved = content.get('args')
+    return saved if isinstance(saved, dict) else {}
+
+
+def recall_model(args: argparse.Namespace, content: dict):
+    """For evaluation: flags of the model that were not given are those of its training, and a difference is said."""
+    for name in ('keep_ratio', 'representative'):
+        then, now = saved_flags(content).get(name), getattr(args, name)
+        if now is None:
+            setattr(args, name, then)
+        elif now != then:
+            say(f'{args.resume} was trained with {name} {then}, and is evaluated with {now}')
 
 
 def load_exactly(model: nn.Module, checkpoint: dict, source: str, use_ema: bool = False):

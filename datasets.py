@@ -9,6 +9,7 @@ import colorsys
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -448,8 +449,20 @@ def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) 
 
 
 def _outlive_termination(_):
-    # SIGTERM to a process group reaches the workers too, and the last steps before a checkpoint need them.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let this loading process end for SIGTERM from its parent alone.
+
+    A signal to the process group reaches it too, and the last step before a checkpoint still needs it.
+    """
+    if not hasattr(signal, 'sigwaitinfo'):  # not on macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:

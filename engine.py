@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group('optimizer')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='any optimizer of timm')
     group.add_argument('--opt-eps', type=float, default=1e-8, help='epsilon of the optimizer')
-    group.add_argument('--opt-betas', type=float, nargs='+', help="default: the optimizer's own")
+    group.add_argument('--opt-betas', type=float, nargs=2, help="default: the optimizer's own")
     group.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients (default: not)')
     group.add_argument(
         '--clip-mode',
@@ -110,7 +110,7 @@ def get_parser(description: str, recipe: dict) -> utils.Parser:
     for module in (models, datasets, losses, checkpoint, utils):
         module.add_arguments(parser)
     add_arguments(parser)
-    parser.set_defaults(**recipe)
+    parser.set_defaults(**{'recipe_precision': None} | recipe)
     return parser
 
 
@@ -118,23 +118,35 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """A script from its flags to the last evaluation, which it returns."""
     check_arguments(args)
     device = utils.set_up_processes(args)
+    content = utils.read_checkpoint(args.resume) if args.eval else {}
+    args.device, args.precision = device.type, pick_precision(args, device, content)
+    if args.eval:
+        checkpoint.recall_model(args, content)
     train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size())
     num_classes = len(val_loader.dataset.classes)
     model = models.build(args, num_classes).to(device)
-    precision = pick_precision(args, device)
     say(
-        f'{args.model}: {count_parameters(model):,} parameters, {device}, {precision}, {utils.world_size()} process(es)'
+        f'{args.model}: {count_parameters(model):,} parameters, {device}, {args.precision}, '
+        f'{utils.world_size()} process(es)'
     )
     if args.eval:
-        return evaluate_checkpoint(args, model, val_loader, make_autocast(precision, device))
+        return evaluate_checkpoint(args, content, model, val_loader, make_autocast(args.precision, device))
     criterion = losses.build_criterion(args, num_classes, device)
-    return train(args, model, criterion, train_loader, val_loader, datasets.build_mixup(args, num_classes), precision)
+    mixup = datasets.build_mixup(args, num_classes)
+    return train(args, model, criterion, train_loader, val_loader, mixup, args.precision)
 
 
-def pick_precision(args: argparse.Namespace, device: torch.device) -> str:
-    """The precision asked for, or the fastest safe one of the device."""
+def pick_precision(args: argparse.Namespace, device: torch.device, content: dict | None = None) -> str:
+    """The precision asked for, or the recipe's, or the fastest safe one of the device.
+
+    In evaluation, where none is asked for, that of the training, if the checkpoint (`content`) says it, else fp32.
+    """
     if args.precision:
         return args.precision
+    if args.eval:
+        return checkpoint.saved_flags(content or {}).get('precision') or 'fp32'
+    if args.recipe_precision:
+        return args.recipe_precision
     if device.type != 'cuda':
         return 'fp32'
     return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
@@ -159,10 +171,11 @@ def check_arguments(args: argparse.Namespace):
         raise InputError(
             '--eval needs --resume with the checkpoint to evaluate; without one, random weights would be scored'
         )
-    if args.grad_accum_steps < 1:
-        raise InputError(f'--grad-accum-steps: expected 1 or more, found {args.grad_accum_steps}')
-    if args.keep_checkpoints < 1:
-        raise InputError(f'--keep-checkpoints: expected 1 or more, found {args.keep_checkpoints}')
+    for name in ('epochs', 'batch_size', 'grad_accum_steps', 'keep_checkpoints', 'print_freq', 'eval_interval'):
+        if getattr(args, name) < 1:
+            raise InputError(f'--{name.replace("_", "-")}: expected 1 or more, found {getattr(args, name)}')
+    if args.seed < 0:
+        raise InputError(f'--seed: expected 0 or more, found {args.seed}')
     if args.output_dir and not args.eval and int(os.environ.get('RANK', 0)) == 0:
         checkpoint.claim_output(args)
 
@@ -174,38 +187,38 @@ class Gate:
     On a GPU the loss looked at is that of the step before, so that the device never waits; no checkpoint comes between.
     """
 
-    def __init__(self, device: torch.device, timeout: float):
+    def __init__(self, device: torch.device):
         self.delay = device.type == 'cuda'
-        self.group = None
-        if self.delay and dist.is_initialized():
-            self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
         self.asked = self.stopping = False
-        self.before: tuple[Tensor, torch.cuda.Event] | None = None  # on its way from the GPU
+        self.before: tuple[Tensor, torch.cuda.Event, str] | None = None  # on its way from the GPU
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_):
         self.asked = True
 
-    def _arrived(self, loss: Tensor | None) -> float:
-        """The loss of the step before: to wait for its copy is not to wait for what the GPU was given since."""
+    def _arrived(self, loss: Tensor | None, place: str) -> tuple[float, str]:
+        """The loss of the step before, and where: waiting for its copy is not waiting for what the GPU got since."""
         before, self.before = self.before, None
         if loss is not None:
             host = torch.empty_like(loss, device='cpu', pin_memory=True).copy_(loss, non_blocking=True)
-            self.before = host, torch.cuda.current_stream().record_event()
+            self.before = host, torch.cuda.current_stream().record_event(), place
         if before is None:
-            return 0.0
+            return 0.0, place
         before[1].synchronize()
-        return before[0].item()
+        return before[0].item(), before[2]
 
     def pass_through(self, loss: Tensor | None, place: str):
         """Agree on a loss, None to look at the one that is still open; InputError in all processes if one is bad."""
-        value = self._arrived(loss) if self.delay else 0.0 if loss is None else loss.item()
+        if self.delay:
+            value, place = self._arrived(loss, place)
+        else:
+            value = 0.0 if loss is None else loss.item()
         bad = not math.isfinite(value)
         verdict = torch.tensor([float(bad) * (1 + utils.rank()), float(self.asked), value])
         if dist.is_initialized():
             every = [torch.empty_like(verdict) for _ in range(utils.world_size())]
-            dist.all_gather(every, verdict, group=self.group)
+            dist.all_gather(every, verdict)
             verdict = torch.stack(every)
         verdict = verdict.view(-1, 3)
         self.stopping |= bool(verdict[:, 1].any())
@@ -331,15 +344,16 @@ def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable, name: str
     """Top-1, top-5 (percent) and loss over the images of all processes, each image once; also how many there were."""
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
     for images, targets in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with autocast():
             logits = model(images)
         loss = F.cross_entropy(logits.float(), targets, reduction='none').double().sum()
         best = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
-        sums += torch.stack([best[:, :1].sum(), best.sum(), loss, torch.tensor(len(targets), device=device)])
-    top1, top5, loss, count = utils.all_sum(sums).tolist()
+        sums += torch.stack([best[:, :1].sum(), best.sum(), loss])
+        count += len(targets)
+    top1, top5, loss, count = utils.all_sum(torch.cat([sums, sums.new_tensor([count])])).tolist()
     results = {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count}
     say(
         f'{name}: * Acc@1 {results["acc1"]:.3f} Acc@5 {results["acc5"]:.3f} loss {results["loss"]:.3f}  '
@@ -349,10 +363,12 @@ def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable, name: str
 
 
 def evaluate_checkpoint(
-    args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, autocast: Callable
+    args: argparse.Namespace, content: dict, model: nn.Module, val_loader: DataLoader, autocast: Callable
 ) -> dict[str, float]:
-    """Evaluate what --resume names, with the selection that its weights were saved with."""
-    checkpoint.load_exactly(model, utils.read_checkpoint(args.resume), args.resume, args.eval_ema)
+    """Evaluate what --resume names and `content` holds, with the selection that its weights were saved with."""
+    checkpoint.load_exactly(model, content, args.resume, args.eval_ema)
+    if hasattr(model, 'set_schedule') and '_extra_state' not in utils.find_weights(content, args.eval_ema):
+        say(f'{args.resume} does not say its selection, stage-wise or layer-wise; it is taken for a finished model')
     say(f'{args.resume}: {"averaged weights" if args.eval_ema else "weights"} loaded, {describe_schedule(model)}')
     if args.fuse and hasattr(model, 'fuse'):
         model.fuse()
@@ -377,9 +393,13 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
     rate = args.lr * images / 512
     # One kernel for all parameters, where the optimizer has one.
     fused = {'fused': True} if args.opt.lower() in ('adam', 'adamw') else {}
-    optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate} | fused))
+    try:
+        optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate} | fused))
+        scheduler, _ = create_scheduler(args, optimizer)
+    except (ValueError, TypeError, AssertionError, IndexError) as error:
+        raise InputError(f'--opt {args.opt}, --sched {args.sched} or their flags: {error}') from error
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
-    state = State(model, ema, optimizer, create_scheduler(args, optimizer)[0], scaler, args.start_epoch)
+    state = State(model, ema, optimizer, scheduler, scaler, args.start_epoch)
     if found := checkpoint.find_start(args):
         source, content = found
         state.load(content, source, args)
@@ -387,7 +407,7 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
     check_agreement(state, device)
     say(
         f'batch {args.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
-        f'{images} images a step (published: {args.recipe_batch}), '
+        f'{images} images a step (published: 1024 to 2048), '
         f'learning rate {args.lr:g} * {images} / 512 = {rate:.3g}, '
         f'{steps} steps an epoch, epochs {state.epoch} to {args.epochs - 1}, stage-wise from epoch {stage_epoch(args)}'
     )
@@ -442,7 +462,9 @@ def train(
     if utils.world_size() > 1:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
-    gate = Gate(device, args.dist_timeout)
+    if state.epoch >= args.epochs:
+        say(f'all {args.epochs} epochs are done already; a larger --epochs trains on')
+    gate = Gate(device)
     test, started, first = {}, time.perf_counter(), state.epoch
     for epoch in range(first, args.epochs):
         for network in networks:
@@ -486,7 +508,7 @@ def finish_epoch(args: argparse.Namespace, state: State, record: dict):
     output = Path(args.output_dir)
     checkpoint.write_log(output / 'log.txt', record)
     if state.epoch == args.epochs:
-        say(f'written: {output / "checkpoint.pth"}, {output / "best_checkpoint.pth"}, {output / "log.txt"}')
+        say(f'written: {", ".join(str(p) for p in sorted(output.glob("*")))}')
 
 
 def count_parameters(model: nn.Module) -> int:

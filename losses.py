@@ -2,11 +2,11 @@
 
 import argparse
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import models
 import utils
 from utils import InputError
 
@@ -92,13 +92,13 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
             f'--distillation-type {args.distillation_type} needs --teacher-path, the weights of {args.teacher_model}; '
             f'those of the published teacher are at {PUBLISHED_TEACHER}'
         )
-    if not timm.is_model(args.teacher_model):
-        raise InputError(f'--teacher-model {args.teacher_model}: timm has no model of this name')
-    teacher = timm.create_model(args.teacher_model, num_classes=num_classes)
     try:
+        teacher = models.create(args.teacher_model, num_classes, args.input_size)
         utils.load_weights(teacher, args.teacher_path)
     except InputError as error:
-        raise InputError(f'--teacher-path: {error}\nThe published teacher is at {PUBLISHED_TEACHER}') from error
+        raise InputError(
+            f'teacher, --teacher-model and --teacher-path: {error}\nThe published teacher is at {PUBLISHED_TEACHER}'
+        ) from error
     teacher = teacher.to(device).eval().requires_grad_(False)
     if device.type == 'cuda':
         teacher = teacher.to(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ import engine
 import utils
 
 # DeiT's recipe is the default of every flag; these are left.
-RECIPE = dict(model='evo_deit_small_patch16_224', drop_path=0.1, recipe_batch=1024)
+RECIPE = dict(model='evo_deit_small_patch16_224', drop_path=0.1)
 
 
 def main():

@@ -18,14 +18,13 @@ import utils
 RECIPE = dict(
     model='EvoLeViT_128S',
     batch_size=256,
-    recipe_batch=2048,
     weight_decay=0.025,
     clip_grad=0.01,
     clip_mode='agc',
     distillation_type='cls',
     teacher_path='./regnety_160-a5fe301d.pth',
     eval_interval=20,
-    precision='fp32',
+    recipe_precision='fp32',
 )
 
 

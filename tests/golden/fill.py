@@ -1,4 +1,4 @@
-"""Weights and images as functions of a name, numpy only: the golden numbers beside this file were computed with them."""
+"""Weights and images as functions of a name, the golden numbers beside this file were computed with them."""
 
 import json
 import zlib

@@ -1,0 +1,279 @@
+"""Pictures show what the models select; files are whole or not there; wrong input is named."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from golden import fill
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+import datasets
+import models  # noqa: F401
+import utils
+import visualize
+from models.evolution import Selection
+from utils import InputError
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Noise, so that a faded patch differs from an unfaded one."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 200, (height, width, 3)).astype(np.uint8))
+
+
+def unfaded(image: np.ndarray, copy: np.ndarray, rows: int) -> list[int]:
+    """Raster indices of the patches that a written copy shows as they are; all others must be 30 % image on white."""
+    edges = [-(-len(image) * i // rows) for i in range(rows + 1)]
+    found = []
+    for i in range(rows * rows):
+        y, x = (slice(edges[at], edges[at + 1]) for at in divmod(i, rows))
+        if np.array_equal(copy[y, x], image[y, x]):
+            found.append(i)
+        else:
+            np.testing.assert_allclose(copy[y, x], 0.3 * image[y, x] + 0.7 * 255, rtol=0, atol=0.51)
+    return found
+
+
+def read(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """Write random weights of a model; returns the path."""
+    folder = tmp_path_factory.mktemp('weights')
+
+    def make(name: str, num_classes: int = 4, **kwargs):
+        path = folder / f'{name}_{num_classes}.pth'
+        if not path.exists():
+            torch.manual_seed(0)
+            model = timm.create_model(name, num_classes=num_classes, **kwargs)
+            for p in model.parameters():
+                p.data += 0.05 * torch.randn_like(p)  # fresh weights attend alike to all
+            torch.save({'model': model.state_dict()}, path)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize('schedule', ['stage', 'layer'])
+def test_pictures_show_the_golden_selection(schedule, tmp_path):
+    description, golden = fill.load('evo_deit_tiny_patch16_224')
+    model = timm.create_model('evo_deit_tiny_patch16_224').eval()
+    utils.load_weights(model, {'model': fill.published_state(description)})
+    model.set_schedule(schedule == 'stage')
+    with torch.inference_mode():
+        looks = visualize.look(model, fill.images('golden', 2, 224), [None, None])
+    for i, seen in enumerate(looks):
+        visualize.write_copies(tmp_path, str(i), seen)
+        image = read(tmp_path / f'{i}.png')
+        for block in (4, 8) if schedule == 'stage' else range(4, 12):
+            copy = read(tmp_path / f'{i}_block{block}.png')
+            assert unfaded(image, copy, 14) == golden[f'kept_{schedule}_block{block}'][i].tolist()
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, grids',
+    [
+        ('evo_deit_nano_patch4_32', {}, [8, 8]),
+        ('evo_deit_small_patch16_384', dict(embed_dim=64, num_heads=2), [24, 24]),
+        ('EvoLeViT_128', dict(img_size=32), [2, 1, 1]),
+        ('EvoLeViT_128', {}, [14, 7, 4]),
+        ('EvoLeViT_128_384', {}, [24, 12, 6]),
+    ],
+)
+def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **kwargs).eval()
+    side = kwargs.get('img_size', model.default_cfg['input_size'][1])
+    images = torch.randn(2, 3, side, side)
+    with torch.inference_mode():
+        looks = visualize.look(model, images, [0, 1])
+        logits, selections = model.forward_with_selection(images)
+    for i, seen in enumerate(looks):
+        np.testing.assert_allclose(seen.probabilities, logits[i].softmax(0), atol=1e-6)
+        for (selection, kept), rows in zip(selections.items(), grids, strict=True):
+            shown, score = seen.selections[selection]
+            assert unfaded(seen.image, visualize.fade(seen.image, shown), rows) == kept[i].tolist()
+            assert score[shown].min(initial=np.inf) >= score[~shown].max() and score.mean() == pytest.approx(
+                1, abs=1e-3
+            )
+
+
+@pytest.mark.parametrize('rows', [14, 7])
+def test_a_coarser_patch_covers_the_one_it_comes_from(rows):
+    """Down-sampling takes every second row and column; the picture of a coarse patch must show that very place."""
+    image, coarse = np.zeros((224, 224, 3), np.uint8), (rows + 1) // 2
+    for i in range(coarse):
+        fine, kept = np.zeros((rows, rows), bool), np.zeros((coarse, coarse), bool)
+        fine[2 * i, 0] = kept[i, 0] = True
+        assert (visualize.fade(image, kept)[visualize.fade(image, fine) == 0] == 0).all()
+
+
+def test_the_commands_of_the_readme(script, checkpoint, tmp_path):
+    path = checkpoint('evo_deit_small_vis_patch16_224', 2)
+    common = '--model evo_deit_small_vis_patch16_224 --resume'.split() + [path, '--output_dir', tmp_path / 'save']
+    for kind in 'ab':
+        folder = tmp_path / 'imagenet/val' / kind
+        folder.mkdir(parents=True)
+        photograph(300, 250).save(folder / 'x.jpeg')
+    photograph(320, 260).save(tmp_path / 'a.jpg')
+    script('visualize', *common, '--data-path', tmp_path / 'imagenet', '--batch-size', 64)
+    script('visualize', *common, '--img-path', tmp_path / 'a.jpg', '--save-name', 'evo_test')
+    names = {p.name for p in (tmp_path / 'save').iterdir()}
+    assert {'evo_test.png', 'evo_test_block4.png', 'evo_test_block8.png', 'evo_test_sheet.png'} < names
+    assert {'seed0_contact.png'} < names and len(names) == 4 + 2 * 4 + 1
+    assert sum(name.endswith(('_right_block8.png', '_wrong_block8.png')) for name in names) == 2
+
+
+def test_a_batch_is_a_function_of_the_seed(script, checkpoint, image_folder, tmp_path):
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
+    flags += ['--data-path', image_folder, '--batch-size', 2, '--output_dir']
+    for folder, seed in (('one', 3), ('two', 3), ('three', 4)):
+        printed = script('visualize', *flags, tmp_path / folder, '--seed', seed)
+    assert '[2/2]' in printed
+    one, two, three = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ('one', 'two', 'three'))
+    assert one == two
+    chosen = [{name.split('_')[2] for name in pictures if 'block4' in name} for pictures in (one, three)]
+    assert len(chosen[0]) == 2 and chosen[0] != chosen[1]
+    dataset = datasets.image_folder(image_folder / 'val', np.asarray)
+    for name in one:
+        if name.endswith('_sheet.png'):
+            kind, seed, index, verdict, _ = name.split('_')
+            image, label = dataset[int(index)]
+            assert dataset.classes[label] == kind and seed == 'seed3' and verdict in ('right', 'wrong')
+            np.testing.assert_array_equal(read(tmp_path / 'one' / name.replace('_sheet', '')), image)
+
+
+def test_formats(script, checkpoint, tmp_path):
+    photograph(40, 32).save(tmp_path / 'a.png')
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
+    for kind, magic in (('png', b'\x89PNG'), ('jpg', b'\xff\xd8'), ('pdf', b'%PDF')):
+        out = tmp_path / kind
+        script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', out, '--format', kind)
+        assert (out / f'a_sheet.{kind}').read_bytes().startswith(magic)
+        assert {p.name for p in out.iterdir()} == {'a.png', 'a_block4.png', 'a_block8.png', f'a_sheet.{kind}'}
+
+
+def test_layers_and_animation(script, checkpoint, tmp_path):
+    photograph(40, 32).save(tmp_path / 'a.png')
+    flags = ['--model', 'EvoLeViT_128S', '--resume', checkpoint('EvoLeViT_128S'), '--img-path', tmp_path / 'a.png']
+    script('visualize', *flags, '--output_dir', tmp_path / 'out', '--layer-wise-prune', '--animate')
+    layers = {f'a_stage{i}_block{j}.png' for i, depth in ((1, 3), (2, 4)) for j in range(depth)}
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == layers | {'a.png', 'a_sheet.png', 'a.gif'}
+    with Image.open(tmp_path / 'out/a.gif') as gif:
+        assert gif.n_frames == 1 + len(layers)
+
+
+def test_any_photograph(script, checkpoint, tmp_path):
+    """Grey, palette, transparent and turned images are shown upright and in three channels, resized and cropped."""
+    turned, folder = Image.Exif(), tmp_path / 'in'
+    folder.mkdir()
+    turned[0x0112] = 6  # to be turned by a quarter
+    half = Image.new('RGB', (64, 32), 'black')
+    half.paste('white', (0, 0, 32, 32))  # its left half; upright, the upper one
+    half.convert('L').save(folder / 'grey.jpg', quality=95)
+    half.convert('P').save(folder / 'palette.png', exif=turned)
+    half.save(folder / 'turned.jpg', exif=turned, quality=95)
+    clear = half.convert('RGBA')
+    clear.putalpha(half.convert('L').point(lambda v: 255 - v))  # white where it is clear
+    clear.save(folder / 'clear.png', exif=turned)
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
+    script('visualize', *flags, '--img-path', folder, '--output_dir', tmp_path / 'out', '--save-name', 'any')
+    for name in ('grey', 'palette', 'turned', 'clear'):
+        image = read(tmp_path / f'out/any_{name}.png').astype(int)
+        assert image.shape == (32, 32, 3) and (np.ptp(image, axis=2) < 8).all()
+        bright, dark = (image[:, :12], image[:, 20:]) if name == 'grey' else (image[:12], image[20:])
+        assert bright.min() > 200 and dark.max() < 55
+    assert (tmp_path / 'out/any_contact1.png').exists()
+    assert not list((tmp_path / 'out').glob('.*'))
+
+
+class Chooser(nn.Module):
+    """Selects half of 8 x 8 patches by a score that a function gives for the indices of the images."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score, self.unused, self.seen = score, nn.Parameter(torch.zeros(1)), 0
+
+    def evolve(self, images):
+        score = torch.stack([self.score(self.seen + i) for i in range(len(images))])
+        self.seen += len(images)
+        return None, {'blocks.4': Selection(score.topk(32).indices, score)}, []
+
+
+def test_the_share_of_the_object():
+    dataset = datasets.Shapes('val', 32, length=150, transform=lambda _: torch.zeros(3, 32, 32))
+
+    def covered(index: int) -> torch.Tensor:
+        mask = torch.from_numpy(dataset.mask(index)).float()
+        return nn.functional.avg_pool2d(mask[None], 4).flatten() + 1e-6 * torch.arange(64)
+
+    torch.manual_seed(0)
+    found = {}
+    for name, score in (('best', covered), ('worst', lambda i: -covered(i)), ('chance', lambda _: torch.rand(64))):
+        shares, found['by chance'] = visualize.object_shares(Chooser(score), dataset, 64)['blocks.4']
+        assert len(shares) == 150
+        found[name] = shares.mean()
+    assert found['best'] > 0.99 and found['worst'] < 0.15 and found['by chance'] == 0.5
+    assert found['chance'] == pytest.approx(0.5, abs=0.03)
+
+
+def test_score_is_printed_and_drawn(script, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(datasets.Shapes.LENGTHS, 'val', 20)
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32', 10)]
+    flags += ['--data-set', 'SHAPES', '--score', '--batch-size', 1, '--layer-wise-prune', '--output_dir', tmp_path]
+    printed = script('visualize', *flags)
+    assert printed.count('% of the object, chance 50.0 %') == 8 and '20 images' in printed
+    assert (tmp_path / 'score.png').exists()
+
+
+def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, image_folder):
+    nano, plain = checkpoint('evo_deit_nano_patch4_32'), checkpoint('deit_tiny_patch16_224')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'torn.jpg').write_bytes(b'\xff\xd8\xff\xe0 no photograph')
+    photograph(40, 40).save(tmp_path / 'a.jpg')
+    dense = torch.load(nano)
+    dense['model']['_extra_state'] = torch.tensor([True, False])
+    torch.save(dense, tmp_path / 'dense.pth')
+    good = {'--model': 'evo_deit_nano_patch4_32', '--resume': nano, '--img-path': tmp_path / 'a.jpg'}
+    good |= {'--output_dir': tmp_path / 'out'}
+    for wrong, message in (
+        ({'--save-name': '../x'}, "'../x': expected up to 50"),
+        ({'--save-name': '.'}, 'no dot'),
+        ({'--save-name': '/etc/x'}, 'no folders'),
+        ({'--save-name': 'x' * 300}, 'expected up to 50'),
+        ({'--img-path': tmp_path / 'none.jpg'}, 'none.jpg does not exist'),
+        ({'--img-path': tmp_path / 'empty'}, 'no images there'),
+        ({'--img-path': tmp_path / 'torn.jpg'}, 'torn.jpg'),
+        ({'--img-path': None}, 'nothing to look at'),
+        ({'--img-path': None, '--data-path': tmp_path / 'none'}, 'none/val does not exist'),
+        ({'--data-set': 'SHAPES'}, '4 classes, the data set 10'),
+        ({'--data-path': image_folder, '--score': None}, 'only SHAPES'),
+        ({'--resume': tmp_path / 'none.pth'}, 'none.pth is not a file'),
+        ({'--resume': tmp_path / 'a.jpg'}, 'a.jpg is no readable checkpoint'),
+        ({'--resume': plain}, 'does not fit EvoDeiT'),
+        ({'--resume': tmp_path / 'dense.pth'}, 'every patch is informative'),
+        ({'--model': 'deit_tiny_patch16_224', '--resume': plain}, 'selects no patches'),
+        ({'--model': 'evo_deit_nona_patch4_32'}, 'evo_deit_nano_patch4_32'),
+        ({'--output_dir': tmp_path}, 'could overwrite'),
+        ({'--output_dir': tmp_path / 'a.jpg/out'}, 'cannot be written to'),
+        ({'--batch-size': 0}, 'batch-size'),
+    ):
+        flags = [(k, v) for k, v in (good | wrong).items() if v is not None or k == '--score']
+        with pytest.raises(InputError, match=message):
+            script('visualize', *[part for pair in flags for part in pair if part is not None])
+        assert not list(tmp_path.glob('out/*')) and not list(tmp_path.glob('out/.*')), wrong
+
+
+def test_a_failed_picture_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def breaks(figure, file, **kwargs):
+        file.write(b'half')
+        raise OSError('no space left')
+
+    monkeypatch.setattr(Figure, 'savefig', breaks)
+    with pytest.raises(InputError, match='x.png could not be written.*no space left'):
+        visualize.write_figure(tmp_path, 'x', Figure(), 'png')
+    assert not list(tmp_path.iterdir())
