@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= output/demo
-EPOCHS ?= 3
+EPOCHS ?= 2
 
 .PHONY: install demo test lint format clean
 
