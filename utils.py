@@ -268,7 +268,7 @@ def read_checkpoint(source: str | Path) -> dict:
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged, names = archive.testzip(), archive.namelist()
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except Exception as error:  # a wrong byte in a name or a flag raises one of many kinds
             raise InputError(f'{source} is damaged ({error})') from error
         if damaged:
             raise InputError(f'{source} is damaged: the checksum of {damaged} is wrong')

@@ -4,6 +4,7 @@ import argparse
 import collections
 import hashlib
 import http.server
+import os
 import pathlib
 import random
 import threading
@@ -115,6 +116,14 @@ def test_missing_files_folders_and_whole_models(tmp_path):
 # --- addresses
 
 
+class Malicious:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
@@ -156,6 +165,15 @@ def test_addresses_are_read_and_their_hash_checked(server, saved, tmp_path, caps
     assert utils.read_checkpoint(f'{address}/plain.pth')['epoch'] == 3
     with pytest.raises(InputError, match='could not be downloaded'):
         utils.read_checkpoint(f'{address}/none-12345678.pth')
+    for name in ('short.pth', f'short-{digest[:8]}.pth'):
+        (folder / name).write_bytes(content[:-100])
+        with pytest.raises(InputError, match='damaged' if name == 'short.pth' else f'sha256 {digest[:8]}, found'):
+            utils.read_checkpoint(f'{address}/{name}')
+    torch.save({'model': {}, 'args': Malicious(tmp_path / 'ran')}, folder / 'bad.pth')
+    with pytest.raises(InputError, match='could run code'):
+        utils.read_checkpoint(f'{address}/bad.pth')
+    assert not (tmp_path / 'ran').exists()
+    assert sorted(p.name for p in cache.iterdir()) == ['plain.pth', f'w-{digest[:8]}.pth']
     (folder / 'page.pth').write_text('<html>')
     with pytest.raises(InputError, match='web page'):
         utils.read_checkpoint(f'{address}/page.pth')
