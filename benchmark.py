@@ -152,8 +152,9 @@ def main():
             if args.results_file:
                 write_row(rows[-1], args.results_file)
         torch.compiler.reset()  # compiled code belongs to a class: that of earlier cases would count as recompilation
-        gc.collect()
-        torch.cuda.empty_cache()
+        if device.type == 'cuda':
+            gc.collect()
+            torch.cuda.empty_cache()
     if args.plot:
         swept = {'image_size': args.img_size, 'batch': args.batch_size}
         plot(rows, next((x for x, values in swept.items() if values and len(values) > 1), 'gmacs'), args.plot)
