@@ -105,7 +105,7 @@ def get_parser() -> utils.Parser:
         '--freeze', action='store_true', help='with --compile, which it implies, in inference: weights become constants'
     )
     add('--channels-last', action='store_true', help='memory format of images and convolutions')
-    add('--fuse', action=BooleanOptionalAction, default=True, help='in inference: fold BatchNorms')
+    add('--fuse', action=BooleanOptionalAction, default=True, help='in inference: fold BatchNorms, drop training heads')
     add('--threads', type=int, metavar='N', help="on a CPU (default: PyTorch's choice)")
 
     add = parser.add_argument_group('how it is measured').add_argument
@@ -333,7 +333,6 @@ def prepare(
 ) -> tuple[Tensor, Tensor]:
     """Make a model ready to be timed, and count its arithmetic and memory on the way; returns a batch of noise."""
     row, train = candidate.row, case.mode == 'train'
-    row |= dict(architecture=type(model).__name__, parameters=engine.count_parameters(model))
     if hasattr(model, 'set_schedule'):
         model.set_schedule(stage_wise=not args.layer_wise)
         ratios = model.keep_ratio[:1] if len({*model.keep_ratio}) == 1 else model.keep_ratio
@@ -341,6 +340,7 @@ def prepare(
     row |= dict(selection=engine.describe_schedule(model), fused=args.fuse and not train)
     if row['fused']:
         model = model.fuse() if hasattr(model, 'fuse') else reparameterize_model(model, inplace=True)
+    row |= dict(architecture=type(model).__name__, parameters=engine.count_parameters(model))
     model = model.train(train).to(**placement(args, case, device))
     images = torch.randn(case.batch_size, 3, *to_2tuple(case.input_size)).to(**placement(args, case, device))
     targets = torch.rand(case.batch_size, num_classes, device=device).softmax(1)  # soft, as mixup makes them

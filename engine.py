@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         choices=['fp32', 'bf16', 'fp16'],
         help='autocast in training and evaluation (default: on a GPU bf16, or fp16 where it has none; on a CPU fp32)',
     )
-    group.add_argument('--fuse', action='store_true', help='with --eval: fold BatchNorms first, where a model has them')
+    group.add_argument('--fuse', action='store_true', help='with --eval: fold BatchNorms and drop training heads')
     group.add_argument('--compile', action='store_true', help='compile the model and the teacher with torch.compile')
 
     group = parser.add_argument_group('optimizer')

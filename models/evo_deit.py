@@ -89,6 +89,7 @@ class EvoDeiT(VisionTransformer):
                 f'Evo-DeiT needs one class token and nothing else before the patches, found {self.num_prefix_tokens}'
             )
         self.stage_wise = self.evolving = True
+        self.fused = False
         self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
         self.representative = representative
         # Nothing accumulates in the dense blocks: the score before block 4 is the attention of block 3.
@@ -111,6 +112,17 @@ class EvoDeiT(VisionTransformer):
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
         """Choose the schedule of selection; both families have this call."""
         self.stage_wise, self.evolving = stage_wise, evolving
+
+    def fuse(self):
+        """For inference: drop the head that training alone uses, in place; both families have this call."""
+        self.norm_cls = self.head_cls = None
+        self.fused = True
+        return self.eval()
+
+    def train(self, mode: bool = True):
+        if mode and self.fused:
+            raise ValueError('a fused model cannot be trained, its training head is gone: create one')
+        return super().train(mode)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -196,7 +196,9 @@ def test_end_to_end_is_never_mixed_up_with_noise(bench, image_folder):
     assert rows[0]['gmacs'] is rows[0]['speedup'] is None and rows[1]['speedup'] > 0
     # Classes are those of the folder.
     with torch.device('meta'):
-        assert rows[1]['parameters'] == engine.count_parameters(timm.create_model(NANO[1], num_classes=4))
+        model = timm.create_model(NANO[1], num_classes=4)
+        assert rows[4]['parameters'] == engine.count_parameters(model)  # inference has one head less
+        assert rows[1]['parameters'] == engine.count_parameters(model.fuse()) == rows[4]['parameters'] - 65 * 4 - 2 * 64
     with pytest.raises(InputError, match='30 images, expected a batch of 31'):
         bench('--data-path', image_folder, '--bench', 'inference', '-b', 31, '--num_workers', 0)
     with pytest.raises(InputError, match='square'):

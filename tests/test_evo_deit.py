@@ -113,9 +113,16 @@ def test_configuration_tells_the_truth(name):
 def test_parameters(name, training, inference):
     with torch.device('meta'):
         model = timm.create_model(name)
-    sizes = {key: p.numel() for key, p in model.named_parameters()}
-    assert sum(sizes.values()) == training
-    assert sum(n for key, n in sizes.items() if not key.startswith(('head_cls', 'norm_cls'))) == inference
+    assert sum(p.numel() for p in model.parameters()) == training
+    assert sum(p.numel() for p in model.fuse().parameters()) == inference
+
+
+def test_fusing_drops_the_training_head_alone():
+    model = nano()
+    expected = model(images())
+    assert torch.equal(model.fuse()(images()), expected)
+    with pytest.raises(ValueError, match='cannot be trained'):
+        model.train()
 
 
 def test_keeping_every_patch_is_timms_vit():
