@@ -3,8 +3,8 @@
 With defaults for the machine at hand, about a minute on a CPU; then as fast as a GPU can be made, in every mode:
 
     python3 benchmark.py
-    python3 benchmark.py --model 'evo_deit_*_patch16_224' EvoLeViT_256 --bench inference latency train --compile \\
-        --results_file results.csv --plot results.png
+    python3 benchmark.py --model 'evo_deit_*_patch16_224' 'EvoLeViT_???' EvoLeViT_128S --compile \\
+        --bench inference latency train --results_file results.csv --plot results.png
 
 Sweeps of keep ratio or of resolution; end to end, with the real loader:
 
@@ -209,7 +209,10 @@ def find_models(args: Namespace) -> list[str]:
             names = Path(args.model_list).read_text().split()
         except OSError as error:
             raise InputError(f'--model_list {args.model_list} cannot be read: {error}') from error
-    found = {name: [name] if timm.is_model(name) else timm.list_models(name) for name in names}
+    # A pattern does not mean the second names that the same networks have.
+    found = {
+        name: [name] if timm.is_model(name) else timm.list_models(name, exclude_filters='*_vis_*') for name in names
+    }
     for name, matches in found.items():
         if not matches:
             raise InputError(f'--model {name}: there is no such model. {models.nearest_names(name)}')
