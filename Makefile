@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= output/demo
 EPOCHS ?= 2
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-slow test-rest lint format clean
 
 install: $(VENV)/installed
 
@@ -18,16 +18,24 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 # Two processes train faster than two threads of one: the model is small.
 SHAPES := --model evo_deit_nano_patch4_32 --data-set SHAPES --input-size 32
 demo: install
-	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 main_deit.py $(SHAPES) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 main_deit.py $(SHAPES) \
 		--epochs $(EPOCHS) --batch-size 32 --lr 8e-3 --warmup-epochs 1 --warmup-lr 1e-3 --drop-path 0 --num_workers 1 \
 		--no-repeated-aug --aa '' --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --no-model-ema --overwrite --output_dir $(OUTPUT)
 	$(BIN)/python main_deit.py $(SHAPES) --eval --resume $(OUTPUT)/checkpoint.pth
 	$(BIN)/python visualize.py $(SHAPES) --resume $(OUTPUT)/checkpoint.pth --output_dir $(OUTPUT)/pictures \
 		--batch-size 12 --score
-	@echo "Everything was written to $(OUTPUT):" && ls -l $(OUTPUT) $(OUTPUT)/pictures
+	@echo "Everything was written to $(OUTPUT):" && ls $(OUTPUT) && echo "and to $(OUTPUT)/pictures:" && ls $(OUTPUT)/pictures/*contact*
 
+# Two halves at the same time, as two cores allow. Each prints when it is done, where make can do that.
 test: install
-	$(BIN)/python -m pytest
+	@echo "Testing, several minutes ..."
+	@$(MAKE) --jobs=2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-slow test-rest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+test-rest: install
+	$(BIN)/python -m pytest -m 'not slow'
 
 lint: install
 	$(BIN)/ruff check .

@@ -63,6 +63,7 @@ class EvoBlock(Block):
     def forward(self, x: Tensor, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
         update, attention = self.attend(self.norm1(x), need_attention)
         x = x + self.drop_path1(self.ls1(update))
+        del update  # or the MLP adds its own memory on top of it
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x, attention
 
