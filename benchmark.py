@@ -18,6 +18,7 @@ took time.
 """
 
 import csv
+import ctypes
 import gc
 import json
 import os
@@ -26,7 +27,7 @@ import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -58,6 +59,7 @@ MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
 HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 PUBLISHED_PRECISIONS = {'float32': 'fp32', 'float16': 'fp16', 'bfloat16': 'bf16'}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PASSES = 3  # end to end, how often a model is given the loader's batches
 LATENCY_CALLS = 5  # times --num_bench_iter, as a percentile needs more calls than a median
 
@@ -192,6 +194,11 @@ def settle(args: Namespace, device: torch.device):
             raise InputError(f'{args.results_file} has other columns than {",".join(FIELDS)}; choose another file')
     if args.threads:
         torch.set_num_threads(args.threads)
+    with suppress(OSError, AttributeError):  # a C library other than GNU's
+        # Memory that is freed stays here: whether a call gets new pages of the kernel would be chance, and takes time.
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(M_MMAP_MAX, 0)
+        allocator.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     torch.set_float32_matmul_precision('high' if args.precision == 'tf32' else 'highest')
     torch.backends.cudnn.allow_tf32 = args.precision == 'tf32'
     args.compile |= args.freeze
