@@ -22,6 +22,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -537,23 +538,35 @@ def plot(rows: list[dict], x: str, path: str):
     rows = sorted((row for row in rows if 'gmacs' in row and 'error' not in row), key=lambda row: row[x])
     modes = [mode for mode in MODES if any(row['mode'] == mode for row in rows)]
     figure = Figure(figsize=(6 * max(1, len(modes)), 5), layout='constrained')
+    several = len({row.get('keep_ratio') for row in rows} - {None}) > 1
     for i, mode in enumerate(modes, 1):
         panel, lines = figure.add_subplot(1, len(modes), i), {}
-        for row in rows:
-            if row['mode'] == mode:
-                name = row['model'].split()[0] + (f', keep {row["keep_ratio"]}' if 'keep_ratio' in row else '')
-                lines.setdefault(row['architecture'] if x == 'gmacs' else name, []).append((row[x], row, name))
+        own = [row for row in rows if row['mode'] == mode]
+        for row in own:
+            name = row['model'].split()[0] + (
+                f', keep {row["keep_ratio"]}' if several and row.get('keep_ratio') else ''
+            )
+            lines.setdefault(row['architecture'] if x == 'gmacs' else name, []).append((row, name))
         for label, points in lines.items():
             panel.plot(
-                [at for at, _, _ in points], [row['images_per_second'] for _, row, _ in points], 'o-', label=label
+                [row[x] for row, _ in points], [row['images_per_second'] for row, _ in points], 'o-', label=label
             )
-            for at, row, name in points if x == 'gmacs' else ():
-                panel.annotate(name, (at, row['images_per_second']), fontsize=6, ha='center', va='bottom')
-        title = f'{mode}, {rows[0]["input"]}, {rows[0]["precision"]}\n{rows[0]["device"]}'
+            for row, name in points if x == 'gmacs' else ():
+                side = ('right', 'top', -4) if row.get('keep_ratio') else ('left', 'bottom', 4)
+                panel.annotate(
+                    re.sub(r'_patch\d+_\d+', '', name), (row[x], row['images_per_second']), (side[2], side[2]),
+                    textcoords='offset points', fontsize=7, ha=side[0], va=side[1],
+                )  # fmt: skip
+        title = f'{mode}, {own[0]["input"]}, {own[0]["precision"]}\n{own[0]["device"]}'
         panel.set(title=title, xlabel=PLOT_AXES[x], ylabel='img/s', xscale='log', yscale='log')
-        for axis in (panel.xaxis, panel.yaxis):
+        panel.margins(0.2, 0.1)
+        for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
             axis.set_major_formatter('{x:g}')
-            axis.set_minor_formatter(LogFormatter())
+            axis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 10 * low else (2, 3, 5)))
+            axis.set_minor_formatter('{x:g}')
+        if x != 'gmacs':
+            panel.set_xticks(sorted({row[x] for row in own}))
+            panel.set_xticks([], minor=True)
         panel.legend(fontsize=7)
     figure.savefig(path, dpi=150)
     say(f'written: {path}')

@@ -243,10 +243,12 @@ def broken_files(path: Path) -> dict[str, tuple[Path, str]]:
     return out
 
 
-def test_unusable_files_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize('fast', [False, True])
+def test_unusable_files_are_refused_by_name(tmp_path, fast):
+    decode = datasets.DecodeCrop(build_transform(True, flags()).transforms[0]) if fast else datasets.to_rgb
     for path, word in broken_files(tmp_path).values():
         with pytest.raises(InputError) as error:
-            load_image(path)
+            load_image(path, decode)
         assert str(path) in str(error.value)
         assert word in str(error.value)
 
