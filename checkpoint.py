@@ -189,7 +189,7 @@ def kept(folder: Path) -> list[Path]:
 
 
 def claim_output(args: argparse.Namespace):
-    """Make --output_dir, and refuse to write into the run of somebody else, or earlier; --overwrite removes that."""
+    """Make --output_dir, and refuse to write into the run of somebody else, or earlier, but for --overwrite."""
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def claim_output(args: argparse.Namespace):
         probe.unlink()
     except OSError as error:
         raise InputError(f'--output_dir {folder.absolute()} cannot be written to: {error}') from error
-    there = [p for p in (*kept(folder), folder / 'best_checkpoint.pth', folder / 'log.txt') if p.exists()]
+    there = files_of_run(folder)
     if there and not (args.resume or args.auto_resume):
         # What a launcher starts again must not remove what it wrote itself.
         if not args.overwrite or utils.restarts():
@@ -206,7 +206,20 @@ def claim_output(args: argparse.Namespace):
                 f'--output_dir {folder} holds a run ({", ".join(p.name for p in there)}): '
                 '--resume or --auto-resume goes on with it, --overwrite begins anew'
             )
-        for path in there:
+        for source in filter(None, (args.finetune, args.teacher_path)):
+            if Path(source).exists() and any(path.samefile(source) for path in there):
+                raise InputError(f'{source} is of the run that --overwrite removes; move it to another folder first')
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    """What a run has written into its folder."""
+    return [p for p in (*kept(folder), folder / 'best_checkpoint.pth', folder / 'log.txt') if p.exists()]
+
+
+def clear_output(args: argparse.Namespace):
+    """With --overwrite, remove the run that is there; called when nothing is left that could stop the new one."""
+    if args.output_dir and args.overwrite and not (args.resume or args.auto_resume) and utils.rank() == 0:
+        for path in files_of_run(Path(args.output_dir)):
             path.unlink()
 
 
@@ -236,9 +249,10 @@ def save(args: argparse.Namespace, state: State, best: bool = False):
         return
     folder, content = Path(args.output_dir), state.state_dict(args)
     newest = folder / 'checkpoint.pth'
-    utils.write_checkpoint(newest, content)
+    # The best first: its accuracy must not be on record in the newest before its weights are there.
     if best:
         utils.write_checkpoint(folder / 'best_checkpoint.pth', content)
+    utils.write_checkpoint(newest, content)
     try:
         # A second name for the same file: a link costs neither time nor space.
         numbered = folder / f'checkpoint-{state.epoch:04d}-{state.step:06d}.pth'

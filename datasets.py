@@ -12,6 +12,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -152,17 +153,23 @@ class DecodeCrop:
         if isinstance(interpolation, Sequence):
             interpolation = random.choice(interpolation)
         columns, rows = image.size
+        # timm rounds a crop of an image of a few pixels down to nothing.
+        top, left, height, width = min(top, rows - 1), min(left, columns - 1), max(height, 1), max(width, 1)
         shrink = min(height // size[0], width // size[1])
         if shrink > 1:
             image.draft(None, (columns // shrink, rows // shrink))
         if image.size != (columns, rows):
             shrink = round(columns / image.size[0])
-            box = [edge / shrink for edge in (left, top, left + width, top + height)]
-            return to_rgb(image).resize(size[::-1], Image.Resampling[interpolation.name], box)
+            box = np.array([left, top, left + width, top + height]) / shrink
+            outer = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])])  # resize would look beyond the box
+            image = to_rgb(image).crop(tuple(outer.astype(int)))
+            return image.resize(size[::-1], Image.Resampling[interpolation.name], tuple(box - np.tile(outer[:2], 2)))
+        pixels = None
         if decode_jpeg and image.format == 'JPEG' and image.mode in ('L', 'RGB'):
             image.fp.seek(0)
-            pixels = decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
-        else:
+            with suppress(RuntimeError):  # Pillow reads some files that are not quite right, and names what is wrong
+                pixels = decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
+        if pixels is None:
             pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
         pixels = pixels[None, :, top : top + height, left : left + width]
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # three times faster to resize

@@ -167,6 +167,8 @@ def check_arguments(args: argparse.Namespace):
         if source and not utils.is_address(source) and not Path(source).is_file():
             where = f'; the published teacher is at {losses.PUBLISHED_TEACHER}' if flag == 'teacher_path' else ''
             raise InputError(f'--{flag.replace("_", "-")} {source}: {Path(source).absolute()} is not a file{where}')
+    if args.auto_resume and not args.output_dir:
+        raise InputError('--auto-resume looks for checkpoints in --output_dir, which is not given')
     if args.eval and not args.resume:
         raise InputError(
             '--eval needs --resume with the checkpoint to evaluate; without one, random weights would be scored'
@@ -405,6 +407,7 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
         state.load(content, source, args)
         say(f'{source}: going on with epoch {state.epoch}, step {state.step}, best Acc@1 so far {state.best_acc1:.3f}')
     check_agreement(state, device)
+    checkpoint.clear_output(args)
     say(
         f'batch {args.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
         f'{images} images a step (published: 1024 to 2048), '
@@ -496,7 +499,6 @@ def finish_epoch(args: argparse.Namespace, state: State, record: dict):
     improved = (record.get('test_acc1') or 0.0) > state.best_acc1  # False for NaN
     if improved:
         state.best_acc1 = record['test_acc1']
-    checkpoint.save(args, state, improved)
     if not args.output_dir or utils.rank() > 0:
         return
     record |= {
@@ -506,7 +508,9 @@ def finish_epoch(args: argparse.Namespace, state: State, record: dict):
         'global_batch': global_batch(args),
     }
     output = Path(args.output_dir)
+    # The log first: once the checkpoint is there, a run goes on with the next epoch, and would never write this line.
     checkpoint.write_log(output / 'log.txt', record)
+    checkpoint.save(args, state, improved)
     if state.epoch == args.epochs:
         say(f'written: {", ".join(str(p) for p in sorted(output.glob("*")))}')
 

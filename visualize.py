@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+import checkpoint
 import datasets
 import models
 import utils
@@ -161,14 +162,15 @@ def find_images(path: Path) -> list[Path]:
 
 def load_model(args: argparse.Namespace) -> nn.Module:
     """The model with the checkpoint's weights, classes and schedule; InputError if it does not fit or never selects."""
-    checkpoint = utils.read_checkpoint(args.resume)
-    weights = utils.find_weights(checkpoint)
+    content = utils.read_checkpoint(args.resume)
+    checkpoint.recall_model(args, content)
+    weights = utils.find_weights(content)
     heads = [len(value) for key, value in weights.items() if key.startswith('head.') and value.ndim == 2]
     model = models.build(args, heads[0] if heads else 1000)
     if not hasattr(model, 'forward_with_selection'):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT or an Evo-LeViT')
     try:
-        filled = utils.load_weights(model, checkpoint).missing
+        filled = utils.load_weights(model, content).missing
     except InputError as error:
         raise InputError(f'{args.resume}: {error}') from error
     if filled:

@@ -135,11 +135,12 @@ class EvoDeiT(VisionTransformer):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         super().reset_classifier(num_classes, global_pool)
-        like = self.norm_cls.weight
-        self.head_cls = nn.Linear(self.embed_dim, num_classes).to(like) if num_classes > 0 else nn.Identity()
-        self.head_cls.train(self.training)
-        for head in (self.head, self.head_cls):
-            self._init_weights(head)
+        self._init_weights(self.head)
+        if self.fused:
+            return
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head_cls = head.to(self.cls_token).train(self.training)
+        self._init_weights(self.head_cls)
 
     @property
     def stages(self) -> list[int]:
@@ -301,7 +302,7 @@ class EvoDeiT(VisionTransformer):
                     if state.pop(key, None) is not None
                 ]
             state = checkpoint_filter_fn(state, self)
-        for own, plain in (('norm_cls', 'norm'), ('head_cls', 'head')):
+        for own, plain in () if self.fused else (('norm_cls', 'norm'), ('head_cls', 'head')):
             for leaf in ('weight', 'bias'):
                 if f'{own}.{leaf}' not in state and f'{plain}.{leaf}' in state:
                     state[f'{own}.{leaf}'] = state[f'{plain}.{leaf}'].clone()

@@ -82,6 +82,7 @@ def write_modes(path: Path) -> dict[str, tuple[Path, np.ndarray]]:
     grey = rgb[..., 0]
     alpha = np.where(np.arange(40) < 20, 255, 0).astype(np.uint8)[None].repeat(30, 0)
     as_rgb = np.stack([grey] * 3, 2)
+    deep = np.minimum(grey.astype(int) * 257 + 100, 65535).astype(np.uint16)
 
     def over_white(colours: np.ndarray) -> np.ndarray:
         return np.where(alpha[..., None] == 255, colours, 255)
@@ -101,9 +102,9 @@ def write_modes(path: Path) -> dict[str, tuple[Path, np.ndarray]]:
             palette, 'png', {'transparency': clear}, np.where(np.asarray(palette)[..., None] == clear, 255, colours),
         ),
         '1 bit': (Image.fromarray(grey > 128), 'png', {}, np.where(as_rgb > 128, 255, 0)),
-        '16 bits': (Image.fromarray(grey.astype(np.uint16) * 257), 'png', {}, as_rgb),
-        '16 bits as TIFF': (Image.fromarray(grey.astype(np.uint16) * 257), 'tiff', {}, as_rgb),
-        '16 bits as PGM': (Image.fromarray(grey.astype(np.uint16) * 257), 'ppm', {}, as_rgb),
+        '16 bits': (Image.fromarray(deep), 'png', {}, as_rgb),
+        '16 bits as TIFF': (Image.fromarray(deep), 'tiff', {}, as_rgb),
+        '16 bits as PGM': (Image.fromarray(deep), 'ppm', {}, as_rgb),
         'CMYK': (Image.fromarray(rgb).convert('CMYK'), 'tiff', {}, rgb),
         'BMP': (Image.fromarray(rgb), 'bmp', {}, rgb),
     }  # fmt: skip
@@ -161,6 +162,52 @@ def test_large_jpegs_are_decoded_small_for_the_same_crop(large_jpegs, monkeypatc
         # Decoded small, by another filter, but the same place: a crop that is off by a pixel differs by more.
         assert difference.mean() < 0.6 if len(drafts) > before else difference.max() <= 2
     assert 0 < len(drafts) < 40
+
+
+def write_odd_jpegs(path: Path) -> list[Path]:
+    """JPEGs that Pillow reads: without end marker, padded, a second picture inside, progressive, of a pixel or two."""
+    large = picture(1000, 800)
+    for name, image, options in (
+        ('plain', picture(400, 300), {}), ('large', large, {}), ('progressive', large, {'progressive': True}),
+        ('grey', large.convert('L'), {}), ('cmyk', large.convert('CMYK'), {}), ('one', picture(1, 1), {}),
+        ('two', picture(2, 1), {}), ('line', picture(1, 90), {}),
+    ):  # fmt: skip
+        image.save(path / f'{name}.jpg', **options)
+    large.save(path / 'several.jpg', format='MPO', save_all=True, append_images=[picture(30, 30)])
+    for name in ('plain', 'large'):
+        content = (path / f'{name}.jpg').read_bytes()
+        (path / f'{name}_padded.jpg').write_bytes(content[:-2] + bytes(200))
+    return sorted(path.glob('*.jpg'))
+
+
+def test_what_pillow_reads_is_read_the_fast_way_too(tmp_path):
+    crop = build_transform(True, flags()).transforms[0]
+    for path in write_odd_jpegs(tmp_path):
+        load_image(path)
+        for seed in range(25):
+            random.seed(seed)
+            assert load_image(path, datasets.DecodeCrop(crop)).size == (224, 224), path
+
+
+def test_truncated_files_are_refused_at_any_reduction(tmp_path):
+    crop = build_transform(True, flags()).transforms[0]
+    for size in ((400, 300), (1000, 800)):
+        picture(*size).save(tmp_path / 'a.jpg')
+        content = (tmp_path / 'a.jpg').read_bytes()
+        (tmp_path / 'a.jpg').write_bytes(content[: len(content) // 2])
+        for seed in range(25):
+            random.seed(seed)
+            with pytest.raises(InputError, match='a.jpg cannot be read: .*truncated'):
+                load_image(tmp_path / 'a.jpg', datasets.DecodeCrop(crop))
+
+
+def test_a_reduced_crop_sees_nothing_around_it(tmp_path):
+    image = np.full((800, 1000, 3), 255, np.uint8)
+    image[160:640, 160:640] = 0
+    Image.fromarray(image).save(tmp_path / 'a.jpg', quality=100)
+    crop = build_transform(True, flags()).transforms[0]
+    crop.get_params = lambda *_: (160, 160, 480, 480)
+    assert np.asarray(load_image(tmp_path / 'a.jpg', datasets.DecodeCrop(crop))).max() <= 2
 
 
 def test_tensors_have_the_bits_of_torchvisions(tmp_path):
@@ -340,6 +387,14 @@ def write_inat(root: Path, file_name: str = 'train_val2018/Plants/{}/{}.jpg', ca
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture().save(path)
     return root
+
+
+def test_nothing_to_validate_is_said(tmp_path):
+    write_inat(tmp_path)
+    (tmp_path / 'val2018.json').write_text(json.dumps({'images': [], 'annotations': []}))
+    args = flags('--data-set', 'INAT', '--data-path', tmp_path, '--input-size', 32, '--batch-size', 2)
+    with pytest.raises(InputError, match=f'--data-set INAT in {tmp_path}: no validation images'):
+        build_loaders(args)
 
 
 def test_inaturalist_reads_its_lists(tmp_path):

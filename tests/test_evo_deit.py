@@ -123,6 +123,9 @@ def test_fusing_drops_the_training_head_alone():
     assert torch.equal(model.fuse()(images()), expected)
     with pytest.raises(ValueError, match='cannot be trained'):
         model.train()
+    assert utils.load_weights(model, model.state_dict()) == ([], [])
+    model.reset_classifier(3)
+    assert model(images()).shape == (2, 3)
 
 
 def test_keeping_every_patch_is_timms_vit():

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, accuracy, free_port, launch, read_log
 from PIL import Image
+from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, TensorDataset
 
 import checkpoint
@@ -841,6 +843,7 @@ def test_row_29_another_number_of_processes(whole, script, image_folder, tmp_pat
     printed = script('main_deit', *flags, '--resume', folder / 'checkpoint-0001-000001.pth')
     assert 'world_size was 2, now 1: training goes on, but not exactly' in printed
     assert 'the epoch starts again' in printed and 'Epoch 1 done' in printed
+    assert re.search(r'Epoch: \[1/2\]  \[(\d+)/', printed)[1] == '1'
     assert [line['epoch'] for line in read_log(folder)] == [0, 1]
 
 
@@ -917,8 +920,19 @@ def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
     checkpoint.claim_output(arguments('--auto-resume', '--output_dir', folder))
     assert sorted(folder.iterdir()) == before
+    # What is wrong otherwise is found before anything is removed; what the new run starts from is not removed.
+    with pytest.raises(InputError, match='nowhere'):
+        script('main_deit', *NANO, '--data-path', tmp_path / 'nowhere', '--overwrite', '--output_dir', folder)
+    with pytest.raises(InputError, match='is of the run that --overwrite removes'):
+        script('main_deit', *flags, folder, '--overwrite', '--finetune', folder / 'checkpoint.pth')
     checkpoint.claim_output(arguments('--overwrite', '--output_dir', folder))
+    assert sorted(folder.iterdir()) == before
+    checkpoint.clear_output(arguments('--auto-resume', '--output_dir', folder))
+    assert sorted(folder.iterdir()) == before
+    checkpoint.clear_output(arguments('--overwrite', '--output_dir', folder))
     assert not list(folder.iterdir())
+    with pytest.raises(InputError, match='--auto-resume looks for checkpoints in --output_dir'):
+        script('main_deit', *NANO, '--auto-resume')
 
 
 @pytest.mark.slow
@@ -959,6 +973,28 @@ def test_row_40_the_log_after_a_crash(tmp_path):
         (0, 1, None), (1, 1, None), (2, 2, None), (3, 2, None),
     ]  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ['log.txt']
+
+
+def test_rows_26_and_40_killed_between_the_files_of_an_epoch(tmp_path, monkeypatch):
+    """The newest checkpoint comes last: until it is there, a run does the epoch again, and with it the other files."""
+    args = arguments('--output_dir', tmp_path, '--epochs', 5)
+    state = resume(args, None)
+    state.epoch = 1
+    engine.finish_epoch(args, state, {'epoch': 0, 'test_acc1': 40.0})
+    real = utils.write_checkpoint
+
+    def killed(path, content):
+        if path.name == 'checkpoint.pth':
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(utils, 'write_checkpoint', killed)
+    state.epoch = 2
+    with pytest.raises(KeyboardInterrupt):
+        engine.finish_epoch(args, state, {'epoch': 1, 'test_acc1': 60.0})
+    assert utils.read_checkpoint(tmp_path / 'best_checkpoint.pth')['best_acc1'] == 60
+    assert utils.read_checkpoint(tmp_path / 'checkpoint.pth')['best_acc1'] == 40
+    assert [line['epoch'] for line in read_log(tmp_path)] == [0, 1]
 
 
 def test_row_41_the_last_are_kept_and_the_best(tmp_path, monkeypatch, capsys):
@@ -1028,6 +1064,17 @@ def small(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 @torch.no_grad()
+def test_row_44_no_average_in_the_file(capsys):
+    content, state = trained(), resume(arguments(), None)
+    state.ema = ModelEmaV3(state.model)
+    state.load(content, 'c.pth', arguments())
+    assert 'c.pth has no averaged weights; the average starts from its weights' in capsys.readouterr().out
+    for average, weight in zip(state.ema.module.parameters(), state.model.parameters(), strict=True):
+        assert torch.equal(average, weight) and torch.equal(
+            weight, content['model'][{2: 'weight', 1: 'bias'}[weight.ndim]]
+        )
+
+
 def test_row_45_models_and_threads_do_not_disturb_each_other():
     cases = [small(name) for name in ('evo_deit_nano_patch4_32', 'EvoLeViT_128S')]
     alone = [model(images) for model, images in cases]

@@ -157,6 +157,15 @@ def test_formats(script, checkpoint, tmp_path):
         assert {p.name for p in out.iterdir()} == {'a.png', 'a_block4.png', 'a_block8.png', f'a_sheet.{kind}'}
 
 
+def test_pictures_are_of_the_network_that_was_trained(script, checkpoint, tmp_path, image_folder):
+    path = checkpoint('evo_deit_nano_patch4_32')
+    torch.save(torch.load(path) | {'args': {'keep_ratio': [0.25], 'representative': True}}, tmp_path / 'a.pth')
+    argv = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
+    args = visualize.get_parser().parse_args([*argv, '--input-size', '32'])
+    model = visualize.load_model(args)
+    assert (model.keep_ratio, model.representative) == ((0.25, 0.25), True)
+
+
 def test_layers_and_animation(script, checkpoint, tmp_path):
     photograph(40, 32).save(tmp_path / 'a.png')
     flags = ['--model', 'EvoLeViT_128S', '--resume', checkpoint('EvoLeViT_128S'), '--img-path', tmp_path / 'a.png']
