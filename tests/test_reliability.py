@@ -1055,15 +1055,6 @@ def test_row_43_no_launcher_in_a_slurm_allocation(script, image_folder, monkeypa
     assert ', 1 process(es)' in printed and '(30 images)' in printed
 
 
-def small(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    size = 32 if 'nano' in name else 64
-    model = timm.create_model(name, num_classes=4, img_size=size).eval()
-    model.set_schedule(stage_wise='nano' in name)
-    return model, torch.randn(2, 3, size, size)
-
-
-@torch.no_grad()
 def test_row_44_no_average_in_the_file(capsys):
     content, state = trained(), resume(arguments(), None)
     state.ema = ModelEmaV3(state.model)
@@ -1075,6 +1066,15 @@ def test_row_44_no_average_in_the_file(capsys):
         )
 
 
+def small(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    size = 32 if 'nano' in name else 64
+    model = timm.create_model(name, num_classes=4, img_size=size).eval()
+    model.set_schedule(stage_wise='nano' in name)
+    return model, torch.randn(2, 3, size, size)
+
+
+@torch.no_grad()
 def test_row_45_models_and_threads_do_not_disturb_each_other():
     cases = [small(name) for name in ('evo_deit_nano_patch4_32', 'EvoLeViT_128S')]
     alone = [model(images) for model, images in cases]
