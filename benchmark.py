@@ -143,7 +143,7 @@ def keep_ratios(text: str) -> list[float]:
 
 
 def main():
-    """Measure what the flags ask for, case by case, and keep each row at once."""
+    """Measure what the flags ask for, case by case, and keep each row at once; exit with 1 if one had an error."""
     args, recipe = get_parser().parse_known_args()
     device = utils.set_up_processes(args)
     settle(args, device)
@@ -303,7 +303,9 @@ def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict
     if args.data_path:
         load, num_classes = build_loader(args, case, device)
         candidates.append(Candidate(new_row(case, 'the loader alone'), batches=load))
-        for _ in load():  # from here on files come from memory, for all that are timed
+        for (
+            _
+        ) in load():  # from here on files come from memory, for all that are timed; one that is damaged ends the run
             pass
     twin = dense_twin(case.model)
     ratios = args.keep_ratio if twin and args.keep_ratio else [None]
@@ -592,9 +594,10 @@ def plot(rows: list[dict], x: str, path: str):
         panel, lines = figure.add_subplot(1, len(modes), i), {}
         own = [row for row in rows if row['mode'] == mode]
         # Whatever else was swept belongs into the label: a line has one point at each place of the axis.
-        swept = {'keep_ratio': 'keep', 'batch': 'batch'}
         swept = {
-            key: word for key, word in swept.items() if key != x and len({row.get(key) for row in own} - {None}) > 1
+            key: word
+            for key, word in (('keep_ratio', 'keep'), ('batch', 'batch'))
+            if key != x and len({row.get(key) for row in own} - {None}) > 1
         }
         for row in own:
             name = ', '.join(

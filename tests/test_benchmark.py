@@ -392,6 +392,15 @@ def test_errors_of_timing_end_a_row_too(bench, monkeypatch, tmp_path):
         bench('--bench', 'inference', '-b', 1)
 
 
+def test_damaged_data_ends_the_run(bench, tmp_path):
+    for split in ('train', 'val'):
+        for label in ('a', 'b'):
+            (tmp_path / split / label).mkdir(parents=True)
+            (tmp_path / split / label / 'image.png').write_bytes(b'no image')
+    with pytest.raises(InputError, match='image.png'):
+        bench('--data-path', tmp_path, '--num_workers', 0, '--bench', 'inference', '-b', 1)
+
+
 def test_a_failed_model_is_gone_before_its_twin_is_built(bench, monkeypatch):
     built, alive = [], []
     real_build, real_warm_up = benchmark.build, benchmark.warm_up
