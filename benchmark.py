@@ -26,9 +26,10 @@ import re
 import subprocess
 import sys
 import time
-from argparse import BooleanOptionalAction, Namespace
+import traceback
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -63,6 +64,8 @@ PUBLISHED_PRECISIONS = {'float32': 'fp32', 'float16': 'fp16', 'bfloat16': 'bf16'
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PASSES = 3  # end to end, how often a model is given the loader's batches
 LATENCY_CALLS = 5  # times --num_bench_iter, as a percentile needs more calls than a median
+P99_CALLS = 100  # with fewer, the percentile 99 is hardly more than the slowest call
+OUT_OF_MEMORY = 'out of memory'
 
 # The columns of the results: what was measured, what came out, in which circumstances.
 FIELDS = (
@@ -76,8 +79,9 @@ TABLE = (
     ('mode', 'mode', -9), ('model', 'model', -26), ('image_size', 'px', 7), ('batch', 'batch', 5),
     ('keep_ratio', 'keep', 5), ('images_per_second', 'img/s', 7), ('images_per_second_p10', 'p10', 7),
     ('images_per_second_p90', 'p90', 7), ('ms', 'ms', 7), ('ms_p90', 'p90', 7), ('ms_p99', 'p99', 7),
-    ('peak_mib', 'MiB', 7), ('parameters', 'parameters', 10), ('gmacs', 'GMACs', 7), ('speedup', 'speed-up', 8),
-    ('arithmetic_ratio', 'of', 5), ('error', '', 1),
+    ('n', 'calls', 5), ('peak_mib', 'MiB', 7), ('parameters', 'parameters', 10), ('gmacs', 'GMACs', 7),
+    ('speedup', 'speed-up', 8), ('speedup_p10', 'p10', 6), ('speedup_p90', 'p90', 6),
+    ('arithmetic_ratio', 'arithmetic', 10), ('error', '', 1),
 )  # fmt: skip
 PLOT_AXES = {'image_size': 'side of the images, px', 'batch': 'images a call', 'gmacs': 'GMACs an image'}
 
@@ -93,7 +97,7 @@ def get_parser() -> utils.Parser:
     add('--batch-size', '-b', type=int, nargs='+', metavar='N', help='one or a sweep (default: 256, on a CPU 32)')
     add('--img_size', type=int, nargs='+', metavar='PX', help="one side or a sweep (default: the model's)")
     add('--input_size', type=int, nargs=3, metavar=('C', 'H', 'W'), help='for images that are not square')
-    add('--keep-ratio', type=lambda text: [float(ratio) for ratio in text.split(',')], nargs='+', metavar='R',
+    add('--keep-ratio', type=keep_ratios, nargs='+', metavar='R',
         help='share of informative patches, one or a sweep; one for each stage is 0.7,0.5')  # fmt: skip
     add('--layer-wise', action='store_true', help='select before each layer (default: before each stage)')
     add('--num_classes', type=int, metavar='N', help="outputs (default: 1000, or the data set's)")
@@ -130,8 +134,16 @@ def get_parser() -> utils.Parser:
     return parser
 
 
+def keep_ratios(text: str) -> list[float]:
+    """One value of --keep-ratio: a number, or one for each stage."""
+    try:
+        return [float(ratio) for ratio in text.split(',')]
+    except ValueError as error:
+        raise ArgumentTypeError(f'expected a number, or one for each stage as in 0.7,0.5, found {text!r}') from error
+
+
 def main():
-    """Measure what the flags ask for, case by case, and keep each row at once."""
+    """Measure what the flags ask for, case by case, and keep each row at once; exit with 1 if one had an error."""
     args, recipe = get_parser().parse_known_args()
     device = utils.set_up_processes(args)
     settle(args, device)
@@ -139,7 +151,7 @@ def main():
         make_case(args, recipe, mode, name, size, batch)
         for mode in args.bench
         for name in find_models(args)
-        for size in args.img_size or [tuple(args.input_size[1:]) if args.input_size else None]
+        for size in args.img_size or [None]
         for batch in ([1] if mode == 'latency' else args.batch_size)
     ]
     common = describe_circumstances(args, device)
@@ -155,12 +167,14 @@ def main():
             if args.results_file:
                 write_row(rows[-1], args.results_file)
         torch.compiler.reset()  # compiled code belongs to a class: that of earlier cases would count as recompilation
-        if device.type == 'cuda':
-            gc.collect()
-            torch.cuda.empty_cache()
+        free_memory(device)
     if args.plot:
         swept = {'image_size': args.img_size, 'batch': args.batch_size}
         plot(rows, next((x for x, values in swept.items() if values and len(values) > 1), 'gmacs'), args.plot)
+    failed = sum(row.get('error', OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows)
+    if failed:
+        print(f'{failed} of {len(rows)} rows could not be measured: the end of each says why', file=sys.stderr)
+        raise SystemExit(1)
 
 
 # --- what is measured
@@ -169,23 +183,32 @@ def main():
 def settle(args: Namespace, device: torch.device):
     """Fill in what depends on the machine, refuse what would fail late, and set PyTorch's global switches."""
     cpu = device.type == 'cpu'
-    for name in ('num_warm_iter', 'num_bench_iter', 'threads', 'num_classes', 'batch_size', 'img_size'):
-        if min(np.atleast_1d(getattr(args, name) or 1)) < 1:
-            raise InputError(f'--{name.replace("_", "-")}: expected 1 or more, found {getattr(args, name)}')
+    for name in ('num_warm_iter', 'num_bench_iter', 'threads', 'num_classes', 'batch_size', 'img_size', 'input_size'):
+        value = getattr(args, name)
+        if value is not None and min(np.atleast_1d(value)) < 1:
+            raise InputError(f'--{name.replace("_", "-")}: expected 1 or more, found {value}')
     args.bench = [m for m in MODES if m in args.bench or ('both' in args.bench and m != 'latency')]
     args.batch_size = args.batch_size or [32 if cpu else 256]
     args.num_bench_iter = args.num_bench_iter or (10 if cpu else 40)
     args.num_warm_iter = args.num_warm_iter or (2 if cpu else 10)
     if args.precision == 'amp':
         args.amp, args.precision = True, None
+    if args.amp and args.precision not in (None, *HALF):
+        raise InputError(
+            f'--amp is autocast to half precision, found --precision {args.precision} beside it; '
+            'use --precision fp16 or bf16, or leave one of the two flags out'
+        )
     unset = Namespace(precision=None, eval=False, recipe_precision=None)
     args.precision = args.precision or engine.pick_precision(unset, device)
-    if args.amp and args.precision not in HALF:
+    if args.amp and args.precision not in HALF:  # where the machine's own is fp32
         args.precision = 'bf16'
     if args.precision == 'tf32' and device.type != 'cuda':
         raise InputError(f'--precision tf32 is a mode of NVIDIA GPUs since Ampere, the device is {device}; use fp32')
     if args.input_size and args.input_size[0] != 3:
         raise InputError(f'--input_size: expected 3 channels, found {args.input_size[0]}')
+    if args.input_size and not args.img_size:
+        height, width = args.input_size[1:]
+        args.img_size = [height if height == width else (height, width)]
     for path, kinds in ((args.results_file, ['.csv', '.jsonl']), (args.plot, ['.png', '.svg', '.pdf'])):
         if path and (Path(path).suffix not in kinds or not Path(path).absolute().parent.is_dir()):
             raise InputError(f'{path}: expected a file in a folder that exists, named {" or ".join(kinds)}')
@@ -217,13 +240,15 @@ def find_models(args: Namespace) -> list[str]:
             names = Path(args.model_list).read_text().split()
         except OSError as error:
             raise InputError(f'--model_list {args.model_list} cannot be read: {error}') from error
+        if not names:
+            raise InputError(f'--model_list {args.model_list}: expected names of models, found none; write one a line')
     # A pattern does not mean the second names that the same networks have.
     found = {
         name: [name] if timm.is_model(name) else timm.list_models(name, exclude_filters='*_vis_*') for name in names
     }
     for name, matches in found.items():
-        if not matches:
-            raise InputError(f'--model {name}: there is no such model. {models.nearest_names(name)}')
+        if matches in ([], [name]):  # no model, or what may be one with a tag that timm does not know
+            models.published_cfg(name)
     return list(dict.fromkeys(chain(*found.values())))
 
 
@@ -237,7 +262,7 @@ def make_case(
         defaults = main_deit.RECIPE | ({} if dense_twin(name) else {'drop_path': None})
     case = engine.get_parser('', defaults).parse_args(recipe)
     case.mode, case.model, case.batch_size, case.eval = mode, name, batch, mode != 'train'
-    case.input_size = size or timm.get_pretrained_cfg(name).input_size[-1]
+    case.input_size = size or models.published_cfg(name).input_size[-1]
     case.precision = 'fp32' if args.precision == 'tf32' else args.precision
     case.compile, case.seed, case.data_path = args.compile, args.seed, args.data_path
     if args.data_path and not isinstance(case.input_size, int):
@@ -278,27 +303,28 @@ def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict
     if args.data_path:
         load, num_classes = build_loader(args, case, device)
         candidates.append(Candidate(new_row(case, 'the loader alone'), batches=load))
-        for _ in load():  # from here on files come from memory, for all that are timed
+        for (
+            _
+        ) in load():  # from here on files come from memory, for all that are timed; one that is damaged ends the run
             pass
     twin = dense_twin(case.model)
     ratios = args.keep_ratio if twin and args.keep_ratio else [None]
-    own = {'representative': case.representative}
+    own = {'representative': case.representative} if twin else {}  # timm's models know no such argument
     contenders = [(case.model, case.model, own | {'keep_ratio': ratio}) for ratio in ratios]
     if twin and args.compare:
         contenders.append((' '.join([twin[0], *(f'{key}={value}' for key, value in twin[1].items())]), *twin))
     for label, name, own in contenders:
         candidate = Candidate(new_row(case, label))
         candidates.append(candidate)
-        with out_of_memory_ends(candidate.row):
-            model = build(case, num_classes, name, own)
-            batch = prepare(candidate, args, case, model, num_classes, device)
-            candidate.batches = load or partial(list, [batch])
+        attempt(prepare, candidate, device, args, case, num_classes, name, own)
+        candidate.batches = load or candidate.batches
 
     n = PASSES if load else args.num_bench_iter * (LATENCY_CALLS if case.mode == 'latency' else 1)
     for candidate in n * candidates:
         if 'error' not in candidate.row:
-            with out_of_memory_ends(candidate.row):
-                candidate.seconds.append(seconds_a_batch(candidate, device))
+            seconds = attempt(seconds_a_batch, candidate, device)
+            if seconds is not None:
+                candidate.seconds.append(seconds)
     for candidate in candidates:
         summarise(candidate, candidates[-1] if twin and args.compare else None)
     return [candidate.row for candidate in candidates]
@@ -340,10 +366,17 @@ def build(case: Namespace, num_classes: int, name: str, own: dict) -> nn.Module:
 
 
 def prepare(
-    candidate: Candidate, args: Namespace, case: Namespace, model: nn.Module, num_classes: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Make a model ready to be timed, and count its arithmetic and memory on the way; returns a batch of noise."""
+    candidate: Candidate,
+    device: torch.device,
+    args: Namespace,
+    case: Namespace,
+    num_classes: int,
+    name: str,
+    own: dict,
+):
+    """Make a model ready to be timed, on a batch of noise, and count its arithmetic and memory on the way."""
     row, train = candidate.row, case.mode == 'train'
+    model = build(case, num_classes, name, own)
     if hasattr(model, 'set_schedule'):
         model.set_schedule(stage_wise=not args.layer_wise)
         ratios = model.keep_ratio[:1] if len({*model.keep_ratio}) == 1 else model.keep_ratio
@@ -372,7 +405,7 @@ def prepare(
             synchronize(device)
         operators = profiler.key_averages().table(f'self_{device.type}_time_total', row_limit=15)
         say(f'{case.mode}, {row["model"]}, one call:\n{operators}')
-    return batch
+    candidate.batches = partial(list, [batch])
 
 
 def make_step(
@@ -451,16 +484,31 @@ def synchronize(device: torch.device):
         torch.cuda.synchronize(device)
 
 
-@contextmanager
-def out_of_memory_ends(row: dict) -> Iterator[None]:
-    """Let a lack of memory end a row, which then says so, and not the run."""
+def attempt(action: Callable, candidate: Candidate, device: torch.device, *others):
+    """`action(candidate, device, *others)`; an error ends the candidate's row, which then says so, and not the run."""
     try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        signs = ('out of memory', "can't allocate memory", 'not enough memory', 'ALLOC_FAILED')
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
-            raise
-        row['error'] = 'out of memory'
+        return action(candidate, device, *others)
+    except Exception as error:
+        signs, message = (OUT_OF_MEMORY, "can't allocate memory", 'not enough memory', 'ALLOC_FAILED'), str(error)
+        known = isinstance(error, RuntimeError) and any(sign in message for sign in signs)
+        if known or isinstance(error, MemoryError):
+            candidate.row['error'] = OUT_OF_MEMORY
+        else:
+            candidate.row['error'] = f'{type(error).__name__}: {message.strip().partition(chr(10))[0]}'
+            if not isinstance(error, InputError):  # whose message says it all
+                traceback.print_exc()
+    # What comes next finds the memory free. Not before here: until the error is gone, its traceback holds the model.
+    candidate.step, candidate.batches = Candidate.step, Candidate.batches
+    free_memory(device)
+    return None
+
+
+def free_memory(device: torch.device):
+    """Give back what nothing refers to any more, so that it is there for the next model."""
+    gc.collect()
+    if device.type == 'cuda':
+        with suppress(RuntimeError):  # some errors break the GPU's context for good: the next rows say so themselves
+            torch.cuda.empty_cache()
 
 
 # --- results
@@ -474,12 +522,16 @@ def new_row(case: Namespace, model: str) -> dict:
 
 
 def summarise(candidate: Candidate, twin: Candidate | None):
-    """Fill a row with what its measurements give: medians, and the percentiles 10, 90 and 99."""
+    """Fill a row with what its measurements give: medians, and the percentiles 10, 90 and 99 of enough calls."""
     row, seconds = candidate.row, np.array(candidate.seconds)
     if 'error' in row:
         return
     p10, p50, p90, p99 = np.percentile(seconds, (10, 50, 90, 99)).tolist()
-    row |= dict(ms=1000 * p50, ms_p90=1000 * p90, ms_p99=1000 * p99, n=len(seconds))
+    row |= dict(ms=1000 * p50, n=len(seconds))
+    if row['input'] == 'noise':  # end to end there are a few means of many calls, which say nothing about slow ones
+        row['ms_p90'] = 1000 * p90
+        if len(seconds) >= P99_CALLS:
+            row['ms_p99'] = 1000 * p99
     for name, value in (('', p50), ('_p10', p90), ('_p90', p10)):
         row[f'images_per_second{name}'] = row['batch'] / value
     if twin in (None, candidate) or 'error' in twin.row or 'gmacs' not in row:
@@ -538,13 +590,18 @@ def plot(rows: list[dict], x: str, path: str):
     rows = sorted((row for row in rows if 'gmacs' in row and 'error' not in row), key=lambda row: row[x])
     modes = [mode for mode in MODES if any(row['mode'] == mode for row in rows)]
     figure = Figure(figsize=(6 * max(1, len(modes)), 5), layout='constrained')
-    several = len({row.get('keep_ratio') for row in rows} - {None}) > 1
     for i, mode in enumerate(modes, 1):
         panel, lines = figure.add_subplot(1, len(modes), i), {}
         own = [row for row in rows if row['mode'] == mode]
+        # Whatever else was swept belongs into the label: a line has one point at each place of the axis.
+        swept = {
+            key: word
+            for key, word in (('keep_ratio', 'keep'), ('batch', 'batch'))
+            if key != x and len({row.get(key) for row in own} - {None}) > 1
+        }
         for row in own:
-            name = row['model'].split()[0] + (
-                f', keep {row["keep_ratio"]}' if several and row.get('keep_ratio') else ''
+            name = ', '.join(
+                [row['model'].split()[0], *(f'{word} {row[key]}' for key, word in swept.items() if row.get(key))]
             )
             lines.setdefault(row['architecture'] if x == 'gmacs' else name, []).append((row, name))
         for label, points in lines.items():

@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+from contextlib import suppress
 
 import timm
+from timm.models import PretrainedCfg
 from torch import nn
 
 from utils import InputError
@@ -36,9 +38,7 @@ def build(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 def create(name: str, num_classes: int, input_size: int, **own) -> nn.Module:
     """Any registered model for images of `input_size` px; InputError if there is none, or none with these arguments."""
-    if not timm.is_model(name):
-        raise InputError(f'there is no model {name}. {nearest_names(name)}')
-    if timm.get_pretrained_cfg(name).fixed_input_size:
+    if published_cfg(name).fixed_input_size:
         own['img_size'] = input_size
     try:
         return timm.create_model(name, num_classes=num_classes, **own)
@@ -46,8 +46,18 @@ def create(name: str, num_classes: int, input_size: int, **own) -> nn.Module:
         raise InputError(f'{name} cannot be built with {own}: {error}') from error
 
 
+def published_cfg(name: str) -> PretrainedCfg:
+    """What a registered model was published with; InputError with the nearest names where there is none."""
+    with suppress(RuntimeError):  # of a model that exists, with a tag that does not
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        if cfg is not None:
+            return cfg
+    raise InputError(f'there is no model {name}. {nearest_names(name)}')
+
+
 def nearest_names(name: str) -> str:
-    """A sentence with the registered names nearest to `name`."""
-    names = {known.lower(): known for known in timm.list_models()}
+    """A sentence with the registered names nearest to `name`, with tags if it has one."""
+    tagged = timm.list_models(pretrained=True) if '.' in name else []
+    names = {known.lower(): known for known in timm.list_models() + tagged}
     near = [names[n] for n in difflib.get_close_matches(name.lower(), names, n=5, cutoff=0.5)]
     return f'Nearest: {", ".join(near)}' if near else 'timm.list_models() has them all'
