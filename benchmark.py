@@ -303,9 +303,8 @@ def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict
     if args.data_path:
         load, num_classes = build_loader(args, case, device)
         candidates.append(Candidate(new_row(case, 'the loader alone'), batches=load))
-        for (
-            _
-        ) in load():  # from here on files come from memory, for all that are timed; one that is damaged ends the run
+        # From here on files come from memory, for all that are timed; one that is damaged ends the run.
+        for _ in load():
             pass
     twin = dense_twin(case.model)
     ratios = args.keep_ratio if twin and args.keep_ratio else [None]
