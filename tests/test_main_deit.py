@@ -139,13 +139,13 @@ def stop_after(epochs, script, *flags):
     class Stop(Exception):
         pass
 
-    def write_and_stop(path, record, write_log=checkpoint.write_log):
-        write_log(path, record)
-        if record['epoch'] + 1 == epochs:
+    def save_and_stop(args, state, best=False, save=checkpoint.save):
+        save(args, state, best)
+        if state.epoch == epochs:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(checkpoint, 'write_log', write_and_stop)
+        patch.setattr(checkpoint, 'save', save_and_stop)
         script('main_deit', *flags)
 
 
