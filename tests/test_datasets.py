@@ -115,7 +115,7 @@ def write_modes(path: Path) -> dict[str, tuple[Path, np.ndarray]]:
     return out
 
 
-def test_every_mode_becomes_the_right_rgb(tmp_path):
+def test_row_23_every_mode_becomes_the_right_rgb(tmp_path):
     for name, (path, expected) in write_modes(tmp_path).items():
         image = load_image(path)
         assert image.mode == 'RGB', name
@@ -314,7 +314,7 @@ def test_a_broken_image_stops_evaluation_with_its_path(image_root, workers):
 # --- image folders
 
 
-def test_folder_labels_go_by_name_and_hidden_files_are_left_out(image_root, capsys):
+def test_row_19_folder_labels_go_by_name_and_hidden_files_are_left_out(image_root, capsys):
     folder(image_root / 'train' / '.ipynb_checkpoints', {'x': 2})
     folder(image_root / 'train' / 'bee', {'.thumbnails': 1})
     (image_root / 'train' / 'bee' / '._0.png').write_bytes(b'')
@@ -325,7 +325,7 @@ def test_folder_labels_go_by_name_and_hidden_files_are_left_out(image_root, caps
     assert capsys.readouterr().out.count('.ipynb_checkpoints') == 1
 
 
-def test_validation_classes_are_those_of_training(image_root, capsys):
+def test_row_19_validation_classes_are_those_of_training(image_root, capsys):
     (image_root / 'val' / 'ant').rename(image_root / 'val' / '.ant')
     args = flags('--data-path', image_root, '--input-size', 32, '--batch-size', 4)
     val = build_loaders(args)[1].dataset

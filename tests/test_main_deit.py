@@ -149,7 +149,7 @@ def stop_after(epochs, script, *flags):
         script('main_deit', *flags)
 
 
-def test_the_best_is_remembered(script, flags, tmp_path, monkeypatch):
+def test_row_26_the_best_is_remembered(script, flags, tmp_path, monkeypatch):
     accuracies = iter([50.0, 40.0, 45.0, float('nan'), 60.0])
 
     def evaluate(model, loader, autocast, name='Test'):
@@ -200,7 +200,7 @@ def test_published_checkpoints_go_on_and_are_evaluated(script, flags, tmp_path):
     )
 
 
-def test_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_path):
+def test_row_25_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model('evo_deit_nano_patch4_32', num_classes=7, img_size=16)
     torch.save({'model': model.state_dict()}, tmp_path / 'w.pth')

@@ -978,7 +978,7 @@ def test_row_40_the_log_after_a_crash(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['log.txt']
 
 
-def test_rows_26_and_40_killed_between_the_files_of_an_epoch(tmp_path, monkeypatch):
+def test_row_26_and_row_40_killed_between_the_files_of_an_epoch(tmp_path, monkeypatch):
     """The newest checkpoint comes last: until it is there, a run does the epoch again, and with it the other files."""
     args = arguments('--output_dir', tmp_path, '--epochs', 5)
     state = resume(args, None)

@@ -143,7 +143,7 @@ def server(tmp_path, monkeypatch):
         running.shutdown()
 
 
-def test_addresses_are_read_and_their_hash_checked(server, saved, tmp_path, capsys):
+def test_row_39_addresses_are_read_and_their_hash_checked(server, saved, tmp_path, capsys):
     folder, address = server
     content = saved.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
@@ -200,7 +200,7 @@ def test_what_a_checkpoint_may_look_like():
         utils.load_weights(model, {'epoch': 3})
 
 
-def test_other_models_do_not_load(tmp_path):
+def test_row_05_other_models_do_not_load(tmp_path):
     model, state = nano(), nano().state_dict()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(InputError, match='4 classes, the model 10'):
