@@ -1,31 +1,55 @@
 """Slow-fast token evolution: the method of Evo-ViT (https://arxiv.org/abs/2108.01390) as pure functions.
 
-A group of blocks selects the patches to which the class token attended most so far (*informative*), updates these
-slowly, that is through every block, and leaves the others (*placeholders*) where they are, or, with a *representative*
-token that stands for them, moves them fast, by what the blocks added to the representative. Informative patches are
-gathered before the group and scattered back after it. So patches stay in raster order, nothing is sorted, the grid is
-whole after every group, and the score is the only thing that goes from one group to the next.
+A group of blocks selects the patches to which the class token attended most so far (*informative*) and updates these
+slowly, that is through every block. The others (*placeholders*) are updated fast: each receives what the group added to
+the token that represents it. Who represents a placeholder is a choice:
 
-Layer-wise selection (before every block) and stage-wise selection (before every stage of blocks) are two ways to cut
-one list of blocks into groups.
+    'none'      nobody; placeholders stay as they are (the published Evo-DeiT).
+    'one'       one token for all placeholders, their mean weighted by score (the paper, the published Evo-LeViT).
+    'nearest'   the informative patch with the most similar features; its token is the mean of those it stands for, and
+                counts in attention as often as there are of them. This works without any training.
 
-Shapes: B batch, N patches, K informative patches, C channels, H heads, D channels of a head.
-    tokens      (B, 1 + N, C)   class token first
+Informative patches are gathered before the group and scattered back after it. So patches stay in raster order, nothing
+is sorted, the grid is whole after every group, and the score is the only thing that goes from one group to the next.
+
+Shapes: B batch, P prefix tokens (class token first), N patches, K informative patches, C channels, H heads, D channels
+of a head.
+    tokens      (B, P + N, C)
     score       (B, N)          global class attention, float32
     kept        (B, K)          raster indices of the informative patches, int64, in no particular order
+    cluster     (B, N)          for each patch, which of the K informative ones represents it, int64
+    size        (B, K)          how many patches an informative one represents, itself included
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# A block maps tokens (B, 1 + n, C) to tokens and, if its second argument is true, the attention (B, n) that the class
-# token pays to the n others; else None.
-Block = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+REPRESENTATIVES = ('none', 'one', 'nearest')
+
 # How much of a block's class attention enters the score: a constant, or a learned scalar.
 Tradeoff = float | Tensor
+
+
+class Slow(NamedTuple):
+    """What a block gets: tokens (B, P + n, C), and of the n patches among them
+
+    places (B, n), their raster indices, for positions that rotate queries and keys; None where all N are there in order.
+    key_bias (B, 1, 1, P + n), added to the attention logits; None for nothing.
+    """
+
+    tokens: Tensor
+    places: Tensor | None = None
+    key_bias: Tensor | None = None
+
+
+# A block maps slow tokens to tokens (B, P + n, C) and, if its second argument is true, to the attention (B, n) that the
+# class token pays to the n patches; else to None.
+Block = Callable[[Slow, bool], tuple[Tensor, Tensor | None]]
 
 
 class Group(NamedTuple):
@@ -38,10 +62,11 @@ class Group(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What one selection chose, kept (B, K), and the score (B, N) that it chose by."""
+    """What one selection chose: kept (B, K), the score (B, N) that it chose by, and cluster (B, N) for 'nearest'."""
 
     kept: Tensor
     score: Tensor
+    cluster: Tensor | None = None
 
 
 def check_keep_ratio(keep_ratio: float | Sequence[float], stages: int) -> tuple[float, ...]:
@@ -60,39 +85,65 @@ def check_keep_ratio(keep_ratio: float | Sequence[float], stages: int) -> tuple[
     return tuple(float(r) for r in ratios)
 
 
+def check_representative(representative: str | bool) -> str:
+    """One of REPRESENTATIVES; False and True are old names of 'none' and 'one'. ValueError for anything else."""
+    name = {False: 'none', True: 'one'}.get(representative, representative)
+    if name not in REPRESENTATIVES:
+        raise ValueError(f'representative: expected one of {", ".join(REPRESENTATIVES)}, found {representative!r}')
+    return name
+
+
 def partition(
-    dense: int, stages: Sequence[int], keep_ratio: Sequence[float], stage_wise: bool, cuts: Sequence[int] = ()
+    depth: int,
+    stages: Sequence[int],
+    keep_ratio: Sequence[float],
+    stage_wise: bool = True,
+    new_grids: Sequence[int] = (),
+    cuts: Sequence[int] = (),
 ) -> list[Group]:
-    """Cut a list of blocks into groups.
+    """Cut a list of `depth` blocks into groups.
 
-    The first `dense` blocks see every patch. The stages that follow have `stages[i]` blocks and keep `keep_ratio[i]`;
-    they select once (`stage_wise`) or before each block. `cuts` are block indices after which a group must end because
-    somebody wants the whole grid there; the selection then goes on in the next group, which changes nothing but
-    rounding.
+    Layer-wise selection (before every block) and stage-wise selection (before every stage) are two ways to cut the
+    same list.
+
+    Args:
+        stages: the first block of each stage that evolves, ascending; the blocks before see every patch.
+        keep_ratio: the share of informative patches in each of these stages.
+        stage_wise: one selection for a stage, or one for each of its blocks.
+        new_grids: blocks before which the grid changes; a selection cannot go on there.
+        cuts: blocks after which a group ends because somebody wants the whole grid. The selection goes on in the next
+            group, which changes nothing but rounding.
     """
-    groups = [Group(0, dense, 1.0)] if dense else []
-    start = dense
-    for blocks, ratio in zip(stages, keep_ratio, strict=True):
-        step = max(blocks, 1) if stage_wise else 1
-        groups += [Group(i, i + step, ratio) for i in range(start, start + blocks, step)]
-        start += blocks
-    cut = []
-    for group in groups:
-        edges = [group.start, *(i + 1 for i in sorted(cuts) if group.start <= i < group.stop - 1), group.stop]
-        for a, b in zip(edges, edges[1:], strict=False):
-            cut.append(group._replace(start=a, stop=b, select=a == group.start))
-    return cut
+    first = min(stages, default=depth)
+    selecting = {*stages, *(i for i in new_grids if i > first)} if stage_wise else set(range(first, depth))
+    edges = sorted({0, depth, *selecting, *new_grids, *(i + 1 for i in cuts)})
+    groups = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        ratio = next((r for s, r in zip(stages[::-1], keep_ratio[::-1], strict=True) if s <= start), 1.0)
+        groups.append(Group(start, stop, ratio, start in selecting))
+    return groups
 
 
-def class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Attention of the class token to all others, for each head.
+# --- select
 
-    q (B, H, 1, D) its query, k (B, H, 1 + n, D) all keys; returns (B, H, n). At least in float32: in half precision
-    equal scores would be common, and a selection between equals is arbitrary.
+
+def class_attention(q: Tensor, k: Tensor, scale: float, key_bias: Tensor | None = None, prefix: int = 1) -> Tensor:
+    """Attention of the class token to the patches, for each head.
+
+    q (B, H, 1, D) its query, k (B, H, P + n, D) all keys, key_bias (B, 1, 1, P + n); returns (B, H, n). At least in
+    float32: in half precision equal scores would be common, and a selection between equals is arbitrary.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        return ((q.to(dtype) * scale) @ k.to(dtype).mT).softmax(-1)[:, :, 0, 1:]
+        logits = (q.to(dtype) * scale) @ k.to(dtype).mT
+        if key_bias is not None:
+            logits = logits + key_bias.to(dtype)
+        return logits.softmax(-1)[:, :, 0, prefix:]
+
+
+def update_score(score: Tensor | None, attention: Tensor, tradeoff: Tradeoff) -> Tensor:
+    """Moving average of class attentions; the first attention of a network is the score."""
+    return attention if score is None else (1 - tradeoff) * score + tradeoff * attention
 
 
 def select(score: Tensor, k: int) -> Tensor:
@@ -100,35 +151,65 @@ def select(score: Tensor, k: int) -> Tensor:
     return score.topk(k, dim=1, sorted=False).indices
 
 
-def represent(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
-    """Representative (B, 1, C) of all placeholders: the mean of `patches` (B, N, C) outside `kept`, weighted by score
-    (B, N).
+# --- represent
+
+
+def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
+    """The one representative (B, 1, C) of all placeholders: the mean of `patches` (B, N, C) outside `kept`, weighted by
+    score (B, N).
     """
     weight = score.scatter(1, kept, 0.0)
     weight = weight / weight.sum(1, keepdim=True)
     return weight.unsqueeze(1).to(patches.dtype) @ patches
 
 
-def blend(score: Tensor | None, attention: Tensor, tradeoff: Tradeoff) -> Tensor:
-    """Moving average of class attentions; the first attention of a network is the score."""
-    return attention if score is None else (1 - tradeoff) * score + tradeoff * attention
+def nearest(patches: Tensor, kept: Tensor) -> Tensor:
+    """The cluster (B, N) of each patch: the informative one with the most similar features (cosine) in patches (B, N, C).
+
+    An informative patch represents itself.
+    """
+    informative = F.normalize(_gather(patches, kept), dim=-1)  # the length of the other one changes no argmax
+    cluster = (patches.detach() @ informative.detach().mT).argmax(-1)
+    return cluster.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+
+
+def cluster_sizes(cluster: Tensor, k: int) -> Tensor:
+    """How many patches belong to each of k clusters: (B, N) to (B, k), float32."""
+    ones = torch.ones_like(cluster, dtype=torch.float32)
+    return ones.new_zeros(cluster.shape[0], k).scatter_add(1, cluster, ones)
+
+
+def cluster_means(patches: Tensor, cluster: Tensor, size: Tensor) -> Tensor:
+    """Means (B, K, C) of the patches (B, N, C) of each cluster."""
+    index = cluster.unsqueeze(-1).expand_as(patches)
+    sums = patches.new_zeros(patches.shape[0], size.shape[1], patches.shape[2]).scatter_add(1, index, patches)
+    return sums / size.unsqueeze(-1).to(patches.dtype)
+
+
+# --- update
 
 
 def run(
-    tokens: Tensor,
+    slow: Slow,
     score: Tensor | None,
     blocks: Sequence[Block],
     tradeoffs: Sequence[Tradeoff],
     need_score: bool = True,
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Send tokens (B, 1 + n, C) through blocks and update the score (B, m) of the first m <= n patches among them."""
+    """Send tokens through blocks, and update the score (B, m) of the first m <= n patches among them.
+
+    `size` (B, m): how many patches each stands for; the class token's attention is divided among them.
+    """
     for i, (block, tradeoff) in enumerate(zip(blocks, tradeoffs, strict=True)):
-        # A later constant tradeoff of 1 forgets everything before it: those attentions need not be computed.
-        forgotten = any(isinstance(t, float) and t == 1 for t in tradeoffs[i + 1 :])
-        tokens, attention = block(tokens, need_score and not forgotten)
+        # A later constant tradeoff of 1 overwrites everything before it: those attentions need not be computed.
+        overwritten = any([isinstance(t, float) and t == 1 for t in tradeoffs[i + 1 :]])
+        tokens, attention = block(slow, need_score and not overwritten)
+        slow = slow._replace(tokens=tokens)
         if attention is not None:
-            score = blend(score, attention if score is None else attention[:, : score.shape[1]], tradeoff)
-    return tokens, score
+            attention = attention if score is None else attention[:, : score.shape[1]]
+            score = update_score(score, attention if size is None else attention / size, tradeoff)
+    return slow.tokens, score
 
 
 def evolve(
@@ -137,42 +218,83 @@ def evolve(
     blocks: Sequence[Block],
     tradeoffs: Sequence[Tradeoff],
     keep_ratio: float,
-    representative: bool = False,
-    kept: Tensor | None = None,
+    representative: str = 'none',
+    selection: Selection | None = None,
     need_score: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Update all tokens by one group of blocks: slowly the informative patches, fast (or not at all) the placeholders.
+    prefix: int = 1,
+) -> tuple[Tensor, Tensor | None, Selection | None]:
+    """Update all tokens by one group of blocks: the informative patches slowly, the placeholders fast.
 
     Args:
-        tokens: (B, 1 + N, C), class token first.
+        tokens: (B, P + N, C).
         score: (B, N), or None before the first block of a network, where every patch is informative.
         blocks, tradeoffs: the group's blocks, and for each how much of its class attention enters the score.
         keep_ratio: int(N * keep_ratio) patches are informative.
-        representative: add a representative token, and give its change to every placeholder.
-        kept: (B, K), a selection that goes on; by default the score selects.
+        representative: 'none', 'one' or 'nearest', see above.
+        selection: a selection that goes on; by default the score selects.
         need_score: False after the last selection of a network: the attentions of the class token are not computed.
+        prefix: P, how many tokens stand before the patches; all of them are updated slowly.
 
     Returns:
-        tokens (B, 1 + N, C) in the order they came, score (B, N), and kept (B, K) or None where all patches are
+        tokens (B, P + N, C) in the order they came, score (B, N), and the selection, None where all patches are
         informative.
 
     Source: paper, section 3.2 and figure 3. The published code sorts tokens; gathering them gives the same function.
     """
-    n = tokens.shape[1] - 1
-    k = int(n * keep_ratio) if kept is None else kept.shape[1]
+    n = tokens.shape[1] - prefix
+    # Rounding down the product of floats is how the published code counts: int(100 * 0.29) is 28.
+    k = int(n * keep_ratio) if selection is None else selection.kept.shape[1]
     if k == n:
-        return *run(tokens, score, blocks, tradeoffs, need_score), None
-    if kept is None:
+        return *run(Slow(tokens), score, blocks, tradeoffs, need_score), None
+    if selection is None:
         kept = select(score, k)
-    # The class token travels with the informative patches, so one gather and one scatter move them all.
-    index = torch.nn.functional.pad(kept + 1, (1, 0)).unsqueeze(-1).expand(-1, -1, tokens.shape[2])
+        clusters = (
+            representative == 'nearest' and k > 0
+        )  # without an informative patch there is nobody to represent one
+        selection = Selection(kept, score, nearest(tokens[:, prefix:], kept) if clusters else None)
+    update = partial(run, blocks=blocks, tradeoffs=tradeoffs, need_score=need_score)
+    if selection.cluster is not None:
+        tokens, score = _evolve_clusters(tokens, score, selection, update, prefix)
+    else:
+        tokens, score = _evolve_kept(tokens, score, selection.kept, update, prefix, representative == 'one')
+    return tokens, score, selection
+
+
+def _evolve_kept(
+    tokens: Tensor, score: Tensor, kept: Tensor, update: Callable, prefix: int, represent: bool
+) -> tuple[Tensor, Tensor]:
+    """Update the kept patches slowly; the others wait or, with `represent`, move as their one representative does."""
+    k = kept.shape[1]
+    # The prefix tokens travel with the informative patches, so one gather and one scatter move them all.
+    index = torch.cat([torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1), kept + prefix], 1)
+    index = index.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
     slow = tokens.gather(1, index)
-    if representative:
-        before = represent(tokens[:, 1:], score, kept)
+    if represent:
+        before = weighted_mean(tokens[:, prefix:], score, kept)
         slow = torch.cat([slow, before], 1)
-    slow, kept_score = run(slow, score.gather(1, kept), blocks, tradeoffs, need_score)
-    if representative:
-        tokens = tokens + (slow[:, k + 1 :] - before)
-        slow = slow[:, : k + 1]
-    tokens = tokens.scatter(1, index, slow.to(tokens.dtype))
-    return tokens, score.scatter(1, kept, kept_score) if need_score else score, kept
+    slow, kept_score = update(Slow(slow, kept), score.gather(1, kept))
+    if represent:
+        tokens = tokens + (slow[:, prefix + k :] - before)
+        slow = slow[:, : prefix + k]
+    return tokens.scatter(1, index, slow.to(tokens.dtype)), score.scatter(1, kept, kept_score)
+
+
+def _evolve_clusters(
+    tokens: Tensor, score: Tensor, selection: Selection, update: Callable, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Update the mean of each cluster slowly; every patch moves as the mean of its cluster does."""
+    kept, _, cluster = selection
+    k = kept.shape[1]
+    size = cluster_sizes(cluster, k)
+    before = cluster_means(tokens[:, prefix:], cluster, size)
+    score = score.new_zeros(size.shape).scatter_add(1, cluster, score) / size
+    key_bias = F.pad(size.log(), (prefix, 0))[:, None, None]
+    slow, score = update(Slow(torch.cat([tokens[:, :prefix], before], 1), kept, key_bias), score, size=size)
+    change = (slow[:, prefix:] - before).to(tokens.dtype)
+    patches = tokens[:, prefix:] + change.gather(1, cluster.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+    return torch.cat([slow[:, :prefix].to(tokens.dtype), patches], 1), score.gather(1, cluster)
+
+
+def _gather(patches: Tensor, kept: Tensor) -> Tensor:
+    """The patches (B, K, C) at `kept` of (B, N, C)."""
+    return patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))

@@ -1,0 +1,180 @@
+"""The layouts of the published checkpoints: tables of names, and state dicts from them and back.
+
+A published name and ours differ by module; below the module, `weight` is called `weight` everywhere. What a table does
+not name is called the same in both (`cls_token`, `pos_embed`, `head.weight`, ...). A tensor that does not belong keeps
+its name, so that a strict load reports it.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Evo-DeiT: the modules of block {i}. The queries and keys are one layer, the values another; ours, as timm's, is one.
+EVO_DEIT = {
+    'blocks.{i}.norm1': 'norms.{i}',
+    'blocks.{i}.attn.proj': 'projs.{i}',
+}
+EVO_DEIT_QKV = 'blocks.{i}.attn.qkv', 'qks.{i}.qk', 'vs.{i}.v'
+# The order of a published file, which the published optimizer's state follows.
+EVO_DEIT_ORDER = 'cls_token pos_embed patch_embed blocks qks vs norms projs norm head head_cls norm_cls'.split()
+
+# Evo-LeViT: what a module has below its own name. Each `c` or `l` is our `linear`.
+EVO_LEVIT_ATTENTION = {'learn_tradeoff': 'learn_tradeoff', 'qkv': 'qkv', 'proj': 'proj.1'}
+EVO_LEVIT_DOWNSAMPLE = {
+    'learn_tradeoff': 'learn_tradeoff', 'pos_embed': 'poss', 'kv': 'kv', 'q': 'q.1', 'proj': 'proj.1'
+}  # fmt: skip
+EVO_LEVIT_MLP = {'ln1': '0', 'ln2': '2'}
+EVO_LEVIT_STEM = {
+    'pos_embed': 'poss',
+    'patch_embed.conv1': 'patch_embed.0',
+    'patch_embed.conv2': 'patch_embed.2',
+    'patch_embed.conv3': 'patch_embed.4',
+    'patch_embed.conv4': 'patch_embed.6',
+}
+EVO_LEVIT_HEADS = 'head', 'head_dist', 'head_cls', 'head_cls_dist'
+
+
+# --- Evo-DeiT
+
+
+def is_evo_deit(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict has the published layout of Evo-DeiT: a list for each kind of layer."""
+    return 'qks.0.qk.weight' in state
+
+
+def evo_deit_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict in the published layout of Evo-DeiT to our names."""
+    state, out = dict(state), {}
+    for i in range(sum(key.startswith('qks.') and key.endswith('.qk.weight') for key in state)):
+        qkv, qk, v = (name.format(i=i) for name in EVO_DEIT_QKV)
+        for leaf in ('weight', 'bias'):
+            if f'{qk}.{leaf}' in state and f'{v}.{leaf}' in state:
+                out[f'{qkv}.{leaf}'] = torch.cat([state.pop(f'{qk}.{leaf}'), state.pop(f'{v}.{leaf}')])
+    published = {theirs.split('.')[0]: ours for ours, theirs in EVO_DEIT.items()}
+    for key, value in state.items():
+        kind, *rest = key.split('.')
+        out[f'{published[kind].format(i=rest[0])}.{rest[1]}' if kind in published else key] = value
+    return out
+
+
+def evo_deit_to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of EvoDeiT to the published layout and order, for the published code to load."""
+    out = {}
+    for key, value in state.items():
+        block = re.match(r'blocks\.(\d+)\.', key)
+        i, (module, _, leaf) = block and block[1], key.rpartition('.')
+        template = re.sub(r'^blocks\.\d+', 'blocks.{i}', module)
+        if template == EVO_DEIT_QKV[0]:
+            _, qk, v = (name.format(i=i) for name in EVO_DEIT_QKV)
+            out[f'{qk}.{leaf}'], out[f'{v}.{leaf}'] = value.split(2 * len(value) // 3)
+        elif key != '_extra_state':
+            out[f'{EVO_DEIT[template].format(i=i)}.{leaf}' if template in EVO_DEIT else key] = value
+    return dict(sorted(out.items(), key=lambda item: EVO_DEIT_ORDER.index(item[0].split('.')[0])))
+
+
+# --- Evo-LeViT
+
+
+class Name(NamedTuple):
+    """One module by our name, by its published one, and by its second published one ('' if it has none)."""
+
+    ours: str
+    published: str
+    copy: str
+
+
+def evo_levit_names(depth: Sequence[int]) -> list[Name]:
+    """Names of all modules and parameters of a network with depth[i] layers in stage i, in published order.
+
+    `blocks` is one list over the network: a layer is one entry, a down-sampling and its MLP are two. Each tensor stands
+    a second time in `stage_blocks`: there a dense layer is two entries, and the evolving layers of a stage share one.
+    """
+    names = [Name(ours, published, '') for ours, published in EVO_LEVIT_STEM.items()]
+
+    def add(ours: str, published: str, copy: str, parts: dict[str, str]):
+        names.extend(Name(f'{ours}.{a}', f'{published}.{b}', f'{copy}.{b}') for a, b in parts.items())
+
+    blocks, copies = count(), count()
+    for stage, layers in enumerate(depth):
+        if stage > 0:
+            down = f'stages.{stage}.downsample'
+            add(down, f'blocks.{next(blocks)}', f'stage_blocks.{next(copies)}', EVO_LEVIT_DOWNSAMPLE)
+            add(f'{down}.mlp', f'blocks.{next(blocks)}.m', f'stage_blocks.{next(copies)}.m', EVO_LEVIT_MLP)
+        dense = min(2, layers) if stage == 0 else 0
+        shared = None
+        for layer in range(layers):
+            ours, published = f'stages.{stage}.blocks.{layer}', f'blocks.{next(blocks)}'
+            if layer < dense:
+                attn, mlp = (f'stage_blocks.{next(copies)}.m' for _ in range(2))
+            else:
+                shared = next(copies) if shared is None else shared
+                attn, mlp = (f'stage_blocks.{shared}.m.{2 * (layer - dense) + part}.m' for part in range(2))
+            add(f'{ours}.attn', f'{published}.m1.m', attn, EVO_LEVIT_ATTENTION)
+            add(f'{ours}.mlp', f'{published}.m2.m', mlp, EVO_LEVIT_MLP)
+    return names
+
+
+def is_evo_levit(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict has the published layout of Evo-LeViT: one flat list of layers."""
+    return 'patch_embed.0.c.weight' in state
+
+
+def evo_levit_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict in the published layout of Evo-LeViT to our names; second copies are dropped.
+
+    Raises ValueError with the name of a second copy that differs from the first.
+    """
+    names = evo_levit_names(_published_depth(state))
+    ours = {name.published: name.ours for name in names}
+    first = {name.copy: name.published for name in names if name.copy}
+    out = {}
+    for key, value in state.items():
+        module, leaf = _split(key, 'c|l')
+        original = first.get(module, '') + leaf
+        if original in state:
+            if not torch.equal(value, state[original]):
+                raise ValueError(f'{key}: expected the numbers of {original}, found others; the file is damaged')
+            continue
+        out[ours.get(module, module) + re.sub(r'^\.[cl]\.', '.linear.', leaf)] = value
+    return out
+
+
+def evo_levit_to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of EvoLeViT to the published layout and order; ValueError for a fused model's."""
+    layers = re.findall(r'^stages\.(\d+)\.blocks\.\d+\.attn\.qkv\.linear\.weight$', '\n'.join(state), re.M)
+    if not layers:
+        raise ValueError('expected whole, unfused weights, found no stages.*.attn.qkv.linear.weight')
+    names = {name.ours: name for name in evo_levit_names([layers.count(str(i)) for i in range(len(set(layers)))])}
+    first, copies, heads = {}, {}, {}
+    for key, value in state.items():
+        module, leaf = _split(key, 'linear')
+        if module in EVO_LEVIT_HEADS:
+            heads[module + leaf.replace('.linear.', '.l.')] = value
+        elif key != '_extra_state':
+            name, leaf = names.get(module, Name(module, module, '')), leaf.replace('.linear.', '.c.')
+            first[name.published + leaf] = value
+            if name.copy:
+                copies[name.copy + leaf] = value
+    return first | copies | heads
+
+
+def _split(key: str, linear: str) -> tuple[str, str]:
+    """A key cut before its linear layer or BatchNorm: ('head', '.bn.weight'), or (key, '') where there is none."""
+    found = re.search(rf'\.(?:{linear}|bn)\.', key)
+    return (key[: found.start()], key[found.start() :]) if found else (key, '')
+
+
+def _published_depth(state: dict[str, Tensor]) -> list[int]:
+    """How many layers each stage has: those between the down-samplings of the one list `blocks`."""
+    depth = [0]
+    for j in count():
+        if f'blocks.{j}.m1.m.qkv.c.weight' in state:
+            depth[-1] += 1
+        elif f'blocks.{j}.kv.c.weight' in state:
+            depth.append(0)
+        elif f'blocks.{j}.m.0.c.weight' not in state:  # not the MLP of a down-sampling either
+            return depth

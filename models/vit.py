@@ -1,0 +1,381 @@
+"""Slow-fast evolution for networks: what every one of them shares, and `evolve`, which gives it to any ViT of timm.
+
+    model = evolve(timm.create_model('deit_tiny_patch16_224', pretrained=True))
+
+The method is in evolution.py. Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H heads,
+D channels of a head.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models import Eva, VisionTransformer
+from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import EvaAttention, EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import evolution
+from .evolution import Group, Selection, Slow
+
+
+class Evolving:
+    """A network whose blocks evolve tokens: its schedule, and the loop over its groups of blocks.
+
+    Attributes, which may be changed at any time:
+        keep_ratio: share of informative patches, a tuple with one number for each stage.
+        first_blocks: the first block of each stage, counted over the network; the blocks before see every patch.
+        representative: who represents placeholders: 'none', 'one' or 'nearest'.
+        stage_wise: select before each stage, or before each of its blocks.
+        evolving: False makes every block see every patch.
+        update_group: what happens to a group of blocks; evolution.evolve, or another function with its signature.
+
+    A network calls `init_evolution` at the end of its constructor and has `blocks`; it may override `block_names`,
+    `tradeoffs`, `new_grids` and `enter`, and must have `prepare`.
+    """
+
+    update_group: Callable = staticmethod(evolution.evolve)
+
+    def init_evolution(
+        self, keep_ratio: float | Sequence[float], stages: Sequence[int], representative: str | bool, stage_wise: bool
+    ):
+        """Set the schedule; ValueError for one that cannot be."""
+        depth = len(self.block_names())
+        stages = tuple(stages)
+        if list(stages) != sorted(set(stages)) or not all(0 < block < depth for block in stages):
+            raise ValueError(
+                f'stages: expected ascending indices of blocks, from 1 (the first selection needs a score) to '
+                f'{depth - 1}, found {stages}'
+            )
+        self.first_blocks = stages
+        self.keep_ratio = keep_ratio
+        self.representative = evolution.check_representative(representative)
+        self.stage_wise, self.evolving = stage_wise, True
+
+    @property
+    def keep_ratio(self) -> tuple[float, ...]:
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float | Sequence[float]):
+        self._keep_ratio = evolution.check_keep_ratio(value, len(self.first_blocks))
+
+    def set_schedule(self, stage_wise: bool, evolving: bool = True):
+        """Choose when to select."""
+        self.stage_wise, self.evolving = stage_wise, evolving
+
+    def block_names(self) -> list[str]:
+        """The names of all blocks, in order."""
+        return [f'blocks.{i}' for i in range(len(self.blocks))]
+
+    def new_grids(self) -> list[int]:
+        """The blocks before which the grid changes."""
+        return []
+
+    def enter(self, block: int, tokens: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What happens before a group that starts at `block`: nothing, or a change of the grid."""
+        return tokens, score
+
+    def groups(self, cuts: Sequence[int] = ()) -> list[Group]:
+        """The blocks as groups that share a selection; a group also ends after each of the blocks `cuts`."""
+        depth = len(self.block_names())
+        stages = [block for block in self.first_blocks if block < depth] if self.evolving else []
+        return evolution.partition(
+            depth, stages, self.keep_ratio[: len(stages)], self.stage_wise, self.new_grids(), cuts
+        )
+
+    def evolve(
+        self, images: Tensor, out_indices: Sequence[int] = (), stop_early: bool = False
+    ) -> tuple[Tensor, dict[str, Selection], list[Tensor]]:
+        """Embed images (B, channels, height, width) and run all blocks.
+
+        Returns tokens (B, P + N, C), the selections by the name of the group's first block, and the tokens after each
+        of the blocks `out_indices`; with `stop_early`, blocks after the last of these are left out.
+        """
+        tokens, blocks = self.prepare(images)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
+        names, tradeoffs, groups = self.block_names(), self.tradeoffs(), self.groups(out_indices)
+        last_selection = max([g.start for g in groups if g.select and g.keep_ratio < 1], default=0)
+        score, selection, selections, outputs = None, None, {}, []
+        for start, stop, ratio, select in groups:
+            if stop_early and start > max(out_indices):
+                break
+            tokens, score = self.enter(start, tokens, score if start <= last_selection else None)
+            tokens, score, selection = self.update_group(
+                tokens,
+                score,
+                blocks[start:stop],
+                tradeoffs[start:stop],
+                ratio,
+                self.representative,
+                None if select else selection,
+                need_score=start < last_selection,
+                prefix=self.num_prefix_tokens,
+            )
+            if select and selection is not None:
+                selections[names[start]] = selection
+            if stop - 1 in out_indices:
+                outputs.append(tokens)
+        return tokens, selections, outputs
+
+    def forward_with_selection(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The model's output, and for each selection {'blocks.4': kept (B, K)}: raster indices, int64, ascending."""
+        tokens, selections, _ = self.evolve(images)
+        output = self.forward_head(self.norm_tokens(tokens))
+        return output, {name: selection.kept.sort(1).values for name, selection in selections.items()}
+
+    def norm_tokens(self, tokens: Tensor) -> Tensor:
+        """What stands between the blocks and the head."""
+        return self.norm(tokens)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images to all tokens, the whole grid in raster order: (B, P + N, C)."""
+        return self.norm_tokens(self.evolve(images)[0])
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ):
+        """timm's interface: the whole grid after each of the chosen blocks.
+
+        Returns what timm's VisionTransformer does: (features, intermediates), the intermediates alone, or a dictionary;
+        each (B, C, rows, columns) or (B, N, C).
+        """
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')
+        out_indices, _ = feature_take_indices(len(self.blocks), indices)
+        rows, columns = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        x, _, outputs = self.evolve(x, out_indices, stop_early)
+        outputs = [self.norm(tokens) if norm else tokens for tokens in outputs]
+        prefix, grids = (
+            [t[:, : self.num_prefix_tokens] for t in outputs],
+            [t[:, self.num_prefix_tokens :] for t in outputs],
+        )
+        if output_fmt == 'NCHW':
+            grids = [grid.mT.unflatten(-1, (rows, columns)).contiguous() for grid in grids]
+        if output_dict:
+            out = {'image_intermediates': grids}
+            if return_prefix_tokens and self.num_prefix_tokens:
+                out['image_intermediates_prefix'] = prefix
+            return out if intermediates_only else out | {'image_features': self.norm_tokens(x)}
+        if return_prefix_tokens and self.num_prefix_tokens:
+            grids = list(zip(grids, prefix, strict=True))
+        return grids if intermediates_only else (self.norm_tokens(x), grids)
+
+
+# --- blocks and attention of timm
+
+
+def attend(
+    attn: nn.Module,
+    x: Tensor,
+    slow: Slow,
+    need_attention: bool,
+    rope: Tensor | None,
+    prefix: int,
+    class_token: bool,
+    score_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """timm's attention on normalised tokens x (B, P + n, C), with the class token's row of the map beside it.
+
+    A fused kernel returns no map; the one row that the method needs costs 1 / (P + n) of it. `rope` rotates all N
+    patches; the places of `slow` say which of them are there. Returns the update (B, P + n, C), and the class token's
+    attention (B, n), summed over heads.
+
+    Source: timm's Attention, AttentionRope and EvaAttention.
+    """
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in _projections(attn, x))
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        rope = _rope_at(rope, slow.places, x.shape[1] - prefix)
+        q, k = (_rotate(t, rope, prefix, attn.rotate_half).type_as(v) for t in (q, k))
+    repeats = getattr(attn, 'num_kv_groups', 1)
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    bias = None if slow.key_bias is None else slow.key_bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
+    out = attn.norm(out.transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    out = attn.proj_drop(attn.proj(out))
+    if not need_attention:
+        return out, None
+    if not score_grad:
+        q, k = q.detach(), k.detach()
+    q = q[:, :, :1] if class_token else q[:, :, prefix:].mean(2, keepdim=True)
+    return out, evolution.class_attention(q, k, attn.scale, slow.key_bias, prefix).sum(1)
+
+
+def _projections(attn: nn.Module, x: Tensor) -> Sequence[Tensor]:
+    """Queries, keys and values (B, n, channels) of x (B, n, C)."""
+    if attn.qkv is None:
+        return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    if getattr(attn, 'q_bias', None) is not None:
+        return F.linear(x, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])).chunk(3, -1)
+    return attn.qkv(x).chunk(3, -1)
+
+
+def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    """Rotate queries or keys (B, H, P + n, D) of patches."""
+    return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)], 2)
+
+
+def _rope_at(rope: Tensor, places: Tensor | None, n: int) -> Tensor:
+    """Rotations (N, R), or (H, N, R) for each head, to those of n patches at places (B, K): (B, 1 or H, n, R).
+
+    A token without a place, the one representative of all placeholders, is not rotated.
+    """
+    if places is None:
+        return rope
+    rope = (rope if rope.ndim == 3 else rope.unsqueeze(0))[:, places].transpose(0, 1)
+    missing = n - places.shape[1]
+    if missing == 0:
+        return rope
+    sin, cos = torch.zeros_like(rope[:, :, :1]).chunk(2, -1)
+    return torch.cat([rope, torch.cat([sin, cos + 1], -1).expand(-1, -1, missing, -1)], 2)
+
+
+def run_block(
+    slow: Slow,
+    need_attention: bool = True,
+    *,
+    block: nn.Module,
+    rope: Tensor | None = None,
+    prefix: int = 1,
+    class_token: bool = True,
+    score_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """timm's Block or EvaBlock on slow tokens (B, P + n, C); also returns the class token's attention (B, n).
+
+    Without a class token it is the attention that the mean of all queries pays. `score_grad` is False where the score
+    only selects, which needs no gradient.
+    """
+    x = slow.tokens
+    update, attention = attend(block.attn, block.norm1(x), slow, need_attention, rope, prefix, class_token, score_grad)
+    x = x + block.drop_path1(_layer_scale(block, 1, update))
+    del update  # or the MLP adds its own memory on top of it
+    return x + block.drop_path2(_layer_scale(block, 2, block.mlp(block.norm2(x)))), attention
+
+
+def _layer_scale(block: nn.Module, branch: int, update: Tensor) -> Tensor:
+    if isinstance(block, EvaBlock):
+        gamma = getattr(block, f'gamma_{branch}')
+        return update if gamma is None else gamma * update
+    return getattr(block, f'ls{branch}')(update)
+
+
+# --- evolving a ViT of timm
+
+
+class EvolvingViT(Evolving):
+    """What the evolved classes of timm's ViTs share."""
+
+    def tradeoffs(self) -> list[float]:
+        # Nothing accumulates in the dense blocks: the first score is the attention of the last of them.
+        return [1.0 if i < self.first_blocks[0] else 0.5 for i in range(len(self.blocks))]
+
+    def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
+        """Images (B, channels, height, width) to tokens (B, P + N, C), and the blocks as functions of slow tokens."""
+        tokens, rope = self.embed(images)
+        common = dict(
+            prefix=self.num_prefix_tokens,
+            class_token=self.cls_token is not None,
+            score_grad=self.representative == 'one',
+        )
+        ropes = rope if getattr(self, 'rope_mixed', False) else [rope] * len(self.blocks)
+        return tokens, [partial(run_block, block=b, rope=r, **common) for b, r in zip(self.blocks, ropes, strict=False)]
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images to tokens (B, P + N, C) with positions, and rotations of queries and keys, or None."""
+        return self.norm_pre(self._pos_embed(self.patch_embed(images))), None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+class EvolvedViT(EvolvingViT, VisionTransformer):
+    """timm's VisionTransformer with slow-fast evolution; made by `evolve`."""
+
+
+class EvolvedDistilledViT(EvolvingViT, VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled with slow-fast evolution; made by `evolve`."""
+
+
+class EvolvedEva(EvolvingViT, Eva):
+    """timm's Eva (EVA, EVA-02, DINOv3, rotary ViTs) with slow-fast evolution; made by `evolve`."""
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens, rope = self._pos_embed(self.patch_embed(images))
+        return self.norm_pre(tokens), rope
+
+
+EVOLVED = {VisionTransformer: EvolvedViT, VisionTransformerDistilled: EvolvedDistilledViT, Eva: EvolvedEva}
+
+
+def evolve(
+    model: nn.Module,
+    keep_ratio: float | Sequence[float] = (0.7, 0.3),
+    stages: Sequence[int] | None = None,
+    representative: str | bool = 'nearest',
+    stage_wise: bool = True,
+) -> nn.Module:
+    """Give slow-fast evolution to a ViT of timm, in place, without training; returns the model.
+
+    Weights and their names, heads, pooling and timm's interface stay as they are; `forward_features` still returns all
+    tokens in order. With keep_ratio=1 the model computes what it did before. A model that was evolved already gets
+    the new schedule.
+
+    Args:
+        model: an instance of timm's VisionTransformer (DeiT, AugReg, DINOv2, CLIP, SigLIP, ...), its distilled
+            variant, or Eva (EVA-02, DINOv3, rotary ViTs).
+        keep_ratio: share of informative patches, one number or one for each stage.
+        stages: the first block of each stage; the blocks before the first see every patch. By default a third and two
+            thirds of the depth.
+        representative: who represents placeholders: 'nearest' (their most similar informative patch), 'one' token for
+            all, or 'none'; see evolution.py.
+        stage_wise: select before each stage; False: before each of its blocks.
+
+    Raises ValueError, with the reason, for a model that cannot be evolved exactly.
+    """
+    reason = why_not(model)
+    if reason:
+        raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
+    depth = len(model.blocks)
+    old = type(model)
+    model.__class__ = EVOLVED.get(old, old)
+    try:
+        model.init_evolution(
+            keep_ratio, (depth // 3, 2 * depth // 3) if stages is None else stages, representative, stage_wise
+        )
+    except ValueError:
+        model.__class__ = old
+        raise
+    return model
+
+
+def why_not(model: nn.Module) -> str:
+    """Why a model cannot be evolved, '' if it can."""
+    if type(model) not in (*EVOLVED, *EVOLVED.values()):
+        known = ', '.join(cls.__name__ for cls in EVOLVED)
+        return f'expected a model of timm whose blocks keep one sequence of patches ({known})'
+    for i, block in enumerate(model.blocks):
+        if type(block) not in (Block, EvaBlock):
+            return f'blocks.{i} is a {type(block).__name__}, expected attention, then MLP, each added to its input'
+        if type(block.attn) not in (Attention, AttentionRope, EvaAttention):
+            return f'blocks.{i}.attn is a {type(block.attn).__name__}, expected one softmax over all tokens'
+    if getattr(model, 'patch_drop', None) is not None and not isinstance(model.patch_drop, nn.Identity):
+        return 'it drops patches in training (patch_drop_rate); create it without'
+    return ''
