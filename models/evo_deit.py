@@ -14,18 +14,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from . import evolution
-
-FIRST_EVOLVING = 4  # blocks before this one see every patch
-BLOCKS_PER_STAGE = 4
+from . import published
+from .vit import EvolvingViT, SavedEvolution, register_variants
 
 
 class Heads(NamedTuple):
@@ -35,95 +30,47 @@ class Heads(NamedTuple):
     head_cls: Tensor
 
 
-class EvoBlock(Block):
-    """timm's Block; forward also returns the class token's attention (B, N) to the patches, summed over heads.
-
-    `score_grad` is False where the score only selects, which needs no gradient.
-    """
-
-    score_grad = False
-
-    def attend(self, x: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
-        """timm's Attention.forward on x (B, 1 + N, C), fused, with the class token's row of the map beside it.
-
-        A fused kernel returns no map; the one row that the method needs costs 1 / (1 + N) of it.
-        """
-        attn = self.attn
-        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each (B, H, 1 + N, D)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if self.training else 0.0)
-        x = attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
-        if not need_attention:
-            return x, None
-        if not self.score_grad:
-            q, k = q.detach(), k.detach()
-        return x, evolution.class_attention(q[:, :, :1], k, attn.scale).sum(1)
-
-    def forward(self, x: Tensor, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
-        update, attention = self.attend(self.norm1(x), need_attention)
-        x = x + self.drop_path1(self.ls1(update))
-        del update  # or the MLP adds its own memory on top of it
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, attention
-
-
-class EvoDeiT(VisionTransformer):
+class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     """Vision transformer with slow-fast token evolution.
 
     Takes the arguments of timm's VisionTransformer, and:
-        keep_ratio: share of the patches that are informative, one number or one for each stage of four evolving blocks.
-        representative: add the paper's representative token and fast update. The published models have neither.
+        keep_ratio: share of the patches that are informative, one number or one for each stage.
+        stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...
+        representative: who represents placeholders, see evolution.py: 'none' as published, 'one', or 'nearest'.
 
-    Plain attributes, saved and restored with the weights:
-        stage_wise: select before blocks 4 and 8 (True, as in the end of training), or before each block from 4 on.
+    Attributes, saved and restored with the weights:
+        stage_wise: select before each stage (True, as in the end of training), or before each of its blocks.
         evolving: False makes every block see every patch.
 
     Source: timm.models.vision_transformer.VisionTransformer, and the published Evo-DeiT.
     """
 
-    def __init__(self, *args, keep_ratio: float | Sequence[float] = 0.5, representative: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        keep_ratio: float | Sequence[float] = 0.5,
+        stages: Sequence[int] | None = None,
+        representative: str | bool = 'none',
+        **kwargs,
+    ):
         kwargs = {'global_pool': 'avg', 'fc_norm': False, 'norm_layer': partial(nn.LayerNorm, eps=1e-6)} | kwargs
-        super().__init__(*args, block_fn=EvoBlock, **kwargs)
+        super().__init__(*args, **kwargs)
         if self.num_prefix_tokens != 1:
             raise ValueError(
                 f'Evo-DeiT needs one class token and nothing else before the patches, found {self.num_prefix_tokens}'
             )
-        self.stage_wise = self.evolving = True
-        self.fused = False
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
-        self.representative = representative
-        # Nothing accumulates in the dense blocks: the score before block 4 is the attention of block 3.
-        self.tradeoffs = [1.0 if i < FIRST_EVOLVING else 0.5 for i in range(len(self.blocks))]
-        for block in self.blocks:
-            block.score_grad = representative
+        self.init_evolution(keep_ratio, range(4, len(self.blocks), 4) if stages is None else stages, representative)
         self.norm_cls = kwargs['norm_layer'](self.embed_dim)
         self.head_cls = nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if self.num_classes > 0:
             self._init_weights(self.head_cls)
 
-    def get_extra_state(self) -> Tensor:
-        """The schedule as a tensor, so that it goes wherever the weights go."""
-        return torch.tensor([self.stage_wise, self.evolving])
-
-    def set_extra_state(self, state: Tensor):
-        self.stage_wise, self.evolving = state.tolist()
-
-    def set_schedule(self, stage_wise: bool, evolving: bool = True):
-        """Choose the schedule of selection; both families have this call."""
-        self.stage_wise, self.evolving = stage_wise, evolving
-
     def fuse(self):
         """For inference: drop the head that training alone uses, in place; both families have this call."""
         self.norm_cls = self.head_cls = None
         self.fused = True
         return self.eval()
-
-    def train(self, mode: bool = True):
-        if mode and self.fused:
-            raise ValueError('a fused model cannot be trained, its training head is gone: create one')
-        return super().train(mode)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -142,54 +89,9 @@ class EvoDeiT(VisionTransformer):
         self.head_cls = head.to(self.cls_token).train(self.training)
         self._init_weights(self.head_cls)
 
-    @property
-    def stages(self) -> list[int]:
-        """How many blocks each evolving stage has."""
-        starts = range(FIRST_EVOLVING, len(self.blocks), BLOCKS_PER_STAGE)
-        return [min(BLOCKS_PER_STAGE, len(self.blocks) - start) for start in starts]
-
-    def groups(self, cuts: Sequence[int] = ()) -> list[evolution.Group]:
-        """The blocks as groups that share a selection, cut after the blocks `cuts` too."""
-        dense = len(self.blocks) - sum(self.stages)
-        ratios = self.keep_ratio[: len(self.stages)] if self.evolving else (1.0,) * len(self.stages)
-        return evolution.partition(dense, self.stages, ratios, self.stage_wise, cuts)
-
-    def evolve(
-        self, x: Tensor, taps: Sequence[int] = ()
-    ) -> tuple[Tensor, dict[str, evolution.Selection], list[Tensor]]:
-        """Embed images (B, channels, height, width) and run all blocks.
-
-        Returns tokens (B, 1 + N, C), the selections {first block of the group: (kept, score)}, and the tokens after
-        each of the blocks `taps`.
-        """
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        blocks = list(self.blocks)
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
-        score, kept, selections, tapped = None, None, {}, []
-        groups = self.groups(taps)
-        last_selection = max((g.start for g in groups if g.select and g.keep_ratio < 1), default=0)
-        for start, stop, ratio, fresh in groups:
-            score_before = score
-            x, score, kept = evolution.evolve(
-                x,
-                score,
-                blocks[start:stop],
-                self.tradeoffs[start:stop],
-                ratio,
-                self.representative,
-                None if fresh else kept,
-                need_score=start < last_selection,
-            )
-            if fresh and kept is not None:
-                selections[f'blocks.{start}'] = evolution.Selection(kept, score_before)
-            if stop - 1 in taps:
-                tapped.append(x)
-        return x, selections, tapped
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the whole grid in raster order, class token first: (B, 1 + N, C), not normalised."""
-        return self.evolve(x)[0]
+    def norm_tokens(self, tokens: Tensor) -> Tensor:
+        """Nothing: the published network normalises after pooling."""
+        return tokens
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
         """Tokens (B, 1 + N, C) to logits (B, classes); in training to both heads. `pre_logits` stops before."""
@@ -200,87 +102,9 @@ class EvoDeiT(VisionTransformer):
             return Heads(self.head(pooled), self.head_cls(self.head_drop(self.norm_cls(x[:, 0]))))
         return self.head(pooled)
 
-    def forward(self, x: Tensor) -> Tensor | Heads:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_with_selection(self, x: Tensor) -> tuple[Tensor | Heads, dict[str, Tensor]]:
-        """Logits, and for each selection {'blocks.4': kept (B, K)}: raster indices, int64, ascending."""
-        x, selections, _ = self.evolve(x)
-        return self.forward_head(x), {name: s.kept.sort(1).values for name, s in selections.items()}
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ):
-        """timm's interface: the whole grid after each of the chosen blocks.
-
-        `stop_early` saves nothing here and is accepted for the interface's sake. Returns what timm's VisionTransformer
-        does: (features, intermediates), the intermediates alone, or a dictionary; each (B, C, rows, columns) or (B, N,
-        C).
-        """
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')
-        taps, _ = feature_take_indices(len(self.blocks), indices)
-        rows, columns = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        x, _, tapped = self.evolve(x, taps)
-        tapped = [self.norm(t) if norm else t for t in tapped]
-        prefix, grids = [t[:, :1] for t in tapped], [t[:, 1:] for t in tapped]
-        if output_fmt == 'NCHW':
-            grids = [g.mT.unflatten(-1, (rows, columns)).contiguous() for g in grids]
-        if output_dict:
-            out = {'image_intermediates': grids}
-            if return_prefix_tokens:
-                out['image_intermediates_prefix'] = prefix
-            return out if intermediates_only else out | {'image_features': x}
-        if return_prefix_tokens:
-            grids = list(zip(grids, prefix, strict=True))
-        return grids if intermediates_only else (x, grids)
-
-    @staticmethod
-    def is_published(state: dict[str, Tensor]) -> bool:
-        """Whether a state dict has the layout of the published checkpoints: a list for each kind of layer, v apart from
-        q and k.
-        """
-        return 'qks.0.qk.weight' in state
-
-    @staticmethod
-    def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """State dict in the published layout to the names of this class. What does not fit keeps its name, for a strict
-        load.
-        """
-        out = {}
-        for key, value in state.items():
-            kind, *rest = key.split('.')
-            partner = {'qks': 'vs.{}.v.{}', 'vs': 'qks.{}.qk.{}'}.get(kind, '').format(*rest[::2])
-            if kind == 'qks' and partner in state:
-                key, value = 'blocks.{}.attn.qkv.{}'.format(*rest[::2]), torch.cat([value, state[partner]])
-            elif kind == 'vs' and partner in state:
-                continue
-            elif kind in ('norms', 'projs'):
-                key = 'blocks.{}.{}.{}'.format(rest[0], {'norms': 'norm1', 'projs': 'attn.proj'}[kind], rest[1])
-            out[key] = value
-        return out
-
-    @staticmethod
-    def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """State dict of this class to the published layout and order, for the published code to load."""
-        out = {}
-        for key, value in state.items():
-            if key.endswith(('attn.qkv.weight', 'attn.qkv.bias')):
-                _, i, _, _, leaf = key.split('.')
-                out[f'qks.{i}.qk.{leaf}'], out[f'vs.{i}.v.{leaf}'] = value.split(2 * len(value) // 3)
-            elif key != '_extra_state':
-                key = re.sub(r'^blocks\.(\d+)\.norm1\.', r'norms.\1.', key)
-                out[re.sub(r'^blocks\.(\d+)\.attn\.proj\.', r'projs.\1.', key)] = value
-        order = 'cls_token pos_embed patch_embed blocks qks vs norms projs norm head head_cls norm_cls'.split()
-        return dict(sorted(out.items(), key=lambda item: order.index(item[0].split('.')[0])))
+    is_published = staticmethod(published.is_evo_deit)
+    from_published = staticmethod(published.evo_deit_from_published)
+    to_published = staticmethod(published.evo_deit_to_published)
 
     def convert_state(
         self, state: dict[str, Tensor], resize: bool = False
@@ -342,7 +166,7 @@ default_cfgs = generate_default_cfgs(
 SIZES = {'nano': (64, 2), 'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> EvoDeiT:
+def _create(variant: str, pretrained: bool = False, **kwargs) -> EvoDeiT:
     size = variant.split('_')[2]
     embed_dim, num_heads = SIZES[size]
     patch_size, img_size = (int(n) for n in re.search(r'patch(\d+)_(\d+)', variant).groups())
@@ -357,65 +181,4 @@ def _create(variant: str, pretrained: bool, **kwargs) -> EvoDeiT:
     )
 
 
-@register_model
-def evo_deit_nano_patch4_32(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    """Small enough to train on a CPU: 32 px images, patches of 4 px, 0.6 M parameters. Ours; not a published size."""
-    return _create('evo_deit_nano_patch4_32', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    """Evo-ViT-T."""
-    return _create('evo_deit_tiny_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_small_patch16_224(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    """Evo-ViT-S."""
-    return _create('evo_deit_small_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_base_patch16_224(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    """Evo-ViT-B."""
-    return _create('evo_deit_base_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_small_patch16_384(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    """Evo-ViT-S*, 384 px."""
-    return _create('evo_deit_small_patch16_384', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_base_patch16_384(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    """Evo-ViT-B*, 384 px."""
-    return _create('evo_deit_base_patch16_384', pretrained, **kwargs)
-
-
-# The names that the published visualiser knew; the networks are the same.
-
-
-@register_model
-def evo_deit_tiny_vis_patch16_224(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    return _create('evo_deit_tiny_vis_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_small_vis_patch16_224(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    return _create('evo_deit_small_vis_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_base_vis_patch16_224(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    return _create('evo_deit_base_vis_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_small_vis_patch16_384(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    return _create('evo_deit_small_vis_patch16_384', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_base_vis_patch16_384(pretrained: bool = False, **kwargs) -> EvoDeiT:
-    return _create('evo_deit_base_vis_patch16_384', pretrained, **kwargs)
+register_variants(_create, default_cfgs)

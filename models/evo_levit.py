@@ -8,24 +8,24 @@ training, two on the mean of all patches and two on the class token.
 Shapes: B batch, N patches of a stage, K informative patches, C channels, H heads, D channels of a key, E of a value.
 """
 
-import re
 from collections.abc import Iterator, Sequence
-from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.levit import ConvNorm, LevitMlp, LinearNorm, NormLinear, Stem16
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from . import evolution
+from . import evolution, published
+from .evolution import Slow, Tradeoff
+from .vit import SavedEvolution, register_variants
 
-FIRST_EVOLVING = 2  # layers of the first stage before this one see every patch
+FIRST_EVOLVING = 2  # as published, and as the second copies of layers in published files have it
 HEADS = ('head', 'head_dist', 'head_cls', 'head_cls_dist')
 
 
@@ -41,18 +41,21 @@ class Heads(NamedTuple):
     head_cls_dist: Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention of q (B, H, n, D) to k (B, H, m, D) and v (B, H, m, E).
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, need_attention: bool, key_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of q (B, H, n, D) to k (B, H, m, D) and v (B, H, m, E); key_bias (B, 1, 1, m) is added to its logits.
 
     Returns values (B, n, H * E), and the class token's attention (B, m - 1) to the others, a mean over heads, at least
     in float32. A fused kernel has no map, so that row is computed beside it; on a CPU none fits values wider than keys.
     """
     scale = q.shape[-1] ** -0.5
     if q.is_cuda or q.dtype in (torch.float16, torch.bfloat16):
-        x = F.scaled_dot_product_attention(q, k, v)
-        row = evolution.class_attention(q[:, :, :1], k, scale) if need_attention else None
+        x = F.scaled_dot_product_attention(q, k, v, None if key_bias is None else key_bias.to(q.dtype))
+        row = evolution.class_attention(q[:, :, :1], k, scale, key_bias) if need_attention else None
     else:
-        attention = ((q * scale) @ k.mT).softmax(-1)
+        logits = (q * scale) @ k.mT
+        attention = (logits if key_bias is None else logits + key_bias).softmax(-1)
         x, row = attention @ v, attention[:, :, 0, 1:]
     return x.transpose(1, 2).flatten(2), row.mean(1) if need_attention else None
 
@@ -73,9 +76,9 @@ class Attention(nn.Module):
         self.qkv = LinearNorm(dim, num_heads * sum(self.split))
         self.proj = LinearNorm(num_heads * self.split[2], dim, bn_weight_init=0)
 
-    def forward(self, x: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, need_attention: bool, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split(self.split, -1)
-        x, attention = attend(q, k, v, need_attention)
+        x, attention = attend(q, k, v, need_attention, key_bias)
         return self.proj(F.hardswish(x)), attention
 
 
@@ -88,9 +91,9 @@ class Block(nn.Module):
         self.mlp = LevitMlp(dim, 2 * dim, act_layer=nn.Hardswish)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
-        update, attention = self.attn(x, need_attention)
-        x = x + self.drop_path(update)
+    def forward(self, slow: Slow, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
+        update, attention = self.attn(slow.tokens, need_attention, slow.key_bias)
+        x = slow.tokens + self.drop_path(update)
         return x + self.drop_path(self.mlp(x)), attention
 
 
@@ -114,7 +117,7 @@ class Downsample(nn.Module):
         self.drop_path = DropPath(drop_path)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, x: Tensor, score: Tensor | None, tradeoff: evolution.Tradeoff) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, score: Tensor | None, tradeoff: Tradeoff) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, 1 + N, C) and score (B, N), or None where nobody needs it, to those of the next grid."""
         x = x + self.pos_embed
         q = self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid)], 1))
@@ -125,7 +128,7 @@ class Downsample(nn.Module):
         x = x + self.drop_path(self.mlp(x))
         if score is not None:
             total = score.sum(1, keepdim=True)
-            score = evolution.blend(subsample(score, self.grid), subsample(attention, self.grid), tradeoff)
+            score = evolution.update_score(subsample(score, self.grid), subsample(attention, self.grid), tradeoff)
             score = score * (total / score.sum(1, keepdim=True))
         return x, score
 
@@ -140,25 +143,30 @@ class Stage(nn.Module):
         self.grid = grid
 
 
-class EvoLeViT(nn.Module):
+class EvoLeViT(SavedEvolution, nn.Module):
     """LeViT with slow-fast token evolution.
 
     Args:
         img_size: height and width of the images, or one number for both; multiples of 16.
-        embed_dim, num_heads, depth: channels, heads and layers of each stage.
+        embed_dim, num_heads, depth: channels, heads and layers on each of the grids, which down-samplings separate.
         key_dim: channels of a key; values have 2 * key_dim, in a down-sampling 4 * key_dim.
         global_pool: 'avg', or '' for the tokens as they are, which needs num_classes=0.
         drop_rate: dropout before the heads. drop_path_rate: the same in every layer.
-        keep_ratio: share of the patches that are informative, one number or one for each stage.
-        representative: False leaves out the representative token and the fast update.
+        keep_ratio: share of the patches that are informative, one number or one for each stage that evolves.
+        stages: the first layer of each stage that evolves, counted over the network; by default layer 2 and the first
+            one of each further grid (2, 4, 8; in EvoLeViT_128S 2, 5). A new grid always selects anew.
+        representative: who represents placeholders, see evolution.py: 'one' as published, 'none', or 'nearest'.
 
-    Plain attributes, saved and restored with the weights:
+    Attributes, saved and restored with the weights:
         stage_wise: select once in each stage (True, as in the end of training), or before each layer.
         learned_tradeoff: a class attention enters the score by a learned share, or by one half.
         evolving: False makes every layer see every patch.
 
     Source: timm.models.levit.LevitDistilled, and the published Evo-LeViT.
     """
+
+    saved_attributes = 'stage_wise', 'learned_tradeoff', 'evolving'
+    num_prefix_tokens = 1
 
     def __init__(
         self,
@@ -173,7 +181,8 @@ class EvoLeViT(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         keep_ratio: float | Sequence[float] = 0.5,
-        representative: bool = True,
+        stages: Sequence[int] | None = None,
+        representative: str | bool = 'one',
     ):
         super().__init__()
         self.img_size = to_2tuple(img_size)
@@ -182,9 +191,6 @@ class EvoLeViT(nn.Module):
         self.in_chans, self.drop_rate = in_chans, drop_rate
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.grad_checkpointing = self.fused = False
-        self.stage_wise = self.learned_tradeoff = self.evolving = True
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(depth))
-        self.representative = representative
 
         self.grid = grid = (self.img_size[0] // 16, self.img_size[1] // 16)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim[0]))
@@ -200,19 +206,16 @@ class EvoLeViT(nn.Module):
             blocks = [Block(dim, key_dim, heads, drop_path_rate) for _ in range(layers)]
             self.stages.append(Stage(downsample, blocks, grid))
             self.feature_info.append(dict(num_chs=dim, reduction=16 * 2**i, module=f'stages.{i}'))
+        if stages is None:
+            stages = sorted({FIRST_EVOLVING, *self.new_grids()})
+        self.init_evolution(keep_ratio, stages, representative)
+        self.learned_tradeoff = True
         self.reset_classifier(num_classes, global_pool)
 
-    def get_extra_state(self) -> Tensor:
-        """The schedule as a tensor: it goes wherever weights go (an EMA, a checkpoint read without unpickling)."""
-        return torch.tensor([self.stage_wise, self.learned_tradeoff, self.evolving])
-
-    def set_extra_state(self, state: Tensor):
-        self.stage_wise, self.learned_tradeoff, self.evolving = state.tolist()
-
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
-        """Choose the schedule of selection; the tradeoff is learned from the time on that selection is stage-wise."""
-        self.stage_wise = self.learned_tradeoff = stage_wise
-        self.evolving = evolving
+        """Choose when to select; the tradeoff is learned from the time on that selection is stage-wise."""
+        super().set_schedule(stage_wise, evolving)
+        self.learned_tradeoff = stage_wise
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith('pos_embed')}
@@ -243,18 +246,13 @@ class EvoLeViT(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """timm's interface: drop the stages after the last of those chosen, and the heads; returns the chosen ones."""
-        taps, last = feature_take_indices(len(self.stages), indices)
+        out_indices, last = feature_take_indices(len(self.stages), indices)
         pruned = last + 1 < len(self.stages)
         self.stages = self.stages[: last + 1]
         self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
         if prune_head or pruned:
             self.reset_classifier(0, '')
-        return taps
-
-    def train(self, mode: bool = True):
-        if mode and self.fused:
-            raise ValueError('a fused model cannot be trained, its BatchNorms and training heads are gone: create one')
-        return super().train(mode)
+        return out_indices
 
     def check_fused(self, state: dict[str, Tensor]):
         """ValueError if the model is fused and the weights are not."""
@@ -283,18 +281,26 @@ class EvoLeViT(nn.Module):
                 yield stage.downsample
             yield from (block.attn for block in stage.blocks)
 
-    def tradeoff(self, attention: Attention | Downsample) -> evolution.Tradeoff:
+    def tradeoff(self, attention: Attention | Downsample) -> Tradeoff:
         """How much of this class attention enters the score."""
         return attention.learn_tradeoff.sigmoid() if self.learned_tradeoff else 0.5
 
-    def groups(self) -> list[list[evolution.Group]]:
-        """For each stage, its layers as groups that share a selection."""
-        ratios = self.keep_ratio if self.evolving else (1.0,) * len(self.keep_ratio)
-        out = []
-        for i, (stage, ratio) in enumerate(zip(self.stages, ratios, strict=False)):
-            dense = FIRST_EVOLVING if i == 0 else 0
-            out.append(evolution.partition(dense, [len(stage.blocks) - dense], [ratio], self.stage_wise))
-        return out
+    def tradeoffs(self) -> list[Tradeoff]:
+        return [self.tradeoff(block.attn) for stage in self.stages for block in stage.blocks]
+
+    def block_names(self) -> list[str]:
+        return [f'stages.{i}.blocks.{j}' for i, stage in enumerate(self.stages) for j in range(len(stage.blocks))]
+
+    def new_grids(self) -> list[int]:
+        return list(accumulate(len(stage.blocks) for stage in self.stages))[:-1]
+
+    def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
+        return self.embed(images), [block for stage in self.stages for block in stage.blocks]
+
+    def change_grid(self, block: int, tokens: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The down-sampling before the first layer of a grid, on tokens and, where it is needed, score."""
+        downsample = self.stages[1 + self.new_grids().index(block)].downsample
+        return self.recomputed(downsample)(tokens, score, self.tradeoff(downsample))
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, channels, height, width) to tokens (B, 1 + N, C) with positions; ValueError for another size."""
@@ -307,46 +313,8 @@ class EvoLeViT(nn.Module):
         x = self.patch_embed(x).flatten(2).mT
         return torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
 
-    def evolve(self, x: Tensor, stop: int | None = None) -> tuple[Tensor, dict[str, evolution.Selection], list[Tensor]]:
-        """Embed images (B, channels, height, width) and run the first `stop` stages, by default all.
-
-        Returns tokens (B, 1 + N, C), the selections {first layer of the group: (kept, score)}, and the tokens after
-        each of these stages.
-        """
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
-        groups = self.groups()
-        # The score is needed up to the last selection, as (stage, layer).
-        selecting = [(i, g.start) for i, stage in enumerate(groups) for g in stage if g.keep_ratio < 1]
-        last_selection = max(selecting, default=(-1, -1))
-        x, score, selections, outputs = self.embed(x), None, {}, []
-        for i, stage in enumerate(list(self.stages)[:stop]):
-            tradeoffs = [self.tradeoff(block.attn) for block in stage.blocks]
-            layers = [stage.downsample, *stage.blocks]
-            if recompute:
-                layers = [partial(checkpoint, layer, use_reentrant=False) for layer in layers]
-            downsample, *blocks = layers
-            if i > 0:
-                score = score if i <= last_selection[0] else None
-                x, score = downsample(x, score, self.tradeoff(stage.downsample))
-            for start, end, ratio, _ in groups[i]:
-                score_before = score
-                x, score, kept = evolution.evolve(
-                    x,
-                    score,
-                    blocks[start:end],
-                    tradeoffs[start:end],
-                    ratio,
-                    self.representative,
-                    need_score=(i, start) < last_selection,
-                )
-                if kept is not None:
-                    selections[f'stages.{i}.blocks.{start}'] = evolution.Selection(kept, score_before)
-            outputs.append(x)
-        return x, selections, outputs
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the whole grid of the last stage in raster order, class token first: (B, 1 + N, C)."""
-        return self.evolve(x)[0]
+    def norm_tokens(self, tokens: Tensor) -> Tensor:
+        return tokens
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
         """Tokens (B, 1 + N, C) to logits (B, classes), in training of each head. `pre_logits` stops before them."""
@@ -360,11 +328,6 @@ class EvoLeViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | Heads:
         return self.forward_head(self.forward_features(x))
-
-    def forward_with_selection(self, x: Tensor) -> tuple[Tensor | Heads, dict[str, Tensor]]:
-        """Logits, and for each selection {'stages.0.blocks.2': kept (B, K)}: raster indices, int64, ascending."""
-        x, selections, _ = self.evolve(x)
-        return self.forward_head(x), {name: s.kept.sort(1).values for name, s in selections.items()}
 
     def forward_intermediates(
         self,
@@ -382,59 +345,16 @@ class EvoLeViT(nn.Module):
         """
         if output_fmt != 'NCHW':
             raise ValueError(f'output_fmt: expected NCHW, found {output_fmt}')
-        taps, last = feature_take_indices(len(self.stages), indices)
-        x, _, outputs = self.evolve(x, last + 1 if stop_early else None)
-        grids = [outputs[i][:, 1:].mT.unflatten(-1, self.stages[i].grid).contiguous() for i in taps]
+        out_indices, _ = feature_take_indices(len(self.stages), indices)
+        last_blocks = [*self.new_grids(), len(self.block_names())]
+        x, _, outputs = self.evolve(x, [last_blocks[i] - 1 for i in out_indices], stop_early)
+        grids = [t[:, 1:].mT.unflatten(-1, self.stages[i].grid) for i, t in zip(out_indices, outputs, strict=True)]
+        grids = [grid.contiguous() for grid in grids]
         return grids if intermediates_only else (x, grids)
 
-    @staticmethod
-    def is_published(state: dict[str, Tensor]) -> bool:
-        """Whether a state dict has the layout of the published checkpoints: one flat list of layers."""
-        return 'patch_embed.0.c.weight' in state
-
-    @staticmethod
-    def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """State dict in the published layout to our names. What does not fit keeps its name, for a strict load.
-
-        The layout has every layer twice. The second is dropped; ValueError with its name if it differs from the first.
-        """
-        kinds = ''
-        while (d := f'blocks.{len(kinds)}.kv.c.weight' in state) or f'blocks.{len(kinds)}.m1.m.qkv.c.weight' in state:
-            kinds += 'd ' if d else 'l'  # a down-sampling has two entries, itself and its MLP
-        names = _published_names([stage.count('l') for stage in kinds.split('d ')])
-        own = {published: name for name, (published, _) in names.items()}
-        first = {second: published for published, second in names.values() if second}
-        out = {}
-        for key, value in state.items():
-            module, *leaf = re.split(r'\.(?=(?:c|l|bn)\.)', key)
-            original = '.'.join([first[module], *leaf]) if module in first else None
-            if original in state:
-                if not torch.equal(value, state[original]):
-                    raise ValueError(f'{key}: expected the numbers of {original}, found others; the file is damaged')
-                continue
-            leaf = [re.sub('^[cl]', 'linear', part) for part in leaf]
-            out['.'.join([own.get(module, module), *leaf])] = value
-        return out
-
-    @staticmethod
-    def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """State dict of this class to the published layout and order, for the published code to load."""
-        layers = re.findall(r'^stages\.(\d+)\.blocks\.\d+\.attn\.qkv\.linear\.weight$', '\n'.join(state), re.M)
-        if not layers:
-            raise ValueError('expected whole, unfused weights, found no stages.*.attn.qkv.linear.weight')
-        names = _published_names([layers.count(str(i)) for i in range(len(set(layers)))])
-        body, again, heads = {}, {}, {}
-        for key, value in state.items():
-            module, *leaf = re.split(r'\.(?=(?:linear|bn)\.)', key)
-            if module in HEADS:
-                heads[key.replace('.linear.', '.l.')] = value
-            elif key != '_extra_state':
-                leaf = [re.sub('^linear', 'c', part) for part in leaf]
-                published, second = names.get(module, (module, ''))
-                body['.'.join([published, *leaf])] = value
-                if second:
-                    again['.'.join([second, *leaf])] = value
-        return body | again | heads
+    is_published = staticmethod(published.is_evo_levit)
+    from_published = staticmethod(published.evo_levit_from_published)
+    to_published = staticmethod(published.evo_levit_to_published)
 
     def convert_state(
         self, state: dict[str, Tensor], resize: bool = False
@@ -453,35 +373,6 @@ class EvoLeViT(nn.Module):
                 if key in state:
                     state[key] = resample_abs_pos_embed(state[key], module.grid)
         return state, [], []
-
-
-def _published_names(depth: Sequence[int]) -> dict[str, tuple[str, str]]:
-    """Names in the published layout for a network of `depth` layers in each stage.
-
-    {our name: (published, published a second time or '')}, down to the pairs of a linear layer and a BatchNorm.
-    """
-    modules, j, s = [], 0, 0  # j and s count the entries of the lists `blocks` and `stage_blocks`
-    for i, layers in enumerate(depth):
-        if i > 0:
-            modules.append((f'stages.{i}.downsample', f'blocks.{j}', f'stage_blocks.{s}'))
-            modules.append((f'stages.{i}.downsample.mlp', f'blocks.{j + 1}.m', f'stage_blocks.{s + 1}.m'))
-            j, s = j + 2, s + 2
-        dense = min(FIRST_EVOLVING, layers) if i == 0 else 0
-        # A dense layer has two entries in `stage_blocks`; those that evolve share one.
-        seconds = [f'{s + k}' for k in range(2 * dense)]
-        s += len(seconds)
-        seconds += [f'{s}.m.{k}' for k in range(2 * (layers - dense))]
-        s += layers > dense
-        for k, second in enumerate(seconds):
-            layer, part = divmod(k, 2)
-            own = f'stages.{i}.blocks.{layer}.{("attn", "mlp")[part]}'
-            modules.append((own, f'blocks.{j + layer}.m{part + 1}.m', f'stage_blocks.{second}.m'))
-        j += layers
-    parts = {'learn_tradeoff': 'learn_tradeoff', 'pos_embed': 'poss', 'qkv': 'qkv', 'kv': 'kv', 'q': 'q.1'}
-    parts |= {'proj': 'proj.1', 'ln1': '0', 'ln2': '2'}
-    names = {f'{own}.{p}': (f'{a}.{q}', f'{b}.{q}') for own, a, b in modules for p, q in parts.items()}
-    stem = {f'patch_embed.conv{i + 1}': (f'patch_embed.{2 * i}', '') for i in range(4)}
-    return {'pos_embed': ('poss', '')} | stem | names
 
 
 def _cfg(size: int) -> dict:
@@ -513,7 +404,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> EvoLeViT:
+def _create(variant: str, pretrained: bool = False, **kwargs) -> EvoLeViT:
     _, size, *pixels = variant.split('_')
     kwargs = dict(img_size=int(pixels[0]) if pixels else 224, **SIZES[size]) | kwargs
     return build_model_with_cfg(
@@ -526,61 +417,4 @@ def _create(variant: str, pretrained: bool, **kwargs) -> EvoLeViT:
     )
 
 
-@register_model
-def EvoLeViT_128S(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-128S."""
-    return _create('EvoLeViT_128S', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_128(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-128."""
-    return _create('EvoLeViT_128', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_192(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-192."""
-    return _create('EvoLeViT_192', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_256(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-256."""
-    return _create('EvoLeViT_256', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_384(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-384."""
-    return _create('EvoLeViT_384', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_128S_384(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-128S*, 384 px."""
-    return _create('EvoLeViT_128S_384', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_128_384(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-128*, 384 px."""
-    return _create('EvoLeViT_128_384', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_192_384(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-192*, 384 px."""
-    return _create('EvoLeViT_192_384', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_256_384(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-256*, 384 px."""
-    return _create('EvoLeViT_256_384', pretrained, **kwargs)
-
-
-@register_model
-def EvoLeViT_384_384(pretrained: bool = False, **kwargs) -> EvoLeViT:
-    """Evo-LeViT-384*, 384 px."""
-    return _create('EvoLeViT_384_384', pretrained, **kwargs)
+register_variants(_create, default_cfgs)

@@ -170,11 +170,8 @@ def _split(key: str, linear: str) -> tuple[str, str]:
 
 def _published_depth(state: dict[str, Tensor]) -> list[int]:
     """How many layers each stage has: those between the down-samplings of the one list `blocks`."""
-    depth = [0]
-    for j in count():
-        if f'blocks.{j}.m1.m.qkv.c.weight' in state:
-            depth[-1] += 1
-        elif f'blocks.{j}.kv.c.weight' in state:
-            depth.append(0)
-        elif f'blocks.{j}.m.0.c.weight' not in state:  # not the MLP of a down-sampling either
-            return depth
+    kinds = {
+        int(j): kind for j, kind in re.findall(r'^blocks\.(\d+)\.(kv|m1\.m\.qkv)\.c\.weight$', '\n'.join(state), re.M)
+    }
+    in_order = ''.join('|' if kinds[j] == 'kv' else 'x' for j in sorted(kinds))
+    return [len(stage) for stage in in_order.split('|')]

@@ -2,17 +2,17 @@
 
     model = evolve(timm.create_model('deit_tiny_patch16_224', pretrained=True))
 
-The method is in evolution.py. Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H heads,
-D channels of a head.
+The method is in evolution.py. Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H
+heads, D channels of a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
-from timm.models import Eva, VisionTransformer
+from timm.models import Eva, VisionTransformer, register_model
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import EvaAttention, EvaBlock
@@ -35,14 +35,18 @@ class Evolving:
         evolving: False makes every block see every patch.
         update_group: what happens to a group of blocks; evolution.evolve, or another function with its signature.
 
-    A network calls `init_evolution` at the end of its constructor and has `blocks`; it may override `block_names`,
-    `tradeoffs`, `new_grids` and `enter`, and must have `prepare`.
+    A network calls `init_evolution` once it has its blocks, and has `prepare` and `tradeoffs`. One whose grid changes
+    on the way has `block_names`, `new_grids` and `change_grid` too.
     """
 
     update_group: Callable = staticmethod(evolution.evolve)
 
     def init_evolution(
-        self, keep_ratio: float | Sequence[float], stages: Sequence[int], representative: str | bool, stage_wise: bool
+        self,
+        keep_ratio: float | Sequence[float],
+        stages: Sequence[int],
+        representative: str | bool,
+        stage_wise: bool = True,
     ):
         """Set the schedule; ValueError for one that cannot be."""
         depth = len(self.block_names())
@@ -77,9 +81,11 @@ class Evolving:
         """The blocks before which the grid changes."""
         return []
 
-    def enter(self, block: int, tokens: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What happens before a group that starts at `block`: nothing, or a change of the grid."""
-        return tokens, score
+    def recomputed(self, function: Callable) -> Callable:
+        """The function, run again in the backward pass where gradient checkpointing is on."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return partial(checkpoint, function, use_reentrant=False)
+        return function
 
     def groups(self, cuts: Sequence[int] = ()) -> list[Group]:
         """The blocks as groups that share a selection; a group also ends after each of the blocks `cuts`."""
@@ -98,15 +104,15 @@ class Evolving:
         of the blocks `out_indices`; with `stop_early`, blocks after the last of these are left out.
         """
         tokens, blocks = self.prepare(images)
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
+        blocks = [self.recomputed(block) for block in blocks]
         names, tradeoffs, groups = self.block_names(), self.tradeoffs(), self.groups(out_indices)
         last_selection = max([g.start for g in groups if g.select and g.keep_ratio < 1], default=0)
         score, selection, selections, outputs = None, None, {}, []
         for start, stop, ratio, select in groups:
             if stop_early and start > max(out_indices):
                 break
-            tokens, score = self.enter(start, tokens, score if start <= last_selection else None)
+            if start in self.new_grids():
+                tokens, score = self.change_grid(start, tokens, score if start <= last_selection else None)
             tokens, score, selection = self.update_group(
                 tokens,
                 score,
@@ -174,6 +180,26 @@ class Evolving:
         if return_prefix_tokens and self.num_prefix_tokens:
             grids = list(zip(grids, prefix, strict=True))
         return grids if intermediates_only else (self.norm_tokens(x), grids)
+
+
+class SavedEvolution(Evolving):
+    """A published network: its schedule is saved with its weights, and `fuse` makes it ready for inference."""
+
+    saved_attributes = 'stage_wise', 'evolving'
+    fused = False
+
+    def get_extra_state(self) -> Tensor:
+        """The schedule as a tensor: it goes wherever a state dict goes, and is read without unpickling."""
+        return torch.tensor([getattr(self, name) for name in self.saved_attributes])
+
+    def set_extra_state(self, state: Tensor):
+        for name, value in zip(self.saved_attributes, state.tolist(), strict=True):
+            setattr(self, name, value)
+
+    def train(self, mode: bool = True):
+        if mode and self.fused:
+            raise ValueError('a fused model cannot be trained, what training alone needs is gone: create one')
+        return super().train(mode)
 
 
 # --- blocks and attention of timm
@@ -320,6 +346,14 @@ class EvolvedEva(EvolvingViT, Eva):
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         tokens, rope = self._pos_embed(self.patch_embed(images))
         return self.norm_pre(tokens), rope
+
+
+def register_variants(create: Callable, variants: Iterable[str]):
+    """Register `create(variant, pretrained=False, **kwargs)` with timm under the name of each variant."""
+    for variant in variants:
+        entry = partial(create, variant)
+        entry.__name__, entry.__module__ = variant, create.__module__
+        register_model(entry)
 
 
 EVOLVED = {VisionTransformer: EvolvedViT, VisionTransformerDistilled: EvolvedDistilledViT, Eva: EvolvedEva}

@@ -1,0 +1,225 @@
+"""models.evolve: any ViT of timm stays what it is, and its blocks evolve."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models import VisionTransformer
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from models import evolution, vit
+
+NAMES = [
+    'vit_tiny_patch16_224',
+    'deit_tiny_patch16_224',
+    'deit_tiny_distilled_patch16_224',
+    'deit3_small_patch16_224',  # LayerScale, no position for the class token
+    'vit_small_patch14_dinov2',  # LayerScale
+    'vit_small_patch14_reg4_dinov2',  # and registers
+    'vit_base_patch16_clip_224',  # a norm before the blocks
+    'vit_base_patch16_siglip_224',  # no class token, attention pooling
+    'vit_medium_patch16_reg4_gap_256',  # registers and no class token
+    'vit_so150m_patch16_reg4_gap_256',
+    'eva02_tiny_patch14_224',  # rotary positions, SwiGLU
+    'vit_small_patch16_dinov3',  # rotary positions and registers
+    'vit_small_patch16_rope_mixed_224',  # rotary positions that differ by block and head
+    'vit_pe_core_tiny_patch16_384',
+]
+
+
+def dense(name: str = 'vit_tiny_patch16_224', **kwargs) -> nn.Module:
+    """A dense model of little depth on 5 x 5 patches, its weights not so mild that every selection is as good."""
+    torch.manual_seed(0)
+    pixels = 70 if 'patch14' in name else 80
+    model = timm.create_model(name, **(dict(depth=5, img_size=pixels, num_classes=10) | kwargs)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def images(model: nn.Module, batch: int = 2) -> Tensor:
+    size = model.patch_embed.img_size
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope='module', params=NAMES)
+def pair(request) -> tuple[nn.Module, nn.Module]:
+    """A dense model, and a copy of it to evolve."""
+    model = dense(request.param)
+    return model, copy.deepcopy(model)
+
+
+@pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
+def test_a_keep_ratio_of_1_is_the_untouched_model(pair, representative):
+    model, evolved = pair
+    assert vit.evolve(evolved, 1, representative=representative) is evolved
+    x = images(model)
+    with torch.no_grad():
+        torch.testing.assert_close(evolved(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(evolved.forward_features(x), model.forward_features(x), rtol=1e-5, atol=1e-5)
+        for ours, timms in zip(
+            evolved.forward_intermediates(x, [1, 3], return_prefix_tokens=True, norm=True, intermediates_only=True),
+            model.forward_intermediates(x, [1, 3], return_prefix_tokens=True, norm=True, intermediates_only=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, timms, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
+def test_the_interface_stays_and_the_tokens_evolve(pair, representative):
+    model, evolved = pair
+    vit.evolve(evolved, (0.7, 0.3), representative=representative)
+    x = images(model)
+    assert list(evolved.state_dict()) == list(model.state_dict())
+    evolved.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        before, after = model.forward_features(x), evolved.forward_features(x)
+        logits, selection = evolved.forward_with_selection(x)
+        assert torch.equal(logits, evolved(x))
+    assert after.shape == before.shape
+    assert (after - before).abs().max() > 1e-3
+    assert {name: kept.shape[1] for name, kept in selection.items()} == {'blocks.1': 17, 'blocks.3': 7}
+    for kept in selection.values():
+        assert (kept.diff() > 0).all() and kept.min() >= 0 and kept.max() < 25
+
+    evolved.train().zero_grad()
+    evolved(x).square().sum().backward()
+    idle = [name for name, p in evolved.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert idle == []
+    evolved.eval()
+
+    for other in (copy.deepcopy(evolved), pickle.loads(pickle.dumps(evolved))):
+        with torch.no_grad():
+            assert torch.equal(other(x), logits)
+
+
+@pytest.mark.parametrize('stage_wise', [True, False])
+def test_both_schedules(stage_wise):
+    model = vit.evolve(dense(), 0.5, stages=(2, 4), stage_wise=stage_wise)
+    names = ['blocks.2', 'blocks.4'] if stage_wise else ['blocks.2', 'blocks.3', 'blocks.4']
+    assert list(model.forward_with_selection(images(model))[1]) == names
+
+
+def test_intermediates_are_the_tokens_on_the_way():
+    model = vit.evolve(dense(depth=6), (0.7, 0.3))
+    x = images(model)
+    with torch.no_grad():
+        tokens, outputs = model.forward_intermediates(x, output_fmt='NLC')
+        torch.testing.assert_close(tokens, model.forward_features(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.norm(model.evolve(x)[0])[:, 1:], model.norm(outputs[-1]), rtol=1e-4, atol=1e-5)
+        early = model.forward_intermediates(x, [1, 2], stop_early=True, intermediates_only=True, output_fmt='NLC')
+    assert [torch.equal(a, b) for a, b in zip(early, outputs[1:3], strict=True)] == [True, True]
+
+
+def test_timms_ways_of_changing_a_model():
+    model = vit.evolve(dense(), (0.7, 0.3))
+    x = images(model)
+    expected = model(x)
+    model.set_grad_checkpointing()
+    loss = model.train()(x)
+    torch.testing.assert_close(loss, expected)
+    loss.sum().backward()
+    model.set_grad_checkpointing(False)
+    model.reset_classifier(3)
+    assert model.eval()(x).shape == (2, 3)
+    model.set_input_size((96, 64))
+    assert model.forward_features(torch.randn(1, 3, 96, 64)).shape == (1, 25, 192)
+    vit.evolve(model, (0.9, 0.5), stages=(1, 4))  # again, with another schedule
+    assert model.first_blocks == (1, 4) and model.keep_ratio == (0.9, 0.5)
+    dynamic = vit.evolve(dense(dynamic_img_size=True), (0.7, 0.3))
+    assert dynamic.forward_features(torch.randn(1, 3, 96, 64)).shape == (1, 25, 192)
+    features = FeatureGetterNet(vit.evolve(dense(), (0.7, 0.3)), out_indices=[1, 3])
+    assert [tuple(grid.shape) for grid in features(x)] == [(2, 192, 5, 5)] * 2
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, reason',
+    [
+        ('swin_tiny_patch4_window7_224', {}, 'SwinTransformer cannot be evolved'),
+        ('convnext_atto', {}, 'ConvNeXt cannot be evolved'),
+        ('levit_128s', {}, 'cannot be evolved'),
+        ('hiera_tiny_224', {}, 'Hiera cannot be evolved'),
+        ('vit_relpos_small_patch16_224', {}, 'cannot be evolved'),
+        ('vit_base_patch16_xp_224', dict(depth=3), 'blocks.0 is a ParallelScalingBlock'),
+        ('vit_tiny_patch16_224', dict(depth=4, patch_drop_rate=0.5), 'patch_drop_rate'),
+    ],
+)
+def test_models_that_cannot_be_evolved_are_refused_with_the_reason(name, kwargs, reason):
+    with torch.device('meta'):
+        model = timm.create_model(name, **kwargs)
+    before = type(model)
+    with pytest.raises(ValueError, match=reason):
+        vit.evolve(model)
+    assert type(model) is before
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        (dict(stages=(0, 3)), 'stages: expected ascending'),
+        (dict(stages=(3, 2)), 'stages: expected ascending'),
+        (dict(stages=(2, 5)), 'stages: expected ascending'),
+        (dict(keep_ratio=(0.5, 0.4, 0.3)), 'keep_ratio: expected one value or 2'),
+        (dict(keep_ratio=1.5), 'keep_ratio: expected values in'),
+        (dict(representative='two'), 'representative: expected one of none, one, nearest'),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(wrong, message):
+    model = dense()
+    with pytest.raises(ValueError, match=message):
+        vit.evolve(model, **wrong)
+    assert type(model) is VisionTransformer
+
+
+def test_two_equal_images_of_a_batch_give_equal_results():
+    model = vit.evolve(dense(), (0.7, 0.3))
+    x = images(model, 1)
+    with torch.no_grad():
+        out = model(torch.cat([x, torch.randn_like(x), x]))
+    assert torch.equal(out[0], out[2])
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'eva02_tiny_patch14_224'])
+def test_half_precision(name):
+    model = vit.evolve(dense(name), (0.7, 0.3))
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            mixed = model(x)
+        half = model.bfloat16()(x.bfloat16())
+    for found in (mixed, half):
+        assert found.isfinite().all()
+        assert (found.float() - expected).abs().max() < 0.3 * expected.std()
+
+
+@pytest.mark.parametrize(
+    'name', ['vit_tiny_patch16_224', 'vit_medium_patch16_reg4_gap_256', 'vit_small_patch16_dinov3']
+)
+def test_compile_and_export(name):
+    model = vit.evolve(dense(name), (0.7, 0.3))
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend='eager')
+        torch.testing.assert_close(compiled(x), expected)
+        batch = torch.export.Dim('batch', min=1, max=64)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+        more = images(model, 5)
+        torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-5)
+
+
+def test_rotations_travel_with_their_patches():
+    rope = torch.arange(12.0).view(6, 2)
+    places = torch.tensor([[4, 0, 2], [1, 5, 3]])
+    assert torch.equal(vit._rope_at(rope, places, 3)[:, 0], rope[places])
+    more = vit._rope_at(rope, places, 4)
+    assert torch.equal(more[:, 0, 3], torch.tensor([[0.0, 1.0]] * 2))  # sine and cosine of no rotation
+    heads = torch.stack([rope, rope + 100])
+    assert torch.equal(vit._rope_at(heads, places, 3)[:, 1], rope[places] + 100)
