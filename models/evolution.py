@@ -36,10 +36,10 @@ Tradeoff = float | Tensor
 
 
 class Slow(NamedTuple):
-    """What a block gets: tokens (B, P + n, C), and of the n patches among them
+    """What a block gets: tokens (B, P + n, C), of which n are patches.
 
-    places (B, n), their raster indices, for positions that rotate queries and keys; None where all N are there in order.
-    key_bias (B, 1, 1, P + n), added to the attention logits; None for nothing.
+    places (B, n): their raster indices, for positions that rotate queries and keys; None where all N stand in order.
+    key_bias (B, 1, 1, P + n): added to the attention logits; None for nothing.
     """
 
     tokens: Tensor
@@ -164,9 +164,9 @@ def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
 
 
 def nearest(patches: Tensor, kept: Tensor) -> Tensor:
-    """The cluster (B, N) of each patch: the informative one with the most similar features (cosine) in patches (B, N, C).
+    """For each of the patches (B, N, C) its cluster (B, N): the informative patch with the most similar features.
 
-    An informative patch represents itself.
+    Similar is the cosine. An informative patch represents itself.
     """
     informative = F.normalize(_gather(patches, kept), dim=-1)  # the length of the other one changes no argmax
     cluster = (patches.detach() @ informative.detach().mT).argmax(-1)
@@ -220,6 +220,7 @@ def evolve(
     keep_ratio: float,
     representative: str = 'none',
     selection: Selection | None = None,
+    select_anew: bool = True,
     need_score: bool = True,
     prefix: int = 1,
 ) -> tuple[Tensor, Tensor | None, Selection | None]:
@@ -231,7 +232,7 @@ def evolve(
         blocks, tradeoffs: the group's blocks, and for each how much of its class attention enters the score.
         keep_ratio: int(N * keep_ratio) patches are informative.
         representative: 'none', 'one' or 'nearest', see above.
-        selection: a selection that goes on; by default the score selects.
+        selection: that of the group before, None before the first; select_anew: let the score choose another one.
         need_score: False after the last selection of a network: the attentions of the class token are not computed.
         prefix: P, how many tokens stand before the patches; all of them are updated slowly.
 
@@ -243,15 +244,14 @@ def evolve(
     """
     n = tokens.shape[1] - prefix
     # Rounding down the product of floats is how the published code counts: int(100 * 0.29) is 28.
-    k = int(n * keep_ratio) if selection is None else selection.kept.shape[1]
+    k = int(n * keep_ratio)
     if k == n:
         return *run(Slow(tokens), score, blocks, tradeoffs, need_score), None
-    if selection is None:
+    if select_anew or selection is None:
         kept = select(score, k)
-        clusters = (
-            representative == 'nearest' and k > 0
-        )  # without an informative patch there is nobody to represent one
-        selection = Selection(kept, score, nearest(tokens[:, prefix:], kept) if clusters else None)
+        # Where no patch is informative there is none to represent another.
+        cluster = nearest(tokens[:, prefix:], kept) if representative == 'nearest' and k > 0 else None
+        selection = Selection(kept, score, cluster)
     update = partial(run, blocks=blocks, tradeoffs=tradeoffs, need_score=need_score)
     if selection.cluster is not None:
         tokens, score = _evolve_clusters(tokens, score, selection, update, prefix)

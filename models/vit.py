@@ -8,6 +8,7 @@ heads, D channels of a head.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,8 @@ class Evolving:
                 tradeoffs[start:stop],
                 ratio,
                 self.representative,
-                None if select else selection,
+                selection,
+                select,
                 need_score=start < last_selection,
                 prefix=self.num_prefix_tokens,
             )
@@ -205,44 +207,60 @@ class SavedEvolution(Evolving):
 # --- blocks and attention of timm
 
 
-def attend(
-    attn: nn.Module,
-    x: Tensor,
-    slow: Slow,
-    need_attention: bool,
-    rope: Tensor | None,
-    prefix: int,
-    class_token: bool,
-    score_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """timm's attention on normalised tokens x (B, P + n, C), with the class token's row of the map beside it.
+class TimmBlock(NamedTuple):
+    """timm's Block or EvaBlock as the method calls it: with a bias on keys, rotations that travel, and a class row.
 
-    A fused kernel returns no map; the one row that the method needs costs 1 / (P + n) of it. `rope` rotates all N
-    patches; the places of `slow` say which of them are there. Returns the update (B, P + n, C), and the class token's
-    attention (B, n), summed over heads.
+    rope (N, R) or (H, N, R): rotations of queries and keys at all places, or None. prefix: P. class_token: the first
+    token is one; otherwise the score is the attention that the mean of all queries pays. score_grad: False where the
+    score only selects, which needs no gradient.
 
-    Source: timm's Attention, AttentionRope and EvaAttention.
+    Source: timm's Block, EvaBlock, Attention, AttentionRope and EvaAttention.
     """
-    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in _projections(attn, x))
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if rope is not None:
-        rope = _rope_at(rope, slow.places, x.shape[1] - prefix)
-        q, k = (_rotate(t, rope, prefix, attn.rotate_half).type_as(v) for t in (q, k))
-    repeats = getattr(attn, 'num_kv_groups', 1)
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    bias = None if slow.key_bias is None else slow.key_bias.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
-    out = attn.norm(out.transpose(1, 2).flatten(2))
-    if attn.gate is not None:
-        out = out * attn.gate(x).sigmoid()
-    out = attn.proj_drop(attn.proj(out))
-    if not need_attention:
-        return out, None
-    if not score_grad:
-        q, k = q.detach(), k.detach()
-    q = q[:, :, :1] if class_token else q[:, :, prefix:].mean(2, keepdim=True)
-    return out, evolution.class_attention(q, k, attn.scale, slow.key_bias, prefix).sum(1)
+
+    block: nn.Module
+    rope: Tensor | None = None
+    prefix: int = 1
+    class_token: bool = True
+    score_grad: bool = False
+
+    def __call__(self, slow: Slow, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Slow tokens (B, P + n, C) to tokens and, if asked for, the class token's attention (B, n)."""
+        tokens, attention, _ = self.attend(slow, need_attention)
+        return self.feed_forward(tokens), attention
+
+    def attend(self, slow: Slow, need_attention: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The residual attention; also returns the class token's attention (B, n), a sum over heads, and the keys.
+
+        A fused kernel returns no map; the one row that the method needs costs 1 / (P + n) of it.
+        """
+        attn, x = self.block.attn, self.block.norm1(slow.tokens)
+        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in _projections(attn, x))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if self.rope is not None:
+            rope = _rope_at(self.rope, slow.places, x.shape[1] - self.prefix)
+            q, k = (_rotate(t, rope, self.prefix, attn.rotate_half).type_as(v) for t in (q, k))
+        repeats = getattr(attn, 'num_kv_groups', 1)
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        bias = None if slow.key_bias is None else slow.key_bias.to(q.dtype)
+        update = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
+        update = attn.norm(update.transpose(1, 2).flatten(2))
+        if attn.gate is not None:
+            update = update * attn.gate(x).sigmoid()
+        update = attn.proj_drop(attn.proj(update))
+        tokens = slow.tokens + self.block.drop_path1(_layer_scale(self.block, 1, update))
+        return tokens, self.class_attention(q, k, slow.key_bias) if need_attention else None, k
+
+    def class_attention(self, q: Tensor, k: Tensor, key_bias: Tensor | None) -> Tensor:
+        """The class token's attention (B, n) from queries and keys (B, H, P + n, D), summed over heads."""
+        if not self.score_grad:
+            q, k = q.detach(), k.detach()
+        q = q[:, :, :1] if self.class_token else q[:, :, self.prefix :].mean(2, keepdim=True)
+        return evolution.class_attention(q, k, self.block.attn.scale, key_bias, self.prefix).sum(1)
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        """The residual MLP."""
+        return tokens + self.block.drop_path2(_layer_scale(self.block, 2, self.block.mlp(self.block.norm2(tokens))))
 
 
 def _projections(attn: nn.Module, x: Tensor) -> Sequence[Tensor]:
@@ -274,28 +292,6 @@ def _rope_at(rope: Tensor, places: Tensor | None, n: int) -> Tensor:
     return torch.cat([rope, torch.cat([sin, cos + 1], -1).expand(-1, -1, missing, -1)], 2)
 
 
-def run_block(
-    slow: Slow,
-    need_attention: bool = True,
-    *,
-    block: nn.Module,
-    rope: Tensor | None = None,
-    prefix: int = 1,
-    class_token: bool = True,
-    score_grad: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """timm's Block or EvaBlock on slow tokens (B, P + n, C); also returns the class token's attention (B, n).
-
-    Without a class token it is the attention that the mean of all queries pays. `score_grad` is False where the score
-    only selects, which needs no gradient.
-    """
-    x = slow.tokens
-    update, attention = attend(block.attn, block.norm1(x), slow, need_attention, rope, prefix, class_token, score_grad)
-    x = x + block.drop_path1(_layer_scale(block, 1, update))
-    del update  # or the MLP adds its own memory on top of it
-    return x + block.drop_path2(_layer_scale(block, 2, block.mlp(block.norm2(x)))), attention
-
-
 def _layer_scale(block: nn.Module, branch: int, update: Tensor) -> Tensor:
     if isinstance(block, EvaBlock):
         gamma = getattr(block, f'gamma_{branch}')
@@ -316,13 +312,9 @@ class EvolvingViT(Evolving):
     def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
         """Images (B, channels, height, width) to tokens (B, P + N, C), and the blocks as functions of slow tokens."""
         tokens, rope = self.embed(images)
-        common = dict(
-            prefix=self.num_prefix_tokens,
-            class_token=self.cls_token is not None,
-            score_grad=self.representative == 'one',
-        )
         ropes = rope if getattr(self, 'rope_mixed', False) else [rope] * len(self.blocks)
-        return tokens, [partial(run_block, block=b, rope=r, **common) for b, r in zip(self.blocks, ropes, strict=False)]
+        common = self.num_prefix_tokens, self.cls_token is not None, self.representative == 'one'
+        return tokens, [TimmBlock(*pair, *common) for pair in zip(self.blocks, ropes, strict=False)]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images to tokens (B, P + N, C) with positions, and rotations of queries and keys, or None."""

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models import evolution
+from models.evolution import Slow
 
 B, N, C = 2, 10, 8
 
@@ -16,10 +17,11 @@ class ToyBlock(nn.Module):
         super().__init__()
         self.mix, self.score = nn.Linear(C, C), nn.Linear(C, 1)
 
-    def forward(self, x, need_attention=True):
-        attention = self.score(x)[:, 1:, 0].softmax(1) if need_attention else None
-        weights = torch.softmax(x @ x.mT / C, -1)
-        return x + torch.tanh(self.mix(weights @ x)), attention
+    def forward(self, slow, need_attention=True):
+        x, bias = slow.tokens, 0 if slow.key_bias is None else slow.key_bias[:, 0]
+        logits = (self.score(x).mT + bias) if need_attention else None  # (B, 1, 1 + n)
+        weights = torch.softmax(x @ x.mT / C + bias, -1)
+        return x + torch.tanh(self.mix(weights @ x)), logits.softmax(-1)[:, 0, 1:] if need_attention else None
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def by_sorting(tokens, score, blocks, tradeoffs, k, representative):
         x = torch.cat([x, before], 1)
     kept_score = score[:, :k]
     for block, t in zip(blocks, tradeoffs, strict=True):
-        x, attention = block(x)
+        x, attention = block(Slow(x))
         kept_score = (1 - t) * kept_score + t * attention[:, :k]
     if representative:
         rest = rest + (x[:, -1:] - before)
@@ -75,8 +77,8 @@ def test_gathering_equals_sorting(tokens, score, blocks, keep_ratio, representat
 def test_keeping_everything_is_dense(tokens, score, blocks):
     x = tokens
     for block in blocks:
-        x = block(x)[0]
-    found, _, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0, representative=True)
+        x = block(Slow(x))[0]
+    found, _, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0, representative='one')
     assert kept is None
     assert torch.equal(found, x)
 
@@ -89,12 +91,12 @@ def test_selection_is_the_highest_scores(score):
 
 
 def test_placeholders_wait_or_follow_the_representative(tokens, score, blocks):
-    out, new_score, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5)
+    out, new_score, selection = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5)
     placeholder = torch.ones_like(score, dtype=torch.bool).scatter(1, kept, False)
     assert torch.equal(out[:, 1:][placeholder], tokens[:, 1:][placeholder])
     assert torch.equal(new_score[placeholder], score[placeholder])
     assert (new_score[~placeholder] != score[~placeholder]).all()
-    out, _, again = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative=True)
+    out, _, again = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative='one')
     assert torch.equal(kept, again)
     change = (out - tokens)[:, 1:][placeholder].view(B, -1, C)
     torch.testing.assert_close(change, change[:, :1].expand_as(change), rtol=0, atol=1e-12)
@@ -112,16 +114,16 @@ def test_order_of_patches_does_not_matter(tokens, score, blocks, representative)
 
 
 def test_a_selection_can_go_on_in_the_next_group(tokens, score, blocks):
-    whole = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative=True)
-    x, s, kept = evolution.evolve(tokens, score, blocks[:1], [0.5], 0.5, representative=True)
-    x, s, _ = evolution.evolve(x, s, blocks[1:], [0.5] * 2, 0.5, representative=True, kept=kept)
+    whole = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative='one')
+    x, s, kept = evolution.evolve(tokens, score, blocks[:1], [0.5], 0.5, representative='one')
+    x, s, _ = evolution.evolve(x, s, blocks[1:], [0.5] * 2, 0.5, representative='one', kept=kept)
     # The representative is made anew; as placeholders moved together and the weights sum to 1, it is the same.
     torch.testing.assert_close(x, whole[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(s, whole[1], rtol=0, atol=1e-12)
 
 
 def test_no_informative_patch_leaves_class_and_representative(score, blocks, tokens):
-    out, _, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.05, representative=True)
+    out, _, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.05, representative='one')
     assert kept.shape == (B, 0)
     assert out.isfinite().all()
     assert (out != tokens).all()
@@ -129,14 +131,14 @@ def test_no_informative_patch_leaves_class_and_representative(score, blocks, tok
 
 def test_inputs_are_not_written_to(tokens, score, blocks):
     copies = tokens.clone(), score.clone()
-    evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative=True)
+    evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative='one')
     assert torch.equal(tokens, copies[0]) and torch.equal(score, copies[1])
 
 
 def test_gradients_reach_score_through_the_representative(tokens, score, blocks):
     tokens.requires_grad_(), score.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, s: evolution.evolve(x, s, blocks, [0.5] * 3, 0.5, representative=True)[:2], (tokens, score)
+        lambda x, s: evolution.evolve(x, s, blocks, [0.5] * 3, 0.5, representative='one')[:2], (tokens, score)
     )
 
 
@@ -148,8 +150,8 @@ def test_a_constant_tradeoff_of_one_forgets(tokens, blocks):
 
     _, score, _ = evolution.evolve(tokens, None, [spy(b) for b in blocks], [1.0, 1.0, 1.0], 1.0)
     assert calls == [False, False, True]
-    x = blocks[1](blocks[0](tokens)[0])[0]
-    assert torch.equal(score, blocks[2](x)[1])
+    x = blocks[1](Slow(blocks[0](Slow(tokens))[0]))[0]
+    assert torch.equal(score, blocks[2](Slow(x))[1])
 
 
 def test_half_precision_keeps_scores_full_and_indices_whole():
@@ -159,7 +161,7 @@ def test_half_precision_keeps_scores_full_and_indices_whole():
         attention = evolution.class_attention(q.bfloat16(), k.bfloat16(), 0.25)
         assert attention.dtype == torch.float32
         tokens, score = torch.randn(1, 577, 4), attention.sum(1)
-        out, _, kept = evolution.evolve(tokens, score, [lambda x, _: (x + 1, x[:, 1:, 0].float())], [0.5], 0.5)
+        out, _, kept = evolution.evolve(tokens, score, [lambda slow, _: (slow.tokens + 1, slow.tokens[:, 1:, 0].float())], [0.5], 0.5)
     # In bfloat16 only 139 of 144 indices at 384 px stay distinct; here they are integers.
     assert kept.dtype == torch.int64 and len(kept[0].unique()) == 288
     assert ((out - tokens)[0, 1:, 0] > 0.5).sum() == 288
@@ -191,7 +193,7 @@ def test_wrong_keep_ratios_are_refused(wrong):
 
 def test_one_graph(tokens, score, blocks):
     def network(x, s):
-        return evolution.evolve(x, s, blocks, [0.5] * 3, 0.5, representative=True)
+        return evolution.evolve(x, s, blocks, [0.5] * 3, 0.5, representative='one')
 
     # `eager` traces the one graph without spending a minute on compiling it.
     compiled = torch.compile(network, fullgraph=True, backend='eager')
