@@ -60,6 +60,25 @@ def check_keep_ratio(keep_ratio: float | Sequence[float], stages: int) -> tuple[
     return tuple(float(r) for r in ratios)
 
 
+def informative(n: int, keep_ratio: float) -> int:
+    """How many of `n` patches are informative; ValueError if that is none of several."""
+    # Rounded down from a product of floats, so int(100 * 0.29) is 28: the published code counts like this, and another
+    # rounding would select other patches with its checkpoints.
+    k = int(n * keep_ratio)
+    if k == 0 and n > 1:
+        raise ValueError(
+            f'keep_ratio: expected at least {1 / n:.3g}, which keeps one of the {n} patches, found {keep_ratio}, which '
+            'keeps none'
+        )
+    return k
+
+
+def last_selection(groups: Sequence[Group]) -> int:
+    """First block of the last group that selects, 0 if none does."""
+    starts = [group.start for group in groups if group.select and group.keep_ratio < 1]
+    return starts[-1] if starts else 0
+
+
 def partition(
     dense: int, stages: Sequence[int], keep_ratio: Sequence[float], stage_wise: bool, cuts: Sequence[int] = ()
 ) -> list[Group]:
@@ -100,11 +119,20 @@ def select(score: Tensor, k: int) -> Tensor:
     return score.topk(k, dim=1, sorted=False).indices
 
 
+def replace_zeros(weight: Tensor, other: Tensor | float) -> Tensor:
+    """Weights (B, N) that can be divided by their sum: `other` for those images whose weights are all 0.
+
+    A sum so small that its inverse overflows counts as 0. NaN stays NaN.
+    """
+    return torch.where(weight.sum(1, keepdim=True) < torch.finfo(weight.dtype).tiny, other, weight)
+
+
 def represent(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
     """Representative (B, 1, C) of all placeholders: the mean of `patches` (B, N, C) outside `kept`, weighted by score
-    (B, N).
+    (B, N), or their plain mean if these scores are all 0.
     """
-    weight = score.scatter(1, kept, 0.0)
+    placeholder = torch.ones_like(score).scatter(1, kept, 0.0)
+    weight = replace_zeros(score.scatter(1, kept, 0.0), placeholder)
     weight = weight / weight.sum(1, keepdim=True)
     return weight.unsqueeze(1).to(patches.dtype) @ patches
 
@@ -147,7 +175,7 @@ def evolve(
         tokens: (B, 1 + N, C), class token first.
         score: (B, N), or None before the first block of a network, where every patch is informative.
         blocks, tradeoffs: the group's blocks, and for each how much of its class attention enters the score.
-        keep_ratio: int(N * keep_ratio) patches are informative.
+        keep_ratio: int(N * keep_ratio) patches are informative; ValueError if that is none of several.
         representative: add a representative token, and give its change to every placeholder.
         kept: (B, K), a selection that goes on; by default the score selects.
         need_score: False after the last selection of a network: the attentions of the class token are not computed.
@@ -159,7 +187,7 @@ def evolve(
     Source: paper, section 3.2 and figure 3. The published code sorts tokens; gathering them gives the same function.
     """
     n = tokens.shape[1] - 1
-    k = int(n * keep_ratio) if kept is None else kept.shape[1]
+    k = informative(n, keep_ratio) if kept is None else kept.shape[1]
     if k == n:
         return *run(tokens, score, blocks, tradeoffs, need_score), None
     if kept is None:

@@ -120,11 +120,35 @@ def test_a_selection_can_go_on_in_the_next_group(tokens, score, blocks):
     torch.testing.assert_close(s, whole[1], rtol=0, atol=1e-12)
 
 
-def test_no_informative_patch_leaves_class_and_representative(score, blocks, tokens):
-    out, _, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.05, representative=True)
+def test_a_single_patch_waits_beside_class_and_representative(score, blocks, tokens):
+    tokens, score = tokens[:, :2], score[:, :1]
+    out, _, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative=True)
     assert kept.shape == (B, 0)
     assert out.isfinite().all()
     assert (out != tokens).all()
+
+
+def test_keeping_none_of_several_patches_is_an_error(score, blocks, tokens):
+    with pytest.raises(ValueError, match=r'at least 0\.1, which keeps one of the 10 patches, found 0\.09'):
+        evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.09)
+
+
+@pytest.mark.parametrize('tiny', [0.0, 1e-310])
+def test_placeholders_without_any_score_are_represented_by_their_plain_mean(tokens, score, blocks, tiny):
+    kept = evolution.select(score, 4)
+    score[0] = torch.full_like(score[0], tiny).scatter(0, kept[0], 1.0)
+    patches = tokens[:, 1:].clone().requires_grad_()
+    score.requires_grad_()
+    found = evolution.represent(patches, score, kept)
+    placeholder = torch.ones(N, dtype=torch.bool).scatter(0, kept[0], False)
+    torch.testing.assert_close(found[0, 0], patches[0][placeholder].mean(0), rtol=0, atol=1e-12)
+    found.sum().backward()
+    assert patches.grad.isfinite().all() and score.grad.isfinite().all()
+    # The other image of the batch does not notice.
+    alone = evolution.represent(patches[1:], score[1:], kept[1:])
+    assert torch.equal(found[1:], alone) and score.grad[1].any()
+    out, _, _ = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.4, representative=True)
+    assert out.isfinite().all()
 
 
 def test_inputs_are_not_written_to(tokens, score, blocks):
