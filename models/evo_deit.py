@@ -8,6 +8,7 @@ mean over all patches, normalised after the mean; in training a second head, `he
 Shapes: B batch, N patches, K informative patches, C channels, H heads, D channels of a head.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Attention, PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -53,7 +55,7 @@ class EvoBlock(Block):
         q, k, v = qkv.unbind(0)  # each (B, H, 1 + N, D)
         q, k = attn.q_norm(q), attn.k_norm(k)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if self.training else 0.0)
-        x = attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
+        x = attn.proj_drop(attn.proj(attn.norm(x.transpose(1, 2).flatten(2))))
         if not need_attention:
             return x, None
         if not self.score_grad:
@@ -73,7 +75,13 @@ class EvoDeiT(VisionTransformer):
 
     Takes the arguments of timm's VisionTransformer, and:
         keep_ratio: share of the patches that are informative, one number or one for each stage of four evolving blocks.
+            Can be assigned later.
         representative: add the paper's representative token and fast update. The published models have neither.
+
+    What would not be computed exactly is a ValueError: tokens besides the class token and the patches, patch dropout,
+    pooling by attention, other blocks, other attention. The defaults differ from timm's in `global_pool`, 'avg', and
+    in that the norm after the pooling is called `norm`; it has timm's name with `fc_norm=True`. Pooling always comes
+    first.
 
     Plain attributes, saved and restored with the weights:
         stage_wise: select before blocks 4 and 8 (True, as in the end of training), or before each block from 4 on.
@@ -84,24 +92,56 @@ class EvoDeiT(VisionTransformer):
 
     def __init__(self, *args, keep_ratio: float | Sequence[float] = 0.5, representative: bool = False, **kwargs):
         kwargs = {'global_pool': 'avg', 'fc_norm': False, 'norm_layer': partial(nn.LayerNorm, eps=1e-6)} | kwargs
+        if (block_fn := kwargs.pop('block_fn', Block)) not in (Block, EvoBlock):
+            raise ValueError(f"block_fn: expected timm's Block, found {block_fn}")
         super().__init__(*args, block_fn=EvoBlock, **kwargs)
-        if self.num_prefix_tokens != 1:
-            raise ValueError(
-                f'Evo-DeiT needs one class token and nothing else before the patches, found {self.num_prefix_tokens}'
-            )
+        self.check_arguments()
         self.stage_wise = self.evolving = True
         self.fused = False
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
+        self.keep_ratio = keep_ratio
         self.representative = representative
         # Nothing accumulates in the dense blocks: the score before block 4 is the attention of block 3.
         self.tradeoffs = [1.0 if i < FIRST_EVOLVING else 0.5 for i in range(len(self.blocks))]
         for block in self.blocks:
             block.score_grad = representative
-        self.norm_cls = kwargs['norm_layer'](self.embed_dim)
-        self.head_cls = nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
+        self.norm_cls = copy.deepcopy(self.norm if isinstance(self.fc_norm, nn.Identity) else self.fc_norm)
+        self.head_cls = nn.Identity()
+        if self.num_classes > 0:
+            like = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
+            self.head_cls = nn.Linear(self.embed_dim, self.num_classes, **like)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if self.num_classes > 0:
             self._init_weights(self.head_cls)
+
+    def check_arguments(self):
+        """ValueError if timm's arguments built anything that this class does not compute exactly."""
+        if not self.has_class_token or self.num_prefix_tokens != 1:
+            raise ValueError(
+                'class_token, reg_tokens: expected one class token and nothing else before the patches, found '
+                f'class_token={self.has_class_token}, reg_tokens={self.num_reg_tokens}'
+            )
+        if self.attn_pool is not None:
+            raise ValueError(f"global_pool: expected 'avg', 'token', 'max', 'avgmax' or '', found '{self.global_pool}'")
+        if not isinstance(self.patch_drop, nn.Identity):
+            raise ValueError(
+                f'patch_drop_rate: expected 0, since dropped patches have no place in the grid, found '
+                f'{self.patch_drop.prob}'
+            )
+        others = [type(block.attn).__name__ for block in self.blocks if type(block.attn) is not Attention]
+        if others:
+            raise ValueError(f"attn_layer: expected timm's Attention, whose map gives the score, found {others[0]}")
+
+    @property
+    def keep_ratio(self) -> tuple[float, ...]:
+        """Share of the patches that are informative, for each stage of evolving blocks."""
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, keep_ratio: float | Sequence[float]):
+        ratios = evolution.check_keep_ratio(keep_ratio, len(self.stages))
+        for ratio in ratios:
+            evolution.informative(self.patch_embed.num_patches, ratio)
+        self._keep_ratio = ratios
 
     def get_extra_state(self) -> Tensor:
         """The schedule as a tensor, so that it goes wherever the weights go."""
@@ -131,7 +171,9 @@ class EvoDeiT(VisionTransformer):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(stem=r'^cls_token|pos_embed|patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
+        return dict(
+            stem=r'^cls_token|pos_embed|patch_embed|norm_pre', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]
+        )
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         super().reset_classifier(num_classes, global_pool)
@@ -154,6 +196,19 @@ class EvoDeiT(VisionTransformer):
         ratios = self.keep_ratio[: len(self.stages)] if self.evolving else (1.0,) * len(self.stages)
         return evolution.partition(dense, self.stages, ratios, self.stage_wise, cuts)
 
+    def check_images(self, x: Tensor):
+        """ValueError for images (B, channels, height, width) of a size that the model cannot take whole."""
+        size, embed = tuple(x.shape[-2:]), self.patch_embed
+        if not isinstance(embed, PatchEmbed):
+            return
+        if embed.strict_img_size and size != embed.img_size:
+            raise ValueError(
+                f'images: expected {embed.img_size}, the img_size of the model, found {size}. For other sizes create '
+                f'the model with dynamic_img_size=True, or call set_input_size({size})'
+            )
+        if not embed.dynamic_img_pad and any(n % patch for n, patch in zip(size, embed.patch_size, strict=True)):
+            raise ValueError(f'images: expected multiples of the patch, {embed.patch_size}, found {size}')
+
     def evolve(
         self, x: Tensor, taps: Sequence[int] = ()
     ) -> tuple[Tensor, dict[str, evolution.Selection], list[Tensor]]:
@@ -162,13 +217,14 @@ class EvoDeiT(VisionTransformer):
         Returns tokens (B, 1 + N, C), the selections {first block of the group: (kept, score)}, and the tokens after
         each of the blocks `taps`.
         """
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        self.check_images(x)
+        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         blocks = list(self.blocks)
         if self.grad_checkpointing and torch.is_grad_enabled():
             blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
         score, kept, selections, tapped = None, None, {}, []
         groups = self.groups(taps)
-        last_selection = max((g.start for g in groups if g.select and g.keep_ratio < 1), default=0)
+        last_selection = evolution.last_selection(groups)
         for start, stop, ratio, fresh in groups:
             score_before = score
             x, score, kept = evolution.evolve(
@@ -193,7 +249,7 @@ class EvoDeiT(VisionTransformer):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
         """Tokens (B, 1 + N, C) to logits (B, classes); in training to both heads. `pre_logits` stops before."""
-        pooled = self.head_drop(self.norm(self.pool(x)))
+        pooled = self.head_drop(self.fc_norm(self.norm(self.pool(x))))
         if pre_logits:
             return pooled
         if self.training and self.num_classes > 0:
@@ -242,6 +298,20 @@ class EvoDeiT(VisionTransformer):
         if return_prefix_tokens:
             grids = list(zip(grids, prefix, strict=True))
         return grids if intermediates_only else (x, grids)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """DINO's interface, as timm has it: the tokens after the last `n` blocks, or after the blocks `n`, as
+        (B, N, C), or (B, C, rows, columns) with `reshape`; pairs with the class token with `return_prefix_tokens`.
+        """
+        fmt = 'NCHW' if reshape else 'NLC'
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True)
 
     @staticmethod
     def is_published(state: dict[str, Tensor]) -> bool:

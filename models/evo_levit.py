@@ -126,6 +126,7 @@ class Downsample(nn.Module):
         if score is not None:
             total = score.sum(1, keepdim=True)
             score = evolution.blend(subsample(score, self.grid), subsample(attention, self.grid), tradeoff)
+            score = evolution.replace_zeros(score, 1.0)
             score = score * (total / score.sum(1, keepdim=True))
         return x, score
 
@@ -149,7 +150,9 @@ class EvoLeViT(nn.Module):
         key_dim: channels of a key; values have 2 * key_dim, in a down-sampling 4 * key_dim.
         global_pool: 'avg', or '' for the tokens as they are, which needs num_classes=0.
         drop_rate: dropout before the heads. drop_path_rate: the same in every layer.
-        keep_ratio: share of the patches that are informative, one number or one for each stage.
+        keep_ratio: share of the patches that are informative, one number or one for each stage. The first two layers of
+            the network see every patch; where that is all of the first stage (EvoLeViT_128S), its ratio has no effect
+            and must be 1 or that of another stage. Can be assigned later.
         representative: False leaves out the representative token and the fast update.
 
     Plain attributes, saved and restored with the weights:
@@ -183,7 +186,6 @@ class EvoLeViT(nn.Module):
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.grad_checkpointing = self.fused = False
         self.stage_wise = self.learned_tradeoff = self.evolving = True
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(depth))
         self.representative = representative
 
         self.grid = grid = (self.img_size[0] // 16, self.img_size[1] // 16)
@@ -200,10 +202,33 @@ class EvoLeViT(nn.Module):
             blocks = [Block(dim, key_dim, heads, drop_path_rate) for _ in range(layers)]
             self.stages.append(Stage(downsample, blocks, grid))
             self.feature_info.append(dict(num_chs=dim, reduction=16 * 2**i, module=f'stages.{i}'))
+        self.keep_ratio = keep_ratio
         self.reset_classifier(num_classes, global_pool)
 
+    @property
+    def keep_ratio(self) -> tuple[float, ...]:
+        """Share of the patches that are informative, for each stage."""
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, keep_ratio: float | Sequence[float]):
+        ratios = evolution.check_keep_ratio(keep_ratio, len(self.stages))
+        used = {ratio for i, ratio in enumerate(ratios) if self.count_evolving(i)}
+        for i, ratio in enumerate(ratios):
+            if self.count_evolving(i):
+                evolution.informative(self.stages[i].grid[0] * self.stages[i].grid[1], ratio)
+            elif used and ratio not in {1.0, *used}:
+                raise ValueError(
+                    f'keep_ratio: expected 1 or the ratio of another stage for stage {i}, in which no layer evolves, '
+                    f'found {ratio} in {ratios}, which would have no effect'
+                )
+        self._keep_ratio = ratios
+
     def get_extra_state(self) -> Tensor:
-        """The schedule as a tensor: it goes wherever weights go (an EMA, a checkpoint read without unpickling)."""
+        """The schedule as a tensor, in every state dict: a plain one, so that it is read without unpickling.
+
+        An average that updates parameters and buffers one by one, as timm's ModelEma, does not follow it by itself.
+        """
         return torch.tensor([self.stage_wise, self.learned_tradeoff, self.evolving])
 
     def set_extra_state(self, state: Tensor):
@@ -287,13 +312,17 @@ class EvoLeViT(nn.Module):
         """How much of this class attention enters the score."""
         return attention.learn_tradeoff.sigmoid() if self.learned_tradeoff else 0.5
 
+    def count_evolving(self, stage: int) -> int:
+        """How many layers of a stage evolve; the first ones of the network do not."""
+        return max(0, len(self.stages[stage].blocks) - (FIRST_EVOLVING if stage == 0 else 0))
+
     def groups(self) -> list[list[evolution.Group]]:
         """For each stage, its layers as groups that share a selection."""
         ratios = self.keep_ratio if self.evolving else (1.0,) * len(self.keep_ratio)
         out = []
         for i, (stage, ratio) in enumerate(zip(self.stages, ratios, strict=False)):
-            dense = FIRST_EVOLVING if i == 0 else 0
-            out.append(evolution.partition(dense, [len(stage.blocks) - dense], [ratio], self.stage_wise))
+            evolving = self.count_evolving(i)
+            out.append(evolution.partition(len(stage.blocks) - evolving, [evolving], [ratio], self.stage_wise))
         return out
 
     def embed(self, x: Tensor) -> Tensor:
@@ -305,7 +334,7 @@ class EvoLeViT(nn.Module):
             # A tradeoff that nothing reads gets a gradient of zero, so that no schedule leaves a parameter without one.
             cls_token = cls_token + 0 * torch.cat([a.learn_tradeoff for a in self.attentions()]).sum()
         x = self.patch_embed(x).flatten(2).mT
-        return torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
 
     def evolve(self, x: Tensor, stop: int | None = None) -> tuple[Tensor, dict[str, evolution.Selection], list[Tensor]]:
         """Embed images (B, channels, height, width) and run the first `stop` stages, by default all.
@@ -317,7 +346,7 @@ class EvoLeViT(nn.Module):
         groups = self.groups()
         # The score is needed up to the last selection, as (stage, layer).
         selecting = [(i, g.start) for i, stage in enumerate(groups) for g in stage if g.keep_ratio < 1]
-        last_selection = max(selecting, default=(-1, -1))
+        last_selection = selecting[-1] if selecting else (-1, -1)
         x, score, selections, outputs = self.embed(x), None, {}, []
         for i, stage in enumerate(list(self.stages)[:stop]):
             tradeoffs = [self.tradeoff(block.attn) for block in stage.blocks]
