@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -350,6 +351,43 @@ def test_intermediates_are_the_features_on_the_way(stage_wise):
         model.forward_intermediates(x, output_fmt='NHWC')
 
 
+def test_another_image_size():
+    x = images(2, 24, 40)
+    with pytest.raises(ValueError, match=r'expected \(16, 16\).*found \(24, 40\).*dynamic_img_size=True.*') as error:
+        nano()(x)
+    resized = nano(keep_ratio=0.25)
+    exec(re.search(r'call (set_input_size\(.*\))', str(error.value))[1], {'set_input_size': resized.set_input_size})
+    with torch.no_grad():
+        for model in (resized, nano(keep_ratio=0.25, dynamic_img_size=True)):
+            logits, selections = model.forward_with_selection(x)
+            assert logits.shape == (2, 10) and logits.isfinite().all()
+            assert {kept.shape for kept in selections.values()} == {(2, 15)}
+            assert model.forward_intermediates(x, 1)[1][0].shape == (2, 32, 6, 10)
+        assert logits.allclose(resized(x), atol=1e-5)  # both resize the same positions
+
+
+def test_images_that_patches_would_cut_are_refused():
+    for model in (nano(img_size=18), nano(dynamic_img_size=True)):
+        with pytest.raises(ValueError, match=r'multiples of the patch, \(4, 4\), found \(18, 18\)'):
+            model(images(2, 18, 18))
+    assert nano(dynamic_img_size=True, dynamic_img_pad=True)(images(2, 18, 18)).shape == (2, 10)
+
+
+def test_intermediate_layers_as_dino_asks_for_them():
+    model, x = nano(), images()
+    with torch.no_grad():
+        _, grids = model.forward_intermediates(x)
+        last = model.get_intermediate_layers(x, reshape=True)
+        assert len(last) == 1 and torch.equal(last[0], grids[-1])
+        some = model.get_intermediate_layers(x, [2, 6], norm=True, return_prefix_tokens=True)
+        for (patches, prefix), i in zip(some, (2, 6), strict=True):
+            torch.testing.assert_close(patches, model.norm(grids[i].flatten(2).mT))
+            assert prefix.shape == (2, 1, 32)
+        # timm's method has the same arguments, in the same order.
+        theirs = list(inspect.signature(VisionTransformer.get_intermediate_layers).parameters)
+        assert list(inspect.signature(EvoDeiT.get_intermediate_layers).parameters) == theirs[:6]
+
+
 def test_options_of_timm():
     with torch.no_grad():
         assert nano(num_classes=0)(images()).shape == (2, 32)
@@ -376,6 +414,22 @@ def test_keep_ratio_for_each_stage():
             model.stage_wise = stage_wise
             kept = list(model.forward_with_selection(images())[1].values())
             assert [k.shape[1] for k in kept] == [12] * count + [4] * count
+
+
+def test_keep_ratio_can_be_assigned():
+    model = nano()
+    model.keep_ratio = 0.25
+    assert model.keep_ratio == (0.25, 0.25)
+    assert torch.equal(model(images()), nano(keep_ratio=0.25)(images()))
+    model.keep_ratio = [0.75, 0.5]
+    kept = model.forward_with_selection(images())[1].values()
+    assert [k.shape[1] for k in kept] == [12, 8]
+    for wrong, message in ((0.0, r'in \(0, 1\]'), ([0.5] * 3, 'one value or 2'), (0.06, 'keeps one of the 16 patches')):
+        with pytest.raises(ValueError, match=message):
+            model.keep_ratio = wrong
+        with pytest.raises(ValueError, match=message):
+            nano(keep_ratio=wrong)
+    assert model.keep_ratio == (0.75, 0.5)
 
 
 def test_weight_decay_is_as_published():
