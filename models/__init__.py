@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 from contextlib import suppress
 
 import timm
@@ -41,9 +42,31 @@ def create(name: str, num_classes: int, input_size: int, **own) -> nn.Module:
     if published_cfg(name).fixed_input_size:
         own['img_size'] = input_size
     try:
-        return timm.create_model(name, num_classes=num_classes, **own)
+        model = timm.create_model(name, num_classes=num_classes, **own)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f'{name} cannot be built with {own}: {error}') from error
+    check_input_size(model, name, input_size)
+    return model
+
+
+def check_input_size(model: nn.Module, name: str, input_size: int):
+    """InputError if the model would cut off the edges of such images without a word.
+
+    Convolutions whose windows neither overlap nor are padded do that: patches, and the stem of ConvNeXt.
+    """
+    if getattr(getattr(model, 'patch_embed', None), 'dynamic_img_pad', False):
+        return
+    first = published_cfg(name).first_conv
+    conv = dict(model.named_modules()).get(first) if isinstance(first, str) else None
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != conv.stride or conv.padding != (0, 0):
+        return
+    patch = math.lcm(*conv.stride)
+    if cut := input_size % patch:
+        sizes = [size for size in (input_size - cut, input_size - cut + patch) if size]
+        raise InputError(
+            f'input size: expected a multiple of {patch}, the patch of {name}, found {input_size}: {cut} pixels of '
+            f'each row and column would be cut off. Nearest: {" and ".join(map(str, sizes))}'
+        )
 
 
 def published_cfg(name: str) -> PretrainedCfg:
@@ -56,8 +79,16 @@ def published_cfg(name: str) -> PretrainedCfg:
 
 
 def nearest_names(name: str) -> str:
-    """A sentence with the registered names nearest to `name`, with tags if it has one."""
+    """A sentence with the registered names nearest to `name`, with tags if it has one.
+
+    Those that begin with it come first, then the most similar; ours before timm's if it begins as ours do.
+    """
     tagged = timm.list_models(pretrained=True) if '.' in name else []
     names = {known.lower(): known for known in timm.list_models() + tagged}
-    near = [names[n] for n in difflib.get_close_matches(name.lower(), names, n=5, cutoff=0.5)]
+    wrong = name.lower()
+    ours = {known for known in names if known.startswith('evo') and wrong.startswith('evo')}
+    near = [known for known in names if known.startswith(wrong)]
+    near += difflib.get_close_matches(wrong, names, n=len(names), cutoff=0.5)
+    near = sorted(dict.fromkeys(near), key=lambda known: (not known.startswith(wrong), known not in ours))
+    near = [names[known] for known in near[:5]]
     return f'Nearest: {", ".join(near)}' if near else 'timm.list_models() has them all'

@@ -8,6 +8,7 @@ mean over all patches, normalised after the mean; in training a second head, `he
 Shapes: B batch, N patches, K informative patches, C channels, H heads, D channels of a head.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from . import published
-from .vit import EvolvingViT, SavedEvolution, register_variants
+from .vit import EvolvingViT, SavedEvolution, register_variants, why_not_arguments
 
 
 class Heads(NamedTuple):
@@ -37,6 +38,11 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         keep_ratio: share of the patches that are informative, one number or one for each stage.
         stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...
         representative: who represents placeholders, see evolution.py: 'none' as published, 'one', or 'nearest'.
+
+    What would not be computed exactly is a ValueError: tokens besides the class token and the patches, patch dropout,
+    pooling by attention, other blocks, other attention. The defaults differ from timm's in `global_pool`, 'avg', and
+    in that the norm after the pooling is called `norm`; it has timm's name with `fc_norm=True`. Pooling always comes
+    first.
 
     Attributes, saved and restored with the weights:
         stage_wise: select before each stage (True, as in the end of training), or before each of its blocks.
@@ -55,16 +61,28 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     ):
         kwargs = {'global_pool': 'avg', 'fc_norm': False, 'norm_layer': partial(nn.LayerNorm, eps=1e-6)} | kwargs
         super().__init__(*args, **kwargs)
-        if self.num_prefix_tokens != 1:
-            raise ValueError(
-                f'Evo-DeiT needs one class token and nothing else before the patches, found {self.num_prefix_tokens}'
-            )
+        self.check_arguments()
         self.init_evolution(keep_ratio, range(4, len(self.blocks), 4) if stages is None else stages, representative)
-        self.norm_cls = kwargs['norm_layer'](self.embed_dim)
-        self.head_cls = nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
+        self.norm_cls = copy.deepcopy(self.norm if isinstance(self.fc_norm, nn.Identity) else self.fc_norm)
+        self.head_cls = nn.Identity()
+        if self.num_classes > 0:
+            like = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
+            self.head_cls = nn.Linear(self.embed_dim, self.num_classes, **like)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if self.num_classes > 0:
             self._init_weights(self.head_cls)
+
+    def check_arguments(self):
+        """ValueError if timm's arguments built anything that this class does not compute exactly."""
+        if reason := why_not_arguments(self):
+            raise ValueError(reason)
+        if not self.has_class_token or self.num_prefix_tokens != 1:
+            raise ValueError(
+                'class_token, reg_tokens: expected one class token and nothing else before the patches, found '
+                f'class_token={self.has_class_token}, reg_tokens={self.num_reg_tokens}'
+            )
+        if self.attn_pool is not None:
+            raise ValueError(f"global_pool: expected 'avg', 'token', 'max', 'avgmax' or '', found '{self.global_pool}'")
 
     def fuse(self):
         """For inference: drop the head that training alone uses, in place; both families have this call."""
@@ -78,7 +96,9 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(stem=r'^cls_token|pos_embed|patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
+        return dict(
+            stem=r'^cls_token|pos_embed|patch_embed|norm_pre', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]
+        )
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         super().reset_classifier(num_classes, global_pool)
@@ -95,7 +115,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
         """Tokens (B, 1 + N, C) to logits (B, classes); in training to both heads. `pre_logits` stops before."""
-        pooled = self.head_drop(self.norm(self.pool(x)))
+        pooled = self.head_drop(self.fc_norm(self.norm(self.pool(x))))
         if pre_logits:
             return pooled
         if self.training and self.num_classes > 0:

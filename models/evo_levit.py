@@ -129,6 +129,7 @@ class Downsample(nn.Module):
         if score is not None:
             total = score.sum(1, keepdim=True)
             score = evolution.update_score(subsample(score, self.grid), subsample(attention, self.grid), tradeoff)
+            score = evolution.replace_zeros(score, 1.0)
             score = score * (total / score.sum(1, keepdim=True))
         return x, score
 
@@ -294,6 +295,10 @@ class EvoLeViT(SavedEvolution, nn.Module):
     def new_grids(self) -> list[int]:
         return list(accumulate(len(stage.blocks) for stage in self.stages))[:-1]
 
+    def num_patches(self, block: int) -> int:
+        rows, columns = self.stages[sum(start <= block for start in self.new_grids())].grid
+        return rows * columns
+
     def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
         return self.embed(images), [block for stage in self.stages for block in stage.blocks]
 
@@ -311,7 +316,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
             # A tradeoff that nothing reads gets a gradient of zero, so that no schedule leaves a parameter without one.
             cls_token = cls_token + 0 * torch.cat([a.learn_tradeoff for a in self.attentions()]).sum()
         x = self.patch_embed(x).flatten(2).mT
-        return torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
         return tokens

@@ -93,6 +93,19 @@ def check_representative(representative: str | bool) -> str:
     return name
 
 
+def informative(n: int, keep_ratio: float) -> int:
+    """How many of n patches are informative; ValueError if that is none of several."""
+    # Rounded down from a product of floats, so int(100 * 0.29) is 28: the published code counts like this, and another
+    # rounding would select other patches with its checkpoints.
+    k = int(n * keep_ratio)
+    if k == 0 and n > 1:
+        raise ValueError(
+            f'keep_ratio: expected at least {1 / n:.3g}, which keeps one of the {n} patches, found {keep_ratio}, which '
+            'keeps none'
+        )
+    return k
+
+
 def partition(
     depth: int,
     stages: Sequence[int],
@@ -154,11 +167,21 @@ def select(score: Tensor, k: int) -> Tensor:
 # --- represent
 
 
-def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
-    """The one representative (B, 1, C) of all placeholders: the mean of `patches` (B, N, C) outside `kept`, weighted by
-    score (B, N).
+def replace_zeros(weight: Tensor, other: Tensor | float) -> Tensor:
+    """Weights (B, N) that can be divided by their sum: `other` for those images whose weights are all 0.
+
+    A sum so small that its inverse overflows counts as 0. NaN stays NaN.
     """
-    weight = score.scatter(1, kept, 0.0)
+    return torch.where(weight.sum(1, keepdim=True) < torch.finfo(weight.dtype).tiny, other, weight)
+
+
+def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
+    """The one representative (B, 1, C) of all placeholders, the patches (B, N, C) that are not kept.
+
+    It is their mean weighted by score (B, N), or their plain mean if these scores are all 0.
+    """
+    placeholder = torch.ones_like(score).scatter(1, kept, 0.0)
+    weight = replace_zeros(score.scatter(1, kept, 0.0), placeholder)
     weight = weight / weight.sum(1, keepdim=True)
     return weight.unsqueeze(1).to(patches.dtype) @ patches
 
@@ -173,9 +196,9 @@ def nearest(patches: Tensor, kept: Tensor) -> Tensor:
     return cluster.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
 
 
-def cluster_sizes(cluster: Tensor, k: int) -> Tensor:
-    """How many patches belong to each of k clusters: (B, N) to (B, k), float32."""
-    ones = torch.ones_like(cluster, dtype=torch.float32)
+def cluster_sizes(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """How many patches belong to each of k clusters: (B, N) to (B, k)."""
+    ones = torch.ones_like(cluster, dtype=dtype)
     return ones.new_zeros(cluster.shape[0], k).scatter_add(1, cluster, ones)
 
 
@@ -230,7 +253,7 @@ def evolve(
         tokens: (B, P + N, C).
         score: (B, N), or None before the first block of a network, where every patch is informative.
         blocks, tradeoffs: the group's blocks, and for each how much of its class attention enters the score.
-        keep_ratio: int(N * keep_ratio) patches are informative.
+        keep_ratio: int(N * keep_ratio) patches are informative; ValueError if that is none of several.
         representative: 'none', 'one' or 'nearest', see above.
         selection: that of the group before, None before the first; select_anew: let the score choose another one.
         need_score: False after the last selection of a network: the attentions of the class token are not computed.
@@ -243,8 +266,7 @@ def evolve(
     Source: paper, section 3.2 and figure 3. The published code sorts tokens; gathering them gives the same function.
     """
     n = tokens.shape[1] - prefix
-    # Rounding down the product of floats is how the published code counts: int(100 * 0.29) is 28.
-    k = int(n * keep_ratio)
+    k = informative(n, keep_ratio)
     if k == n:
         return *run(Slow(tokens), score, blocks, tradeoffs, need_score), None
     if select_anew or selection is None:
@@ -285,7 +307,7 @@ def _evolve_clusters(
     """Update the mean of each cluster slowly; every patch moves as the mean of its cluster does."""
     kept, _, cluster = selection
     k = kept.shape[1]
-    size = cluster_sizes(cluster, k)
+    size = cluster_sizes(cluster, k, score.dtype)
     before = cluster_means(tokens[:, prefix:], cluster, size)
     score = score.new_zeros(size.shape).scatter_add(1, cluster, score) / size
     key_bias = F.pad(size.log(), (prefix, 0))[:, None, None]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, PatchEmbed, apply_rot_embed_cat
 from timm.models import Eva, VisionTransformer, register_model
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -58,9 +58,9 @@ class Evolving:
                 f'{depth - 1}, found {stages}'
             )
         self.first_blocks = stages
-        self.keep_ratio = keep_ratio
         self.representative = evolution.check_representative(representative)
         self.stage_wise, self.evolving = stage_wise, True
+        self.keep_ratio = keep_ratio
 
     @property
     def keep_ratio(self) -> tuple[float, ...]:
@@ -68,7 +68,10 @@ class Evolving:
 
     @keep_ratio.setter
     def keep_ratio(self, value: float | Sequence[float]):
-        self._keep_ratio = evolution.check_keep_ratio(value, len(self.first_blocks))
+        ratios = evolution.check_keep_ratio(value, len(self.first_blocks))
+        for block, ratio in zip(self.first_blocks, ratios, strict=True):
+            evolution.informative(self.num_patches(block), ratio)
+        self._keep_ratio = ratios
 
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
         """Choose when to select."""
@@ -77,6 +80,10 @@ class Evolving:
     def block_names(self) -> list[str]:
         """The names of all blocks, in order."""
         return [f'blocks.{i}' for i in range(len(self.blocks))]
+
+    def num_patches(self, block: int) -> int:
+        """How many patches a block sees in images of the size that the model was made for."""
+        return self.patch_embed.num_patches
 
     def new_grids(self) -> list[int]:
         """The blocks before which the grid changes."""
@@ -311,10 +318,38 @@ class EvolvingViT(Evolving):
 
     def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
         """Images (B, channels, height, width) to tokens (B, P + N, C), and the blocks as functions of slow tokens."""
+        self.check_images(images)
         tokens, rope = self.embed(images)
         ropes = rope if getattr(self, 'rope_mixed', False) else [rope] * len(self.blocks)
         common = self.num_prefix_tokens, self.cls_token is not None, self.representative == 'one'
         return tokens, [TimmBlock(*pair, *common) for pair in zip(self.blocks, ropes, strict=False)]
+
+    def check_images(self, images: Tensor):
+        """ValueError for images (B, channels, height, width) of a size that the model cannot take whole."""
+        size, embed = tuple(images.shape[-2:]), self.patch_embed
+        if not isinstance(embed, PatchEmbed):
+            return
+        if embed.strict_img_size and size != embed.img_size:
+            raise ValueError(
+                f'images: expected {embed.img_size}, the img_size of the model, found {size}. For other sizes create '
+                f'the model with dynamic_img_size=True, or call set_input_size({size})'
+            )
+        if not embed.dynamic_img_pad and any(n % patch for n, patch in zip(size, embed.patch_size, strict=True)):
+            raise ValueError(f'images: expected multiples of the patch, {embed.patch_size}, found {size}')
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """DINO's interface, as timm has it: the tokens after the last `n` blocks, or after the blocks `n`, as
+        (B, N, C), or (B, C, rows, columns) with `reshape`; pairs with the prefix tokens with `return_prefix_tokens`.
+        """
+        fmt = 'NCHW' if reshape else 'NLC'
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images to tokens (B, P + N, C) with positions, and rotations of queries and keys, or None."""
@@ -397,11 +432,19 @@ def why_not(model: nn.Module) -> str:
     if type(model) not in (*EVOLVED, *EVOLVED.values()):
         known = ', '.join(cls.__name__ for cls in EVOLVED)
         return f'expected a model of timm whose blocks keep one sequence of patches ({known})'
+    return why_not_arguments(model)
+
+
+def why_not_arguments(model: nn.Module) -> str:
+    """Why blocks of timm that were built from some arguments cannot be computed exactly, '' if they can."""
     for i, block in enumerate(model.blocks):
         if type(block) not in (Block, EvaBlock):
-            return f'blocks.{i} is a {type(block).__name__}, expected attention, then MLP, each added to its input'
+            found = type(block).__name__
+            return f'block_fn: expected residual attention, then a residual MLP, found {found} in blocks.{i}'
         if type(block.attn) not in (Attention, AttentionRope, EvaAttention):
-            return f'blocks.{i}.attn is a {type(block.attn).__name__}, expected one softmax over all tokens'
+            found = type(block.attn).__name__
+            return f'attn_layer: expected one softmax over all tokens, found {found} in blocks.{i}'
     if getattr(model, 'patch_drop', None) is not None and not isinstance(model.patch_drop, nn.Identity):
-        return 'it drops patches in training (patch_drop_rate); create it without'
+        found = model.patch_drop.prob
+        return f'patch_drop_rate: expected 0, since dropped patches have no place in the grid, found {found}'
     return ''

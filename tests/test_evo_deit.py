@@ -1,8 +1,10 @@
 """Evo-DeiT: golden numbers of the published code, its checkpoint layout, timm's conventions."""
 
 import copy
+import inspect
 import json
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -11,7 +13,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import fill
+from timm.layers import Attention, PatchEmbed, SwiGLU
 from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block, ParallelScalingBlock
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -138,6 +142,127 @@ def test_keeping_every_patch_is_timms_vit():
         torch.testing.assert_close(ours(images()), dense.eval()(images()))
 
 
+class GatedAttention(Attention):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, gated=True, **kwargs)
+
+
+class ScaledPatches(PatchEmbed):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+# Arguments of timm's VisionTransformer, with other values than the defaults.
+COMPUTED = [
+    dict(img_size=(16, 24)),
+    dict(patch_size=8),
+    dict(in_chans=1),
+    dict(num_classes=3),
+    dict(embed_dim=48),
+    dict(depth=6),
+    dict(num_heads=4),
+    dict(mlp_ratio=2.0),
+    dict(qkv_bias=False),
+    dict(qk_norm=True),
+    dict(scale_attn_norm=True),
+    dict(scale_mlp_norm=True),
+    dict(proj_bias=False),
+    dict(init_values=0.5),
+    dict(class_token=True),
+    dict(pos_embed='none'),
+    dict(no_embed_class=True),
+    dict(reg_tokens=0),
+    dict(pre_norm=True),
+    dict(final_norm=False),
+    dict(fc_norm=True),
+    dict(global_pool='avg', fc_norm=True),
+    dict(global_pool='avg', fc_norm=None),
+    dict(global_pool='avg', fc_norm=None, pool_include_prefix=True),
+    dict(global_pool='max', fc_norm=None),
+    dict(global_pool='avgmax', fc_norm=None),
+    dict(global_pool=''),
+    dict(dynamic_img_size=True),
+    dict(dynamic_img_size=True, dynamic_img_pad=True),
+    dict(drop_rate=0.5),
+    dict(pos_drop_rate=0.5),
+    dict(proj_drop_rate=0.5),
+    dict(attn_drop_rate=0.5),
+    dict(drop_path_rate=0.5),
+    dict(patch_drop_rate=0.0),
+    dict(weight_init='jax'),
+    dict(fix_init=True),
+    dict(embed_layer=ScaledPatches),
+    dict(embed_norm_layer='layernorm'),
+    dict(norm_layer='layernorm'),
+    dict(norm_layer='rmsnorm', qk_norm=True),
+    dict(norm_layer=None),
+    dict(act_layer='relu'),
+    dict(mlp_layer=SwiGLU),
+    dict(attn_layer='attn'),
+    dict(block_fn=Block),
+    dict(device='cpu'),
+    dict(dtype=torch.float64),
+]
+REFUSED = [
+    (dict(reg_tokens=2), 'found class_token=True, reg_tokens=2'),
+    (dict(class_token=False, global_pool='avg'), 'class_token=False, reg_tokens=0'),
+    (dict(class_token=False, reg_tokens=1, global_pool='avg'), 'class_token=False, reg_tokens=1'),
+    (dict(global_pool='map'), "global_pool: expected 'avg'.*found 'map'"),
+    (dict(global_pool='prr'), "found 'prr'"),
+    (dict(patch_drop_rate=0.5), 'patch_drop_rate: expected 0.*found 0.5'),
+    (dict(attn_layer='diff'), 'attn_layer: expected.*found DiffAttention'),
+    (dict(attn_layer=GatedAttention), 'found GatedAttention'),
+    (dict(block_fn=ParallelScalingBlock), 'block_fn: expected.*ParallelScalingBlock'),
+]
+TIMMS = set(inspect.signature(VisionTransformer).parameters)
+
+
+def known_to_timm(arguments: dict):
+    """Skip where the installed timm does not have the argument yet."""
+    if missing := set(arguments) - TIMMS:
+        pytest.skip(f'timm has no {missing}')
+
+
+def test_every_argument_of_timm_is_tried():
+    assert not TIMMS - {name for arguments in COMPUTED for name in arguments}
+
+
+@pytest.mark.parametrize('arguments', COMPUTED, ids=str)
+def test_arguments_of_timm_are_computed_as_timm_does(arguments):
+    known_to_timm(arguments)
+    shape = dict(img_size=16, patch_size=4, embed_dim=32, depth=5, num_heads=2, num_classes=10)
+    arguments = shape | dict(global_pool='token', norm_layer=partial(nn.LayerNorm, eps=1e-6)) | arguments
+    ours, dense = EvoDeiT(**arguments, keep_ratio=1.0), VisionTransformer(**arguments)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    extra = ('head_cls', 'norm_cls', '_extra_state')
+    dense.load_state_dict({key: p for key, p in ours.state_dict().items() if not key.startswith(extra)})
+    height, width = ours.patch_embed.img_size
+    if arguments.get('dynamic_img_size'):
+        height, width = (23, 25) if arguments.get('dynamic_img_pad') else (24, 20)
+    x = images(4, height, width, channels=arguments.get('in_chans', 3)).to(ours.head.weight.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), dense.eval()(x), rtol=0, atol=1e-5)
+    # The same dropout, too.
+    torch.manual_seed(0)
+    expected = dense.train()(x)
+    torch.manual_seed(0)
+    heads = ours.train()(x)
+    torch.testing.assert_close(heads.head, expected, rtol=0, atol=1e-5)
+    sum(head.square().mean() for head in heads).backward()
+    idle = [name for name, p in ours.named_parameters() if p.grad is None or not p.grad.any()]
+    # A constant added to all keys of a softmax changes nothing; its gradient is rounding.
+    assert [name for name in idle if not name.endswith(('qkv.bias', 'k_norm.bias'))] == []
+
+
+@pytest.mark.parametrize('arguments, message', REFUSED, ids=str)
+def test_arguments_that_would_not_be_computed_are_refused(arguments, message):
+    known_to_timm(arguments)
+    with pytest.raises(ValueError, match=message):
+        nano(**arguments)
+
+
 @pytest.mark.parametrize('stage_wise', [True, False])
 @pytest.mark.parametrize('evolving', [True, False])
 @pytest.mark.parametrize('representative', [True, False])
@@ -226,6 +351,43 @@ def test_intermediates_are_the_features_on_the_way(stage_wise):
         model.forward_intermediates(x, output_fmt='NHWC')
 
 
+def test_another_image_size():
+    x = images(2, 24, 40)
+    with pytest.raises(ValueError, match=r'expected \(16, 16\).*found \(24, 40\).*dynamic_img_size=True.*') as error:
+        nano()(x)
+    resized = nano(keep_ratio=0.25)
+    exec(re.search(r'call (set_input_size\(.*\))', str(error.value))[1], {'set_input_size': resized.set_input_size})
+    with torch.no_grad():
+        for model in (resized, nano(keep_ratio=0.25, dynamic_img_size=True)):
+            logits, selections = model.forward_with_selection(x)
+            assert logits.shape == (2, 10) and logits.isfinite().all()
+            assert {kept.shape for kept in selections.values()} == {(2, 15)}
+            assert model.forward_intermediates(x, 1)[1][0].shape == (2, 32, 6, 10)
+        assert logits.allclose(resized(x), atol=1e-5)  # both resize the same positions
+
+
+def test_images_that_patches_would_cut_are_refused():
+    for model in (nano(img_size=18), nano(dynamic_img_size=True)):
+        with pytest.raises(ValueError, match=r'multiples of the patch, \(4, 4\), found \(18, 18\)'):
+            model(images(2, 18, 18))
+    assert nano(dynamic_img_size=True, dynamic_img_pad=True)(images(2, 18, 18)).shape == (2, 10)
+
+
+def test_intermediate_layers_as_dino_asks_for_them():
+    model, x = nano(), images()
+    with torch.no_grad():
+        _, grids = model.forward_intermediates(x)
+        last = model.get_intermediate_layers(x, reshape=True)
+        assert len(last) == 1 and torch.equal(last[0], grids[-1])
+        some = model.get_intermediate_layers(x, [2, 6], norm=True, return_prefix_tokens=True)
+        for (patches, prefix), i in zip(some, (2, 6), strict=True):
+            torch.testing.assert_close(patches, model.norm(grids[i].flatten(2).mT))
+            assert prefix.shape == (2, 1, 32)
+        # timm's method has the same arguments, in the same order.
+        theirs = list(inspect.signature(VisionTransformer.get_intermediate_layers).parameters)
+        assert list(inspect.signature(EvoDeiT.get_intermediate_layers).parameters) == theirs[:6]
+
+
 def test_options_of_timm():
     with torch.no_grad():
         assert nano(num_classes=0)(images()).shape == (2, 32)
@@ -243,8 +405,6 @@ def test_options_of_timm():
         for last in (5, 8):  # timm drops the blocks after the last one asked for
             cut = timm.create_model('evo_deit_nano_patch4_32', features_only=True, out_indices=(1, last))
             assert len(cut(torch.randn(1, 3, 32, 32))) == 2 and len(cut.model.blocks) == last + 1
-    with pytest.raises(ValueError, match='one class token'):
-        nano(reg_tokens=2)
 
 
 def test_keep_ratio_for_each_stage():
@@ -254,6 +414,22 @@ def test_keep_ratio_for_each_stage():
             model.stage_wise = stage_wise
             kept = list(model.forward_with_selection(images())[1].values())
             assert [k.shape[1] for k in kept] == [12] * count + [4] * count
+
+
+def test_keep_ratio_can_be_assigned():
+    model = nano()
+    model.keep_ratio = 0.25
+    assert model.keep_ratio == (0.25, 0.25)
+    assert torch.equal(model(images()), nano(keep_ratio=0.25)(images()))
+    model.keep_ratio = [0.75, 0.5]
+    kept = model.forward_with_selection(images())[1].values()
+    assert [k.shape[1] for k in kept] == [12, 8]
+    for wrong, message in ((0.0, r'in \(0, 1\]'), ([0.5] * 3, 'one value or 2'), (0.06, 'keeps one of the 16 patches')):
+        with pytest.raises(ValueError, match=message):
+            model.keep_ratio = wrong
+        with pytest.raises(ValueError, match=message):
+            nano(keep_ratio=wrong)
+    assert model.keep_ratio == (0.75, 0.5)
 
 
 def test_weight_decay_is_as_published():

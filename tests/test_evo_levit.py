@@ -216,6 +216,45 @@ def test_keeping_everything_is_the_dense_network():
         small(keep_ratio=(0.5, 0.5))
 
 
+def test_keep_ratio_can_be_assigned():
+    model, x = small('EvoLeViT_128', img_size=128), images(2, 3, 128, 128)
+    model.keep_ratio = 0.25
+    assert model.keep_ratio == (0.25, 0.25, 0.25)
+    assert torch.equal(model(x), small('EvoLeViT_128', img_size=128, keep_ratio=0.25)(x))
+    model.keep_ratio = [0.75, 0.5, 0.25]
+    assert [kept.shape[1] for kept in model.forward_with_selection(x)[1].values()] == [48, 8, 1]
+    for wrong, message in ((2, r'in \(0, 1\]'), ([0.5, 0.5], 'one value or 3'), (0.2, 'keeps one of the 4 patches')):
+        with pytest.raises(ValueError, match=message):
+            model.keep_ratio = wrong
+        with pytest.raises(ValueError, match=message):
+            small('EvoLeViT_128', img_size=128, keep_ratio=wrong)
+    assert model.keep_ratio == (0.75, 0.5, 0.25)
+
+
+def test_a_keep_ratio_without_effect_is_refused():
+    """EvoLeViT_128S has two layers in its first stage, and both see every patch."""
+    for ratios in (0.3, (0.3, 0.3, 0.3), (1.0, 0.3, 0.4), (0.4, 0.3, 0.4)):
+        assert len(small(keep_ratio=ratios).keep_ratio) == 3
+    with pytest.raises(ValueError, match=r'stage 0, in which no layer evolves, found 0\.7 in \(0\.7, 0\.5, 0\.5\)'):
+        small(keep_ratio=(0.7, 0.5, 0.5))
+    assert small('EvoLeViT_128', keep_ratio=(0.7, 0.5, 0.5)).keep_ratio == (0.7, 0.5, 0.5)
+    assert small(depth=(2, 0, 0), keep_ratio=0.3)(images(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_scores_that_are_all_zero_stay_finite():
+    score = torch.zeros(3, 16)
+    score[1, 5] = 0.6  # row 1, column 1, which down-sampling leaves out
+    score[2] = torch.arange(16)
+    score.requires_grad_()
+    tokens = images(3, 17, 128).requires_grad_()
+    x, found = small('EvoLeViT_128').stages[1].downsample(tokens, score, 0.0)
+    total = score.sum(1)
+    torch.testing.assert_close(found[:2], (total[:2, None] / 4).expand(-1, 4))
+    torch.testing.assert_close(found[2], torch.tensor([0.0, 2.0, 8.0, 10.0]) * total[2] / 20)
+    (found.square().sum() + x.sum()).backward()
+    assert score.grad.isfinite().all() and tokens.grad.isfinite().all()
+
+
 def test_placeholders_move_alike_or_not_at_all():
     """In a stage with one selection, all placeholders of an image are given the same update."""
     for representative in (True, False):

@@ -19,9 +19,9 @@ class ToyBlock(nn.Module):
 
     def forward(self, slow, need_attention=True):
         x, bias = slow.tokens, 0 if slow.key_bias is None else slow.key_bias[:, 0]
-        logits = (self.score(x).mT + bias) if need_attention else None  # (B, 1, 1 + n)
+        attention = (self.score(x).mT + bias).softmax(-1)[:, 0] if need_attention else None
         weights = torch.softmax(x @ x.mT / C + bias, -1)
-        return x + torch.tanh(self.mix(weights @ x)), logits.softmax(-1)[:, 0, 1:] if need_attention else None
+        return x + torch.tanh(self.mix(weights @ x)), attention[:, 1:] if need_attention else None
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def by_sorting(tokens, score, blocks, tradeoffs, k, representative):
     score = score.gather(1, order)
     slow, rest, rest_score = patches[:, :k], patches[:, k:], score[:, k:]
     x = torch.cat([tokens[:, :1], slow], 1)
-    if representative:
+    if representative == 'one':
         before = (rest * (rest_score / rest_score.sum(1, keepdim=True))[..., None]).sum(1, keepdim=True)
         x = torch.cat([x, before], 1)
     kept_score = score[:, :k]
     for block, t in zip(blocks, tradeoffs, strict=True):
         x, attention = block(Slow(x))
         kept_score = (1 - t) * kept_score + t * attention[:, :k]
-    if representative:
+    if representative == 'one':
         rest = rest + (x[:, -1:] - before)
         x = x[:, :-1]
     patches = torch.cat([x[:, 1:], rest], 1).gather(1, back[..., None].expand(-1, -1, C))
@@ -65,7 +65,7 @@ def by_sorting(tokens, score, blocks, tradeoffs, k, representative):
     return torch.cat([x[:, :1], patches], 1), score
 
 
-@pytest.mark.parametrize('representative', [False, True])
+@pytest.mark.parametrize('representative', ['none', 'one'])
 @pytest.mark.parametrize('keep_ratio', [0.1, 0.5, 0.7, 0.95])
 def test_gathering_equals_sorting(tokens, score, blocks, keep_ratio, representative):
     tradeoffs = [0.5, 0.3, 0.9]
@@ -74,12 +74,13 @@ def test_gathering_equals_sorting(tokens, score, blocks, keep_ratio, representat
     torch.testing.assert_close(found[:2], expected, rtol=0, atol=1e-12)
 
 
-def test_keeping_everything_is_dense(tokens, score, blocks):
+@pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
+def test_keeping_everything_is_dense(tokens, score, blocks, representative):
     x = tokens
     for block in blocks:
         x = block(Slow(x))[0]
-    found, _, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0, representative='one')
-    assert kept is None
+    found, _, selection = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0, representative)
+    assert selection is None
     assert torch.equal(found, x)
 
 
@@ -92,18 +93,19 @@ def test_selection_is_the_highest_scores(score):
 
 def test_placeholders_wait_or_follow_the_representative(tokens, score, blocks):
     out, new_score, selection = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5)
+    kept = selection.kept
     placeholder = torch.ones_like(score, dtype=torch.bool).scatter(1, kept, False)
     assert torch.equal(out[:, 1:][placeholder], tokens[:, 1:][placeholder])
     assert torch.equal(new_score[placeholder], score[placeholder])
     assert (new_score[~placeholder] != score[~placeholder]).all()
     out, _, again = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative='one')
-    assert torch.equal(kept, again)
+    assert torch.equal(kept, again.kept)
     change = (out - tokens)[:, 1:][placeholder].view(B, -1, C)
     torch.testing.assert_close(change, change[:, :1].expand_as(change), rtol=0, atol=1e-12)
     assert change.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize('representative', [False, True])
+@pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
 def test_order_of_patches_does_not_matter(tokens, score, blocks, representative):
     permutation = torch.randperm(N)
     both = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + permutation])
@@ -113,20 +115,46 @@ def test_order_of_patches_does_not_matter(tokens, score, blocks, representative)
     torch.testing.assert_close(moved[1], new_score[:, permutation], rtol=0, atol=1e-12)
 
 
-def test_a_selection_can_go_on_in_the_next_group(tokens, score, blocks):
-    whole = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative='one')
-    x, s, kept = evolution.evolve(tokens, score, blocks[:1], [0.5], 0.5, representative='one')
-    x, s, _ = evolution.evolve(x, s, blocks[1:], [0.5] * 2, 0.5, representative='one', kept=kept)
-    # The representative is made anew; as placeholders moved together and the weights sum to 1, it is the same.
+@pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
+def test_a_selection_can_go_on_in_the_next_group(tokens, score, blocks, representative):
+    whole = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative)
+    x, s, selection = evolution.evolve(tokens, score, blocks[:1], [0.5], 0.5, representative)
+    x, s, again = evolution.evolve(x, s, blocks[1:], [0.5] * 2, 0.5, representative, selection, select_anew=False)
+    # What represents is made anew; as those it stands for moved together, it is the same.
     torch.testing.assert_close(x, whole[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(s, whole[1], rtol=0, atol=1e-12)
+    assert again is selection
 
 
-def test_no_informative_patch_leaves_class_and_representative(score, blocks, tokens):
-    out, _, kept = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.05, representative='one')
-    assert kept.shape == (B, 0)
+def test_a_single_patch_waits_beside_class_and_representative(score, blocks, tokens):
+    tokens, score = tokens[:, :2], score[:, :1]
+    out, _, selection = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative='one')
+    assert selection.kept.shape == (B, 0)
     assert out.isfinite().all()
     assert (out != tokens).all()
+
+
+def test_keeping_none_of_several_patches_is_an_error(score, blocks, tokens):
+    with pytest.raises(ValueError, match=r'at least 0\.1, which keeps one of the 10 patches, found 0\.09'):
+        evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.09)
+
+
+@pytest.mark.parametrize('tiny', [0.0, 1e-310])
+def test_placeholders_without_any_score_are_represented_by_their_plain_mean(tokens, score, blocks, tiny):
+    kept = evolution.select(score, 4)
+    score[0] = torch.full_like(score[0], tiny).scatter(0, kept[0], 1.0)
+    patches = tokens[:, 1:].clone().requires_grad_()
+    score.requires_grad_()
+    found = evolution.weighted_mean(patches, score, kept)
+    placeholder = torch.ones(N, dtype=torch.bool).scatter(0, kept[0], False)
+    torch.testing.assert_close(found[0, 0], patches[0][placeholder].mean(0), rtol=0, atol=1e-12)
+    found.sum().backward()
+    assert patches.grad.isfinite().all() and score.grad.isfinite().all()
+    # The other image of the batch does not notice.
+    alone = evolution.weighted_mean(patches[1:], score[1:], kept[1:])
+    assert torch.equal(found[1:], alone) and score.grad[1].any()
+    out, _, _ = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.4, representative='one')
+    assert out.isfinite().all()
 
 
 def test_inputs_are_not_written_to(tokens, score, blocks):
@@ -161,8 +189,11 @@ def test_half_precision_keeps_scores_full_and_indices_whole():
         attention = evolution.class_attention(q.bfloat16(), k.bfloat16(), 0.25)
         assert attention.dtype == torch.float32
         tokens, score = torch.randn(1, 577, 4), attention.sum(1)
-        out, _, kept = evolution.evolve(tokens, score, [lambda slow, _: (slow.tokens + 1, slow.tokens[:, 1:, 0].float())], [0.5], 0.5)
+        out, _, selection = evolution.evolve(
+            tokens, score, [lambda x, _: (x.tokens + 1, x.tokens[:, 1:, 0].float())], [0.5], 0.5
+        )
     # In bfloat16 only 139 of 144 indices at 384 px stay distinct; here they are integers.
+    kept = selection.kept
     assert kept.dtype == torch.int64 and len(kept[0].unique()) == 288
     assert ((out - tokens)[0, 1:, 0] > 0.5).sum() == 288
 
@@ -174,15 +205,112 @@ def test_attention_of_the_class_token_is_the_row_of_the_whole_map():
 
 
 def test_both_schedules_cut_the_same_list():
-    stage = evolution.partition(4, [4, 4], [0.5, 0.4], stage_wise=True)
-    layer = evolution.partition(4, [4, 4], [0.5, 0.4], stage_wise=False)
+    schedule = 12, (4, 8), (0.5, 0.4)
+    stage, layer = evolution.partition(*schedule), evolution.partition(*schedule, stage_wise=False)
     assert [g[:3] for g in stage] == [(0, 4, 1.0), (4, 8, 0.5), (8, 12, 0.4)]
     assert [g.start for g in layer] == [0, *range(4, 12)]
     assert [g.keep_ratio for g in layer] == [1.0, *[0.5] * 4, *[0.4] * 4]
-    for groups in (stage, layer, evolution.partition(4, [4, 4], [0.5, 0.4], True, cuts=[1, 5, 7, 10])):
+    cut = evolution.partition(*schedule, cuts=[1, 5, 7, 10])
+    for groups in (stage, layer, cut):
         assert [i for g in groups for i in range(g.start, g.stop)] == list(range(12))
-    cut = evolution.partition(4, [4, 4], [0.5, 0.4], True, cuts=[1, 5, 7, 10])
-    assert [(g.start, g.select) for g in cut] == [(0, True), (2, False), (4, True), (6, False), (8, True), (11, False)]
+    assert [(g.start, g.select) for g in cut] == [
+        (0, False), (2, False), (4, True), (6, False), (8, True), (11, False)
+    ]  # fmt: skip
+
+
+def test_a_new_grid_selects_anew_and_stages_may_begin_anywhere():
+    groups = evolution.partition(9, (3,), (0.6,), new_grids=(2, 5))
+    assert groups == [(0, 2, 1.0, False), (2, 3, 1.0, False), (3, 5, 0.6, True), (5, 9, 0.6, True)]
+    assert evolution.partition(3, (), ()) == [(0, 3, 1.0, False)]
+
+
+# --- one representative for each informative patch
+
+
+def nearest_group(tokens, score, blocks, keep_ratio):
+    return evolution.evolve(tokens, score, blocks, [0.5] * len(blocks), keep_ratio, 'nearest')
+
+
+def test_sizes_add_up_and_informative_patches_represent_themselves(tokens, score):
+    kept = evolution.select(score, 4)
+    cluster = evolution.nearest(tokens[:, 1:], kept)
+    size = evolution.cluster_sizes(cluster, 4)
+    assert torch.equal(size.sum(1), torch.tensor([float(N)] * B)) and (size >= 1).all()
+    assert torch.equal(cluster.gather(1, kept), torch.arange(4).expand(B, -1))
+    for image in range(B):
+        for patch in set(range(N)) - set(kept[image].tolist()):
+            similarity = torch.cosine_similarity(tokens[image, 1 + patch], tokens[image, 1 + kept[image]], dim=-1)
+            assert cluster[image, patch] == similarity.argmax()
+
+
+def test_every_patch_moves_by_what_its_slow_token_moved(tokens, score, blocks):
+    out, new_score, (kept, _, cluster) = nearest_group(tokens, score, blocks, 0.4)
+    size = evolution.cluster_sizes(cluster, 4)
+    means = torch.stack([torch.stack([tokens[i, 1:][cluster[i] == j].mean(0) for j in range(4)]) for i in range(B)])
+    torch.testing.assert_close(evolution.cluster_means(tokens[:, 1:], cluster, size), means)
+    x = torch.cat([tokens[:, :1], means], 1)
+    bias = torch.nn.functional.pad(size.log(), (1, 0))[:, None, None]
+    for block in blocks:
+        x = block(Slow(x, kept, bias))[0]
+    torch.testing.assert_close(out[:, 0], x[:, 0])
+    expected = (x[:, 1:] - means).gather(1, cluster[..., None].expand(-1, -1, C))
+    torch.testing.assert_close(out[:, 1:] - tokens[:, 1:], expected)
+    assert torch.equal(new_score, new_score.gather(1, kept).gather(1, cluster))  # a cluster has one score
+
+
+def test_equal_patches_act_like_themselves(score, blocks):
+    """Clusters of equal patches, each with an informative one, compute what the dense group does: attention counts."""
+    torch.manual_seed(3)
+    different = torch.randn(B, 5, C, dtype=torch.float64)
+    tokens = torch.cat([different[:, :1], different[:, [1, 2, 1, 3, 4, 1, 2, 4, 4, 3]]], 1)
+    score = torch.tensor([9.0, 8, 0, 7, 6, 0, 0, 0, 0, 0], dtype=torch.float64).expand(B, -1)
+    dense = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0)
+    sparse = nearest_group(tokens, score, blocks, 0.4)
+    torch.testing.assert_close(sparse[0], dense[0], rtol=0, atol=1e-12)
+    # The score too, when the patches of a cluster had the same before.
+    score = score.gather(1, torch.tensor([[0, 1, 0, 3, 4, 0, 1, 4, 4, 3]]).expand(B, -1))
+    kept = evolution.Selection(
+        torch.tensor([[0, 1, 3, 4]] * B), score, torch.tensor([[0, 1, 0, 2, 3, 0, 1, 3, 3, 2]] * B)
+    )
+    dense = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0)
+    sparse = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.4, 'nearest', kept, select_anew=False)
+    torch.testing.assert_close(sparse[1], dense[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 10])
+def test_any_number_of_patches_and_of_informative_ones(tokens, score, blocks, n):
+    for k in range(1, n + 1):
+        out, new_score, selection = nearest_group(
+            tokens[:, : 1 + n], score[:, :n], blocks, (k + 0.5) / n if k < n else 1
+        )
+        assert out.shape == (B, 1 + n, C) and out.isfinite().all() and new_score.isfinite().all()
+        assert selection is None if k == n else selection.kept.shape[1] == k
+    out, _, selection = nearest_group(tokens[:, :2], score[:, :1], blocks, 0.5)  # none of one
+    assert selection.kept.shape == (B, 0) and torch.equal(out[:, 1:], tokens[:, 1:2])
+
+
+def test_gradients_flow_through_clusters(tokens, score, blocks):
+    tokens.requires_grad_(), score.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, s: nearest_group(x, s, blocks, 0.4)[:2], (tokens, score))
+    for parameter in blocks[0].parameters():
+        assert parameter.grad is None
+    nearest_group(tokens, score, blocks, 0.4)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for block in blocks for p in block.mix.parameters())
+
+
+def test_prefix_tokens_are_all_updated_slowly(tokens, score, blocks):
+    for representative in evolution.REPRESENTATIVES:
+        out, _, selection = evolution.evolve(
+            tokens,
+            score[:, :8],
+            [lambda x, _: (x.tokens + 1, x.tokens[:, 3:, 0])],
+            [0.5],
+            0.5,
+            representative,
+            prefix=3,
+        )
+        assert selection.kept.shape == (B, 4) and selection.kept.max() < 8
+        torch.testing.assert_close(out[:, :3], tokens[:, :3] + 1)
 
 
 @pytest.mark.parametrize('wrong', [0, 0.0, -0.5, 1.5, [0.5, 0.0], [0.5, 0.5, 0.5], float('nan')])
@@ -191,9 +319,10 @@ def test_wrong_keep_ratios_are_refused(wrong):
         evolution.check_keep_ratio(wrong, 2)
 
 
-def test_one_graph(tokens, score, blocks):
+@pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
+def test_one_graph(tokens, score, blocks, representative):
     def network(x, s):
-        return evolution.evolve(x, s, blocks, [0.5] * 3, 0.5, representative='one')
+        return evolution.evolve(x, s, blocks, [0.5] * 3, 0.5, representative)
 
     # `eager` traces the one graph without spending a minute on compiling it.
     compiled = torch.compile(network, fullgraph=True, backend='eager')

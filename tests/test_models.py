@@ -1,0 +1,188 @@
+"""What holds for both families: names, sizes of images, export, compilation, and that a GPU is not waited for."""
+
+from itertools import product
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import models
+from utils import InputError
+
+FAMILIES = ('evo_deit', 'EvoLeViT')
+
+
+def small(family: str, **kwargs) -> nn.Module:
+    """A model with few blocks, two stages of which select among several patches."""
+    torch.manual_seed(0)
+    if family == 'evo_deit':
+        return timm.create_model('evo_deit_nano_patch4_32', img_size=16, num_classes=10, depth=6, **kwargs)
+    return timm.create_model('EvoLeViT_128S', img_size=64, num_classes=10, depth=(3, 2, 1), **kwargs)
+
+
+def images(model: nn.Module, batch: int) -> Tensor:
+    size = model.img_size if hasattr(model, 'img_size') else model.patch_embed.img_size
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
+
+
+# Layer-wise as trained, and stage-wise as deployed.
+@pytest.fixture(params=[*product(FAMILIES, (False, True))], ids=lambda p: f'{p[0]}-{"fused" if p[1] else "whole"}')
+def inference_model(request) -> nn.Module:
+    family, fused = request.param
+    model = small(family, representative=not fused).eval()
+    model.set_schedule(stage_wise=fused)
+    return model.fuse() if fused else model
+
+
+def test_export_with_a_batch_of_any_size(inference_model):
+    batch = torch.export.Dim('batch')
+    program = torch.export.export(inference_model, (images(inference_model, 2),), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 3):
+        x = images(inference_model, size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), inference_model(x), rtol=0, atol=1e-6)
+
+
+def test_onnx_with_a_batch_of_any_size(inference_model):
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+    batch = torch.export.Dim('batch')
+    program = torch.onnx.export(
+        inference_model, (images(inference_model, 2),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
+    for size in (1, 3):
+        x = images(inference_model, size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(x)[0], inference_model(x), rtol=0, atol=1e-5)
+
+
+def test_inference_compiles_to_one_graph(inference_model):
+    x = images(inference_model, 2)
+    compiled = torch.compile(inference_model, fullgraph=True, backend='eager')
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), inference_model(x))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_training_compiles_to_one_graph(family):
+    model = small(family, representative=True).train()
+    x, gradients = images(model, 4), []
+    for network in (model, torch.compile(model, fullgraph=True, backend='eager')):
+        model.zero_grad()
+        sum(head.square().mean() for head in network(x)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(g is not None for g in gradients[1])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+
+
+class OnGPU(TorchDispatchMode):
+    """Asserts that all tensors are on a GPU: a copy from or to the CPU would wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter((args, kwargs, out)):
+            assert not isinstance(tensor, Tensor) or tensor.is_cuda, f'{func} on {tensor.device}'
+        return out
+
+
+def forward_on_fake_gpu(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype):
+    """One forward pass on tensors without data, on a GPU that need not exist.
+
+    What has to read a number back, such as `.item()` or indices of unknown number, raises.
+    """
+
+    def empty(like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=dtype if like.is_floating_point() else like.dtype, device='cuda')
+
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    with FakeTensorMode():
+        state, x = {key: empty(value) for key, value in tensors}, torch.empty(shape, dtype=dtype, device='cuda')
+        with OnGPU():
+            return functional_call(model, state, (x,))
+
+
+@pytest.mark.parametrize('representative', [False, True])
+@pytest.mark.parametrize('stage_wise', [False, True])
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_forward_does_not_wait_for_a_gpu(family, training, stage_wise, representative):
+    model = small(family, representative=representative, drop_path_rate=0.1).train(training)
+    model.set_schedule(stage_wise)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = forward_on_fake_gpu(model, (4, *images(model, 1).shape[1:]), dtype)
+        assert all(head.is_cuda and head.shape == (4, 10) for head in (out if training else [out]))
+
+
+@pytest.mark.parametrize(
+    'wait, error',
+    [
+        (lambda x: x * x.sum().item(), DataDependentOutputException),
+        (lambda x: x if (x > 0).any() else -x, DataDependentOutputException),
+        (lambda x: x[x > 0], DynamicOutputShapeException),
+        (lambda x: x.cpu(), AssertionError),
+        (lambda x: x * torch.tensor(2.0), AssertionError),
+    ],
+    ids=['item', 'if', 'mask', 'cpu', 'constant'],
+)
+def test_waiting_for_a_gpu_would_be_noticed(wait, error):
+    class Waits(nn.Linear):
+        def forward(self, x):
+            return wait(super().forward(x))
+
+    with pytest.raises(error):
+        forward_on_fake_gpu(Waits(4, 4), (2, 4), torch.float32)
+
+
+@pytest.mark.parametrize(
+    'wrong, first',
+    [
+        ('evo_deit_smal', 'evo_deit_small_patch16_224'),
+        ('EVO_DEIT_TINY', 'evo_deit_tiny_patch16_224'),
+        ('evodeit_tiny_patch16_224', 'evo_deit_tiny_patch16_224'),
+        ('EvoLeViT_128s', 'EvoLeViT_128S'),
+        ('evolevit256', 'EvoLeViT_256'),
+        ('vit_small_patch16_225', 'vit_small_patch16_224'),
+        ('resnet5', 'resnet50'),
+    ],
+)
+def test_nearest_names(wrong, first):
+    assert models.nearest_names(wrong).startswith(f'Nearest: {first},')
+
+
+def test_ours_are_suggested_for_a_name_like_ours():
+    near = models.nearest_names('evo_deit_smal').removeprefix('Nearest: ').split(', ')
+    assert len(near) == 5 and all(name.startswith(('evo_deit', 'EvoLeViT')) for name in near)
+
+
+@pytest.mark.parametrize(
+    'name, size, message',
+    [
+        ('evo_deit_tiny_patch16_224', 200, 'expected a multiple of 16.*found 200: 8 pixels.*Nearest: 192 and 208'),
+        ('deit_tiny_patch16_224', 200, 'expected a multiple of 16.*found 200: 8 pixels.*Nearest: 192 and 208'),
+        ('vit_tiny_patch16_224', 10, 'found 10: 10 pixels.*Nearest: 16$'),
+        ('swin_tiny_patch4_window7_224', 225, 'expected a multiple of 4.*Nearest: 224 and 228'),
+        ('convnext_atto', 65, 'expected a multiple of 4.*Nearest: 64 and 68'),
+        ('EvoLeViT_128S', 200, 'expected multiples of 16, found .200, 200.'),
+    ],
+)
+def test_sizes_that_a_model_would_cut_are_refused(name, size, message):
+    with torch.device('meta'), pytest.raises(InputError, match=message):
+        models.create(name, 10, size)
+
+
+def test_sizes_that_a_model_takes():
+    for name, size in (('evo_deit_tiny_patch16_224', 208), ('deit_tiny_patch16_224', 192), ('resnet18', 201)):
+        with torch.device('meta'):
+            assert models.create(name, 10, size).num_classes == 10
+
+
+def test_a_model_that_pads_takes_any_size():
+    model = timm.create_model('vit_tiny_patch16_224', depth=1, dynamic_img_size=True, dynamic_img_pad=True)
+    models.check_input_size(model, 'vit_tiny_patch16_224', 200)
+    with pytest.raises(InputError, match='found 200'):
+        models.check_input_size(timm.create_model('vit_tiny_patch16_224', depth=1), 'vit_tiny_patch16_224', 200)
