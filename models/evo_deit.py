@@ -78,10 +78,10 @@ class EvoDeiT(VisionTransformer):
             Can be assigned later.
         representative: add the paper's representative token and fast update. The published models have neither.
 
-    What would not be computed exactly is a ValueError: tokens besides the class token and the patches, patch dropout,
-    pooling by attention, other blocks, other attention. The defaults differ from timm's in `global_pool`, 'avg', and
-    in that the norm after the pooling is called `norm`; it has timm's name with `fc_norm=True`. Pooling always comes
-    first.
+    What would not be computed exactly is a ValueError: tokens besides the class token and the patches, no positions,
+    patch dropout, pooling by attention, other blocks, other attention. The defaults differ from timm's in
+    `global_pool`, 'avg', and in that the norm after the pooling is called `norm`; it has timm's name with
+    `fc_norm=True`. Pooling always comes first.
 
     Plain attributes, saved and restored with the weights:
         stage_wise: select before blocks 4 and 8 (True, as in the end of training), or before each block from 4 on.
@@ -122,6 +122,8 @@ class EvoDeiT(VisionTransformer):
             )
         if self.attn_pool is not None:
             raise ValueError(f"global_pool: expected 'avg', 'token', 'max', 'avgmax' or '', found '{self.global_pool}'")
+        if self.pos_embed is None:  # some versions of timm then leave the class token out
+            raise ValueError("pos_embed: expected 'learn', found none")
         if not isinstance(self.patch_drop, nn.Identity):
             raise ValueError(
                 f'patch_drop_rate: expected 0, since dropped patches have no place in the grid, found '
