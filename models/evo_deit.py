@@ -39,10 +39,10 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...
         representative: who represents placeholders, see evolution.py: 'none' as published, 'one', or 'nearest'.
 
-    What would not be computed exactly is a ValueError: tokens besides the class token and the patches, patch dropout,
-    pooling by attention, other blocks, other attention. The defaults differ from timm's in `global_pool`, 'avg', and
-    in that the norm after the pooling is called `norm`; it has timm's name with `fc_norm=True`. Pooling always comes
-    first.
+    What would not be computed exactly is a ValueError: tokens besides the class token and the patches, no positions,
+    patch dropout, pooling by attention, other blocks, other attention. The defaults differ from timm's in
+    `global_pool`, 'avg', and in that the norm after the pooling is called `norm`; it has timm's name with
+    `fc_norm=True`. Pooling always comes first.
 
     Attributes, saved and restored with the weights:
         stage_wise: select before each stage (True, as in the end of training), or before each of its blocks.
@@ -83,6 +83,8 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
             )
         if self.attn_pool is not None:
             raise ValueError(f"global_pool: expected 'avg', 'token', 'max', 'avgmax' or '', found '{self.global_pool}'")
+        if self.pos_embed is None:  # some versions of timm then leave the class token out
+            raise ValueError("pos_embed: expected 'learn', found none")
 
     def fuse(self):
         """For inference: drop the head that training alone uses, in place; both families have this call."""

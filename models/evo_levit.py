@@ -189,6 +189,8 @@ class EvoLeViT(SavedEvolution, nn.Module):
         self.img_size = to_2tuple(img_size)
         if any(pixels < 16 or pixels % 16 for pixels in self.img_size):
             raise ValueError(f'img_size: expected multiples of 16, found {self.img_size}')
+        if min(depth) < 1:
+            raise ValueError(f'depth: expected at least one layer on each grid, found {depth}')
         self.in_chans, self.drop_rate = in_chans, drop_rate
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.grad_checkpointing = self.fused = False
@@ -208,7 +210,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
             self.stages.append(Stage(downsample, blocks, grid))
             self.feature_info.append(dict(num_chs=dim, reduction=16 * 2**i, module=f'stages.{i}'))
         if stages is None:
-            stages = sorted({FIRST_EVOLVING, *self.new_grids()})
+            stages = sorted(block for block in {FIRST_EVOLVING, *self.new_grids()} if block < sum(depth))
         self.init_evolution(keep_ratio, stages, representative)
         self.learned_tradeoff = True
         self.reset_classifier(num_classes, global_pool)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import models  # noqa: F401
 from models.evo_levit import HEADS, EvoLeViT, Heads, attend
+from models.evolution import Slow
 
 SIZES = ('128S', '128', '192', '256', '384')
 NAMES = [f'EvoLeViT_{size}{pixels}' for pixels in ('', '_384') for size in SIZES]
@@ -213,7 +214,7 @@ def test_keeping_everything_is_the_dense_network():
     assert (small('EvoLeViT_128').forward_features(x) - dense.forward_features(x)).abs().max() > 1e-2
     assert len(small('EvoLeViT_128', keep_ratio=(1.0, 0.5, 1.0)).forward_with_selection(x)[1]) == 1
     with pytest.raises(ValueError, match='keep_ratio'):
-        small(keep_ratio=(0.5, 0.5))
+        small(keep_ratio=(0.5, 0.5, 0.5))  # of the three grids of EvoLeViT_128S two evolve
 
 
 def test_keep_ratio_can_be_assigned():
@@ -231,14 +232,16 @@ def test_keep_ratio_can_be_assigned():
     assert model.keep_ratio == (0.75, 0.5, 0.25)
 
 
-def test_a_keep_ratio_without_effect_is_refused():
-    """EvoLeViT_128S has two layers in its first stage, and both see every patch."""
-    for ratios in (0.3, (0.3, 0.3, 0.3), (1.0, 0.3, 0.4), (0.4, 0.3, 0.4)):
-        assert len(small(keep_ratio=ratios).keep_ratio) == 3
-    with pytest.raises(ValueError, match=r'stage 0, in which no layer evolves, found 0\.7 in \(0\.7, 0\.5, 0\.5\)'):
-        small(keep_ratio=(0.7, 0.5, 0.5))
-    assert small('EvoLeViT_128', keep_ratio=(0.7, 0.5, 0.5)).keep_ratio == (0.7, 0.5, 0.5)
-    assert small(depth=(2, 0, 0), keep_ratio=0.3)(images(1, 3, 64, 64)).shape == (1, 10)
+def test_stages_can_be_chosen():
+    assert small().first_blocks == (2, 5) and small('EvoLeViT_128').first_blocks == (2, 4, 8)
+    model = small('EvoLeViT_128', img_size=128, stages=(3, 6), keep_ratio=(0.75, 0.5))
+    kept = {name: k.shape[1] for name, k in model.forward_with_selection(images(2, 3, 128, 128))[1].items()}
+    # A new grid selects anew, with the ratio of the stage that it is in.
+    assert kept == {'stages.0.blocks.3': 48, 'stages.1.blocks.0': 12, 'stages.1.blocks.2': 8, 'stages.2.blocks.0': 2}
+    assert small(depth=(2, 1, 1), keep_ratio=0.3, stages=())(images(1, 3, 64, 64)).shape == (1, 10)
+    for wrong, message in ((dict(stages=(0, 4)), 'stages: expected'), (dict(depth=(2, 0, 1)), 'depth: expected')):
+        with pytest.raises(ValueError, match=message):
+            small(**wrong)
 
 
 def test_scores_that_are_all_zero_stay_finite():
@@ -260,7 +263,7 @@ def test_placeholders_move_alike_or_not_at_all():
     for representative in (True, False):
         model = small('EvoLeViT_128', representative=representative)
         x = images(2, 3, 64, 64)
-        _, selections, outputs = model.evolve(x)
+        _, selections, outputs = model.evolve(x, [3, 7])
         kept = selections['stages.1.blocks.0'].kept
         before = model.stages[1].downsample(outputs[0], None, 0.5)[0]
         moved = torch.ones(2, 4).scatter(1, kept, 0).bool()
@@ -343,7 +346,7 @@ def test_half_precision_keeps_scores_and_indices_exact():
     exact = model(x)
     with torch.autocast('cpu', torch.bfloat16):
         logits, selections = model.forward_with_selection(x)
-        _, attention = model.stages[0].blocks[0](model.embed(x))
+        _, attention = model.stages[0].blocks[0](Slow(model.embed(x)))
     assert attention.dtype == torch.float32
     assert {len(kept[0].unique()) for kept in selections.values()} == {72, 18}
     assert (logits - exact).abs().max() < 0.2 * exact.std()
