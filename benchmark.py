@@ -60,6 +60,11 @@ from utils import InputError, say
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
 HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
+# Flags of a run that is kept: nothing is read from one here, or written to one.
+RUN_FLAGS = (
+    *('output_dir', 'resume', 'auto_resume', 'overwrite', 'accept_changes', 'finetune', 'eval', 'eval_ema'),
+    *('save_interval_steps', 'keep_checkpoints', 'start_epoch'),
+)
 PUBLISHED_PRECISIONS = {'float32': 'fp32', 'float16': 'fp16', 'bfloat16': 'bf16'}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PASSES = 3  # end to end, how often a model is given the loader's batches
@@ -260,7 +265,11 @@ def make_case(
         defaults = main_levit.RECIPE | {'distillation_type': 'none'}  # its teacher would take most of the time
     else:
         defaults = main_deit.RECIPE | ({} if dense_twin(name) else {'drop_path': None})
-    case = engine.get_parser('', defaults).parse_args(recipe)
+    parser = engine.get_parser('', defaults)
+    case = parser.parse_args(recipe)
+    if given := [name for name in RUN_FLAGS if getattr(case, name) != parser.get_default(name)]:
+        flags = ', '.join(f'--{name.replace("_", "-")}' for name in given)
+        raise InputError(f'{flags}: benchmark.py measures new networks and touches no run; leave these flags out')
     case.mode, case.model, case.batch_size, case.eval = mode, name, batch, mode != 'train'
     case.input_size = size or models.published_cfg(name).input_size[-1]
     case.precision = 'fp32' if args.precision == 'tf32' else args.precision

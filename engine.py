@@ -407,7 +407,6 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
         state.load(content, source, args)
         say(f'{source}: going on with epoch {state.epoch}, step {state.step}, best Acc@1 so far {state.best_acc1:.3f}')
     check_agreement(state, device)
-    checkpoint.clear_output(args)
     say(
         f'batch {args.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
         f'{images} images a step (published: 1024 to 2048), '
@@ -458,6 +457,7 @@ def train(
     if steps == 0:
         raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {len(train_loader)} batches')
     state = start(args, model, precision, steps)
+    checkpoint.clear_output(args)
     networks = [model, state.ema.module] if state.ema else [model]
     if args.compile:
         model.compile()
