@@ -16,6 +16,7 @@ from timm.scheduler import create_scheduler
 
 import checkpoint
 import engine
+import losses
 import main_deit
 import models
 import utils
@@ -95,7 +96,58 @@ def test_learning_rates_are_the_published_ones(row):
     assert rates == pytest.approx(row['per_epoch'], rel=1e-9)
 
 
+def test_cooldown_changes_no_rate_and_says_so(capsys):
+    rates = []
+    for epochs in (0, 10):
+        args = engine.get_parser('', main_deit.RECIPE).parse_args(['--cooldown-epochs', str(epochs), '--epochs', '20'])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        scheduler = create_scheduler(args, optimizer)[0]
+        rates.append([scheduler._get_values(epoch) for epoch in range(20)])
+    assert rates[0] == rates[1]
+    with pytest.raises(SystemExit):
+        engine.get_parser('', main_deit.RECIPE).parse_args(['--help'])
+    assert re.search(r'--cooldown-epochs \S+\s+accepted without effect', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    'epochs, warmup, says',
+    [
+        (5, 5, 'from 1e-06 to 0.0003 and never reaches 0.0005; use --warmup-epochs 0'),
+        (20, 40, 'from 1e-06 to 0.000226 and never reaches 0.0005; use --warmup-epochs 2'),
+        (2, 1, 'from 1e-06 to 1e-06 and never reaches'),
+        (7, 5, ''),
+        (5, 0, ''),
+    ],
+)
+def test_a_warmup_that_outlasts_the_run_is_said(capsys, epochs, warmup, says):
+    flags = ['--epochs', str(epochs), '--warmup-epochs', str(warmup), '--batch-size', '512', '--no-model-ema']
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(flags)
+    state = engine.start(args, torch.nn.Linear(2, 2), 'fp32', 1)
+    printed = capsys.readouterr().out
+    assert says in printed if says else 'warning' not in printed
+    rates = [args.warmup_lr]
+    for epoch in range(epochs - 1):
+        state.scheduler.step(epoch)
+        rates.append(state.optimizer.param_groups[0]['lr'])
+    assert (max(rates) < 0.8 * args.lr) == bool(says), 'of 7 epochs with 5 of warm-up, one has 0.8 of the rate'
+
+
 # --- one process
+
+
+def test_the_average_follows_the_schedule_of_its_model():
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(['--clip-grad', '1'])
+    model = timm.create_model('evo_deit_nano_patch4_32', num_classes=4)
+    state = engine.start(args, model, 'fp32', 1)
+    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    for schedule in ((False, True), (True, False), (True, True)):
+        model.set_schedule(*schedule)
+        autocast = engine.make_autocast('fp32', torch.device('cpu'))
+        engine.train_step(state, model, losses.Criterion(), [(images, targets)], 1, autocast, args)
+        assert (state.ema.module.stage_wise, state.ema.module.evolving) == schedule
+    model.set_schedule(False)
+    state.ema.set(model)
+    assert not state.ema.module.stage_wise
 
 
 def test_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tmp_path):
