@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -59,9 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument('--print-freq', type=int, default=50, metavar='N', help='steps between two lines of progress')
     group.add_argument(
         '--precision',
-        choices=['fp32', 'bf16', 'fp16'],
-        help='autocast in training and evaluation (default: on a GPU bf16, or fp16 where it has none; on a CPU fp32)',
+        choices=['fp32', 'tf32', 'bf16', 'fp16'],
+        help='tf32: float32 with faster, rounded products, on GPUs; bf16, fp16: autocast (default: on a GPU bf16, or '
+        'fp16 where it has none, or tf32 where the recipe is fp32; on a CPU fp32)',
     )
+    group.add_argument('--channels-last', action='store_true', help='training: memory order of images and convolutions')
     group.add_argument('--fuse', action='store_true', help='with --eval: fold BatchNorms and drop training heads')
     group.add_argument('--compile', action='store_true', help='compile the model and the teacher with torch.compile')
 
@@ -120,6 +123,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     device = utils.set_up_processes(args)
     content = utils.read_checkpoint(args.resume) if args.eval else {}
     args.device, args.precision = device.type, pick_precision(args, device, content)
+    set_backends(args.precision, device)
     if args.eval:
         checkpoint.recall_model(args, content)
     train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size())
@@ -139,22 +143,34 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 def pick_precision(args: argparse.Namespace, device: torch.device, content: dict | None = None) -> str:
     """The precision asked for, or the recipe's, or the fastest safe one of the device.
 
+    A recipe in fp32 has TF32 products where the device has them, as the published runs had: it was PyTorch's default.
     In evaluation, where none is asked for, that of the training, if the checkpoint (`content`) says it, else fp32.
     """
+    new = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
+    if args.precision == 'tf32' and not new:
+        raise InputError(f'--precision tf32 is a mode of NVIDIA GPUs since Ampere, the device is {device}; use fp32')
     if args.precision:
         return args.precision
     if args.eval:
-        return checkpoint.saved_flags(content or {}).get('precision') or 'fp32'
-    if args.recipe_precision:
-        return args.recipe_precision
-    if device.type != 'cuda':
-        return 'fp32'
-    return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+        saved = checkpoint.saved_flags(content or {}).get('precision') or 'fp32'
+        return 'fp32' if saved == 'tf32' and not new else saved
+    if args.recipe_precision == 'fp32':
+        return 'tf32' if new else 'fp32'
+    return args.recipe_precision or (utils.half_precision(device) if device.type == 'cuda' else 'fp32')
+
+
+def set_backends(precision: str, device: torch.device):
+    """PyTorch's global switches: TF32 in products of float32, or not; cuDNN tries which convolution is the fastest."""
+    # By their older names: after the newer `fp32_precision`, torch.compile, which still reads these, raises an error.
+    with warnings.catch_warnings(action='ignore'):  # some versions say that there are newer names
+        torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+        torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+    torch.backends.cudnn.benchmark = device.type == 'cuda'  # worth it, as all batches have the same shape
 
 
 def make_autocast(precision: str, device: torch.device) -> partial:
-    """A context for forward passes: autocast to half precision, or nothing in fp32."""
-    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': None}[precision]
+    """A context for forward passes: autocast to half precision, or nothing in fp32 and tf32."""
+    dtype = losses.HALF.get(precision)
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -317,7 +333,7 @@ def train_one_epoch(
         place = f'in epoch {state.epoch}, step {step}, at rate {state.optimizer.param_groups[-1]["lr"]:.3g}'
         factor = utils.inject_fault(state.epoch, step)
         key = args.seed, state.epoch, step, 1 + utils.rank()
-        inputs = _prepare(islice(batches, count), mixup, device, key, factor)
+        inputs = _prepare(islice(batches, count), mixup, device, key, factor, memory_format(args))
         sums += train_step(state, net, criterion, inputs, count, autocast, args, partial(guard.check, place=place))
         state.step = step + 1
         interval = args.save_interval_steps and state.step % args.save_interval_steps == 0
@@ -350,12 +366,18 @@ def train_one_epoch(
 
 
 def _prepare(
-    batches: Iterable, mixup: Mixup | None, device: torch.device, key: tuple[int, ...], factor: float
+    batches: Iterable,
+    mixup: Mixup | None,
+    device: torch.device,
+    key: tuple[int, ...],
+    factor: float,
+    memory_format: torch.memory_format,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for i, (images, targets) in enumerate(batches):
         # Mixup and stochastic depth too are functions of the place in the run, as the data set's augmentation is.
         utils.seed_all(*key, i)
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        images = images.contiguous(memory_format=memory_format)
         if factor != 1:
             images = images * factor
         yield mixup(images, targets) if mixup else (images, targets)
@@ -460,6 +482,11 @@ def warn_of_warmup(args: argparse.Namespace, rate: float):
         )
 
 
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    """The order in memory of images and of the weights of convolutions."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
 def global_batch(args: argparse.Namespace) -> int:
     """Images that one optimizer step sees, over all processes."""
     return args.batch_size * args.grad_accum_steps * utils.world_size()
@@ -485,6 +512,7 @@ def train(
     steps = len(train_loader) // args.grad_accum_steps
     if steps == 0:
         raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {len(train_loader)} batches')
+    model.to(memory_format=memory_format(args))  # before its average and its optimizer's moments, which take it over
     state = start(args, model, precision, steps)
     checkpoint.clear_output(args)
     networks = [model, state.ema.module] if state.ema else [model]

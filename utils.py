@@ -176,6 +176,11 @@ def restarts() -> int:
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
+def half_precision(device: torch.device) -> str:
+    """The half precision that a GPU has fast units for: bf16 since compute capability 8.0, else fp16."""
+    return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Sum of `values` over all processes."""
     if dist.is_initialized():

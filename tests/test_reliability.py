@@ -4,6 +4,7 @@ A run here is a real process, or two, forked from a server that has imported eve
 """
 
 import argparse
+import copy
 import itertools
 import json
 import multiprocessing
@@ -948,6 +949,27 @@ def test_row_28_moments_of_other_parameters():
     content['optimizer']['state'][0]['exp_avg'] = torch.zeros(5)
     with pytest.raises(InputError, match='optimizer state is of other parameters'):
         resume(arguments(), content)
+
+
+def test_row_28_moments_lie_in_memory_as_their_parameters():
+    def begin(memory_format) -> engine.State:
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Flatten())
+        return engine.start(arguments('--lr', 1), model.to(memory_format=memory_format), 'fp32', 1)
+
+    def step(state):
+        state.model(torch.arange(27.0).view(1, 3, 3, 3)).square().sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    one, two = begin(torch.contiguous_format), begin(torch.channels_last)
+    step(one)
+    two.load(copy.deepcopy(one.state_dict(arguments())), 'c.pth', arguments())
+    for parameter, moments in two.optimizer.state.items():
+        assert moments['exp_avg'].stride() == parameter.stride()
+    step(one)
+    step(two)
+    for key, value in one.model.state_dict().items():
+        torch.testing.assert_close(two.model.state_dict()[key], value)
 
 
 @pytest.mark.slow
