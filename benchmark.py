@@ -54,12 +54,17 @@ import main_levit
 import models
 import utils
 from checkpoint import State
+from losses import HALF
 from models import evo_deit
 from utils import InputError, say
 
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
-HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
+# Flags of a run that is kept: nothing is read from one here, or written to one.
+RUN_FLAGS = (
+    *('output_dir', 'resume', 'auto_resume', 'overwrite', 'accept_changes', 'finetune', 'eval', 'eval_ema'),
+    *('save_interval_steps', 'keep_checkpoints', 'start_epoch'),
+)
 PUBLISHED_PRECISIONS = {'float32': 'fp32', 'float16': 'fp16', 'bfloat16': 'bf16'}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PASSES = 3  # end to end, how often a model is given the loader's batches
@@ -198,12 +203,10 @@ def settle(args: Namespace, device: torch.device):
             f'--amp is autocast to half precision, found --precision {args.precision} beside it; '
             'use --precision fp16 or bf16, or leave one of the two flags out'
         )
-    unset = Namespace(precision=None, eval=False, recipe_precision=None)
-    args.precision = args.precision or engine.pick_precision(unset, device)
+    asked = Namespace(precision=args.precision, eval=False, recipe_precision=None)
+    args.precision = engine.pick_precision(asked, device)
     if args.amp and args.precision not in HALF:  # where the machine's own is fp32
         args.precision = 'bf16'
-    if args.precision == 'tf32' and device.type != 'cuda':
-        raise InputError(f'--precision tf32 is a mode of NVIDIA GPUs since Ampere, the device is {device}; use fp32')
     if args.input_size and args.input_size[0] != 3:
         raise InputError(f'--input_size: expected 3 channels, found {args.input_size[0]}')
     if args.input_size and not args.img_size:
@@ -223,8 +226,7 @@ def settle(args: Namespace, device: torch.device):
         allocator = ctypes.CDLL(None)
         allocator.mallopt(M_MMAP_MAX, 0)
         allocator.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    torch.set_float32_matmul_precision('high' if args.precision == 'tf32' else 'highest')
-    torch.backends.cudnn.allow_tf32 = args.precision == 'tf32'
+    engine.set_backends(args.precision, device)
     args.compile |= args.freeze
     if args.compile:
         torch._dynamo.config.recompile_limit = 256  # after 8 models of a class PyTorch would silently stop to compile
@@ -260,10 +262,14 @@ def make_case(
         defaults = main_levit.RECIPE | {'distillation_type': 'none'}  # its teacher would take most of the time
     else:
         defaults = main_deit.RECIPE | ({} if dense_twin(name) else {'drop_path': None})
-    case = engine.get_parser('', defaults).parse_args(recipe)
+    parser = engine.get_parser('', defaults)
+    case = parser.parse_args(recipe)
+    if given := [name for name in RUN_FLAGS if getattr(case, name) != parser.get_default(name)]:
+        flags = ', '.join(f'--{name.replace("_", "-")}' for name in given)
+        raise InputError(f'{flags}: benchmark.py measures new networks and touches no run; leave these flags out')
     case.mode, case.model, case.batch_size, case.eval = mode, name, batch, mode != 'train'
     case.input_size = size or models.published_cfg(name).input_size[-1]
-    case.precision = 'fp32' if args.precision == 'tf32' else args.precision
+    case.precision, case.channels_last = args.precision, args.channels_last
     case.compile, case.seed, case.data_path = args.compile, args.seed, args.data_path
     if args.data_path and not isinstance(case.input_size, int):
         raise InputError(f'--data-path: the loader makes square images, not {size}; use --img_size')

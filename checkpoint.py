@@ -20,9 +20,10 @@ FREE = {
     *('device', 'num_workers', 'pin_mem', 'dist_url', 'dist_timeout', 'local_rank', 'world_size', 'dist_eval'),
     *('print_freq', 'eval', 'eval_ema', 'eval_interval', 'fuse', 'save_interval_steps', 'keep_checkpoints', 'compile'),
     *('start_epoch', 'model_ema_force_cpu', 'max_broken_images', 'precision', 'recipe_precision'),
+    'channels_last',
 }
 # Of these, what changes the last digits of every number.
-INEXACT = 'world_size', 'device', 'precision', 'compile'
+INEXACT = 'world_size', 'device', 'precision', 'channels_last', 'compile'
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -120,6 +121,11 @@ class State:
                 f'{source}: its optimizer state is of other parameters; --finetune takes the weights alone'
             )
         self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': own['param_groups']})
+        # A fused step takes it for granted that moments lie in memory as their parameter does (--channels-last).
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if args.sched == 'plateau' and 'sched' not in changed:
             self._plateau().load_state_dict(checkpoint['lr_scheduler'])
             for group, before in zip(self.optimizer.param_groups, saved['param_groups'], strict=True):

@@ -532,8 +532,9 @@ def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) 
 def _outlive_termination(_):
     """Let this loading process end for SIGTERM from its parent alone.
 
-    A signal to the process group reaches it too, and the last step before a checkpoint still needs it.
+    A signal to the process group, such as Ctrl-C, reaches it too, and the last step before a checkpoint still needs it.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, 'sigwaitinfo'):  # not on macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -59,9 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument('--print-freq', type=int, default=50, metavar='N', help='steps between two lines of progress')
     group.add_argument(
         '--precision',
-        choices=['fp32', 'bf16', 'fp16'],
-        help='autocast in training and evaluation (default: on a GPU bf16, or fp16 where it has none; on a CPU fp32)',
+        choices=['fp32', 'tf32', 'bf16', 'fp16'],
+        help='tf32: float32 with faster, rounded products, on GPUs; bf16, fp16: autocast (default: on a GPU bf16, or '
+        'fp16 where it has none, or tf32 where the recipe is fp32; on a CPU fp32)',
     )
+    group.add_argument('--channels-last', action='store_true', help='training: memory order of images and convolutions')
     group.add_argument('--fuse', action='store_true', help='with --eval: fold BatchNorms and drop training heads')
     group.add_argument('--compile', action='store_true', help='compile the model and the teacher with torch.compile')
 
@@ -98,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument('--decay-epochs', type=float, default=30, help='epochs between decays, for step schedules')
     group.add_argument('--warmup-epochs', type=int, default=5, help='epochs of linear warm-up')
     group.add_argument(
-        '--cooldown-epochs', type=int, default=10, help='epochs at the last rate, where --epochs leaves them'
+        '--cooldown-epochs', type=int, default=10, help='accepted without effect: as published, there is no cooldown'
     )
     group.add_argument('--patience-epochs', type=int, default=10, help='epochs without progress, for plateau schedules')
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1, help='factor of a decay')
@@ -120,6 +123,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     device = utils.set_up_processes(args)
     content = utils.read_checkpoint(args.resume) if args.eval else {}
     args.device, args.precision = device.type, pick_precision(args, device, content)
+    set_backends(args.precision, device)
     if args.eval:
         checkpoint.recall_model(args, content)
     train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size())
@@ -139,22 +143,34 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 def pick_precision(args: argparse.Namespace, device: torch.device, content: dict | None = None) -> str:
     """The precision asked for, or the recipe's, or the fastest safe one of the device.
 
+    A recipe in fp32 has TF32 products where the device has them, as the published runs had: it was PyTorch's default.
     In evaluation, where none is asked for, that of the training, if the checkpoint (`content`) says it, else fp32.
     """
+    new = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
+    if args.precision == 'tf32' and not new:
+        raise InputError(f'--precision tf32 is a mode of NVIDIA GPUs since Ampere, the device is {device}; use fp32')
     if args.precision:
         return args.precision
     if args.eval:
-        return checkpoint.saved_flags(content or {}).get('precision') or 'fp32'
-    if args.recipe_precision:
-        return args.recipe_precision
-    if device.type != 'cuda':
-        return 'fp32'
-    return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+        saved = checkpoint.saved_flags(content or {}).get('precision') or 'fp32'
+        return 'fp32' if saved == 'tf32' and not new else saved
+    if args.recipe_precision == 'fp32':
+        return 'tf32' if new else 'fp32'
+    return args.recipe_precision or (utils.half_precision(device) if device.type == 'cuda' else 'fp32')
+
+
+def set_backends(precision: str, device: torch.device):
+    """PyTorch's global switches: TF32 in products of float32, or not; cuDNN tries which convolution is the fastest."""
+    # By their older names: after the newer `fp32_precision`, torch.compile, which still reads these, raises an error.
+    with warnings.catch_warnings(action='ignore'):  # some versions say that there are newer names
+        torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+        torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+    torch.backends.cudnn.benchmark = device.type == 'cuda'  # worth it, as all batches have the same shape
 
 
 def make_autocast(precision: str, device: torch.device) -> partial:
-    """A context for forward passes: autocast to half precision, or nothing in fp32."""
-    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': None}[precision]
+    """A context for forward passes: autocast to half precision, or nothing in fp32 and tf32."""
+    dtype = losses.HALF.get(precision)
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -182,53 +198,74 @@ def check_arguments(args: argparse.Namespace):
         checkpoint.claim_output(args)
 
 
-class Gate:
-    """Where all processes agree, in each step and before its update, whether to go on.
+class StepGuard:
+    """Where all processes agree, in each step, whether to go on: every loss is finite, and none was asked to end.
 
-    They stop together where the loss of one is not finite, and after this step where one was asked to end (SIGTERM).
-    On a GPU the loss looked at is that of the step before, so that the device never waits; no checkpoint comes between.
+    On a CPU they agree before the update. On a GPU the losses are gathered there and read one step later, so that the
+    host never waits for a step that it has just queued: one update from a bad loss is made before all stop. So no
+    checkpoint may be written before `check_last`.
+
+    From here on SIGTERM and SIGINT (Ctrl-C) ask the process to end after a step; a second SIGINT ends it at once.
     """
 
     def __init__(self, device: torch.device):
-        self.delay = device.type == 'cuda'
-        self.asked = self.stopping = False
-        self.before: tuple[Tensor, torch.cuda.Event, str] | None = None  # on its way from the GPU
+        self.delayed = device.type == 'cuda'
+        self.asked = 0  # the signal that asked this process to end
+        self.stop_signal = 0  # the signal that any process got; the same step in all of them
+        self.unread: tuple[Tensor, torch.cuda.Event, str] | None = None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._ask)
 
-    def _ask(self, *_):
-        self.asked = True
+    def _ask(self, number: int, _):
+        self.asked = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if utils.rank() == 0:  # print may not be called here: the signal may have come within another print
+                os.write(2, b'\nstopping after the next step; Ctrl-C again stops at once, without saving\n')
 
-    def _arrived(self, loss: Tensor | None, place: str) -> tuple[float, str]:
-        """The loss of the step before, and where: waiting for its copy is not waiting for what the GPU got since."""
-        before, self.before = self.before, None
-        if loss is not None:
-            host = torch.empty_like(loss, device='cpu', pin_memory=True).copy_(loss, non_blocking=True)
-            self.before = host, torch.cuda.current_stream().record_event(), place
-        if before is None:
-            return 0.0, place
-        before[1].synchronize()
-        return before[0].item(), before[2]
-
-    def pass_through(self, loss: Tensor | None, place: str):
-        """Agree on a loss, None to look at the one that is still open; InputError in all processes if one is bad."""
-        if self.delay:
-            value, place = self._arrived(loss, place)
+    def check(self, loss: Tensor, place: str):
+        """Take the loss of a step; InputError, in all processes, where that of one is not finite."""
+        self.check_last()
+        verdicts = utils.all_gather(torch.stack([loss, torch.full_like(loss, self.asked)]))
+        if self.delayed:
+            host = torch.empty_like(verdicts, device='cpu', pin_memory=True).copy_(verdicts, non_blocking=True)
+            self.unread = host, torch.cuda.current_stream().record_event(), place
         else:
-            value = 0.0 if loss is None else loss.item()
-        bad = not math.isfinite(value)
-        verdict = torch.tensor([float(bad) * (1 + utils.rank()), float(self.asked), value])
-        if dist.is_initialized():
-            every = [torch.empty_like(verdict) for _ in range(utils.world_size())]
-            dist.all_gather(every, verdict)
-            verdict = torch.stack(every)
-        verdict = verdict.view(-1, 3)
-        self.stopping |= bool(verdict[:, 1].any())
-        for rank, _, value in verdict[verdict[:, 0] > 0].tolist():
+            self._read(verdicts, place)
+
+    def check_last(self):
+        """Read what a GPU has gathered in the last step; on a CPU that was done at once."""
+        if self.unread:
+            (verdicts, copied, place), self.unread = self.unread, None
+            copied.synchronize()
+            self._read(verdicts, place)
+
+    def _read(self, verdicts: Tensor, place: str):
+        losses, signals = verdicts.T.tolist()  # (processes, 2)
+        self.stop_signal = self.stop_signal or int(max(signals))
+        bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
             raise InputError(
-                f'the loss of rank {rank - 1:.0f} is {value} {place}; all stop, checkpoints are as they were. '
+                f'the loss of rank {bad[0]} is {losses[bad[0]]} {place}; all stop, checkpoints are as they were. '
                 'A lower --lr, --clip-grad 1, or --precision bf16 or fp32 may help'
             )
+
+
+class ModelEma(ModelEmaV3):
+    """timm's average of a model, which follows its schedule too: that is state, but no tensor to average."""
+
+    def update(self, model: nn.Module, step: int | None = None):
+        super().update(model, step)
+        self._follow(model)
+
+    def set(self, model: nn.Module):
+        super().set(model)
+        self._follow(model)
+
+    def _follow(self, model: nn.Module):
+        if hasattr(model, 'set_schedule'):
+            self.module.set_extra_state(model.get_extra_state())
 
 
 def train_step(
@@ -244,7 +281,7 @@ def train_step(
     """One optimizer step from `count` batches of images (B, 3, rows, columns) and targets; returns the mean loss.
 
     `net` is the model as it is called, perhaps inside DistributedDataParallel. `accept` sees the loss before the update
-    and may raise. Nothing else here waits for the device.
+    and may raise. Nothing here waits for a GPU, unless the optimizer is not fused and fp16 has to look for overflows.
     """
     total = 0.0
     for i, (images, targets) in enumerate(batches, 1):
@@ -276,11 +313,12 @@ def train_one_epoch(
     mixup: Mixup | None,
     autocast: Callable,
     args: argparse.Namespace,
-    gate: Gate,
+    guard: StepGuard,
 ) -> dict[str, float]:
     """Train on the batches of an epoch from `state.step` on; returns the mean loss, the rate and images a second.
 
-    Saves on the way where the flags ask for it, and before it ends with exit code 143 where the process was asked to.
+    Saves on the way where the flags ask for it, and before it ends, with exit code 128 and the signal, where a process
+    was asked to.
     """
     net.train()
     device = next(state.model.parameters()).device
@@ -295,20 +333,18 @@ def train_one_epoch(
         place = f'in epoch {state.epoch}, step {step}, at rate {state.optimizer.param_groups[-1]["lr"]:.3g}'
         factor = utils.inject_fault(state.epoch, step)
         key = args.seed, state.epoch, step, 1 + utils.rank()
-        inputs = _prepare(islice(batches, count), mixup, device, key, factor)
-        sums += train_step(
-            state, net, criterion, inputs, count, autocast, args, partial(gate.pass_through, place=place)
-        )
+        inputs = _prepare(islice(batches, count), mixup, device, key, factor, memory_format(args))
+        sums += train_step(state, net, criterion, inputs, count, autocast, args, partial(guard.check, place=place))
         state.step = step + 1
         interval = args.save_interval_steps and state.step % args.save_interval_steps == 0
-        if gate.stopping or (interval and state.step < steps):
-            gate.pass_through(None, place)
+        if guard.stop_signal or (interval and state.step < steps):
+            guard.check_last()
             state.loss_sum = utils.all_sum(sums.clone())[0].item()
             sums[0] = state.loss_sum if utils.rank() == 0 else 0.0
             checkpoint.save(args, state)
-        if gate.stopping:
+        if guard.stop_signal:
             say(f'asked to end: stopped {place}' + (f'; saved in {args.output_dir}' if args.output_dir else ''))
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(128 + guard.stop_signal)
         if state.step % args.print_freq == 0 or state.step == steps:
             lap_loss = utils.all_sum(sums.clone())[1].item() / utils.world_size() / (state.step - shown)
             now = time.perf_counter()
@@ -320,7 +356,7 @@ def train_one_epoch(
                 + (f'  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB' if device.type == 'cuda' else '')
             )
             sums[1], lap, shown = 0.0, now, state.step
-    gate.pass_through(None, f'at the end of epoch {state.epoch}')
+    guard.check_last()
     seconds = max(time.perf_counter() - started, 1e-9)
     return {
         'train_loss': utils.all_sum(sums)[0].item() / utils.world_size() / steps,
@@ -330,12 +366,18 @@ def train_one_epoch(
 
 
 def _prepare(
-    batches: Iterable, mixup: Mixup | None, device: torch.device, key: tuple[int, ...], factor: float
+    batches: Iterable,
+    mixup: Mixup | None,
+    device: torch.device,
+    key: tuple[int, ...],
+    factor: float,
+    memory_format: torch.memory_format,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for i, (images, targets) in enumerate(batches):
         # Mixup and stochastic depth too are functions of the place in the run, as the data set's augmentation is.
         utils.seed_all(*key, i)
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        images = images.contiguous(memory_format=memory_format)
         if factor != 1:
             images = images * factor
         yield mixup(images, targets) if mixup else (images, targets)
@@ -390,7 +432,7 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
         )
     ema = None
     if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
+        ema = ModelEma(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
     images = global_batch(args)
     rate = args.lr * images / 512
     # One kernel for all parameters, where the optimizer has one.
@@ -401,13 +443,13 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise InputError(f'--opt {args.opt}, --sched {args.sched} or their flags: {error}') from error
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
+    warn_of_warmup(args, rate)
     state = State(model, ema, optimizer, scheduler, scaler, args.start_epoch)
     if found := checkpoint.find_start(args):
         source, content = found
         state.load(content, source, args)
         say(f'{source}: going on with epoch {state.epoch}, step {state.step}, best Acc@1 so far {state.best_acc1:.3f}')
     check_agreement(state, device)
-    checkpoint.clear_output(args)
     say(
         f'batch {args.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
         f'{images} images a step (published: 1024 to 2048), '
@@ -419,17 +461,30 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
 
 def check_agreement(state: State, device: torch.device):
     """InputError where processes would begin at different places, as with an output folder on each node's own disk."""
-    if not dist.is_initialized():
-        return
-    own = torch.tensor([state.epoch, state.step], device=device)
-    places = [torch.empty_like(own) for _ in range(utils.world_size())]
-    dist.all_gather(places, own)
-    places = [tuple(place.tolist()) for place in places]
+    places = utils.all_gather(torch.tensor([state.epoch, state.step], device=device))
+    places = [tuple(place) for place in places.tolist()]
     if len(set(places)) > 1:
         raise InputError(
             f'processes would begin at different places, (epoch, step): {", ".join(map(str, places))}; '
             'all of them must find the same checkpoint'
         )
+
+
+def warn_of_warmup(args: argparse.Namespace, rate: float):
+    """Say where the warm-up takes the whole run, so that the learning rate never becomes what was asked for."""
+    last = max(args.epochs - 2, 0)  # the place in the schedule of the last epoch, see `train`
+    if last < args.warmup_epochs and args.warmup_lr < rate:
+        reached = args.warmup_lr + (rate - args.warmup_lr) * last / args.warmup_epochs
+        say(
+            f'warning: --warmup-epochs {args.warmup_epochs} takes all of --epochs {args.epochs}: the learning rate '
+            f'goes from {args.warmup_lr:.3g} to {reached:.3g} and never reaches {rate:.3g}; '
+            f'use --warmup-epochs {args.epochs // 10}, or a higher --warmup-lr'
+        )
+
+
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    """The order in memory of images and of the weights of convolutions."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
 def global_batch(args: argparse.Namespace) -> int:
@@ -457,7 +512,9 @@ def train(
     steps = len(train_loader) // args.grad_accum_steps
     if steps == 0:
         raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {len(train_loader)} batches')
+    model.to(memory_format=memory_format(args))  # before its average and its optimizer's moments, which take it over
     state = start(args, model, precision, steps)
+    checkpoint.clear_output(args)
     networks = [model, state.ema.module] if state.ema else [model]
     if args.compile:
         model.compile()
@@ -467,13 +524,12 @@ def train(
 
     if state.epoch >= args.epochs:
         say(f'all {args.epochs} epochs are done already; a larger --epochs trains on')
-    gate = Gate(device)
+    guard = StepGuard(device)
     test, started, first = {}, time.perf_counter(), state.epoch
     for epoch in range(first, args.epochs):
-        for network in networks:
-            if hasattr(network, 'set_schedule'):
-                network.set_schedule(epoch >= stage_epoch(args), epoch >= args.prune_warmup_epoch)
-        record = train_one_epoch(state, net, criterion, train_loader, mixup, autocast, args, gate)
+        if hasattr(model, 'set_schedule'):
+            model.set_schedule(epoch >= stage_epoch(args), epoch >= args.prune_warmup_epoch)
+        record = train_one_epoch(state, net, criterion, train_loader, mixup, autocast, args, guard)
         if args.max_broken_images:
             broken = utils.all_sum(train_loader.dataset.broken.to(device, torch.int32))
             record['train_broken_images'] = int(broken.count_nonzero())

@@ -1,6 +1,9 @@
 """The training loss: one criterion over all heads of a model, with or without a teacher."""
 
 import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ import models
 import utils
 from utils import InputError
 
+HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 PUBLISHED_TEACHER = 'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'
 
 
@@ -43,7 +47,8 @@ class Criterion(nn.Module):
 
     Args:
         label_smoothing: for integer labels; soft ones, from mixup, are smoothed already.
-        teacher: maps images to logits (B, classes), once a batch.
+        teacher: maps images to logits (B, classes), once a batch, without gradients.
+        teacher_autocast: a context for it; without one it has the precision of the model.
         hard: learn the teacher's decision; otherwise its probabilities at temperature `tau`.
         alpha: the teacher's share of the loss.
     """
@@ -55,10 +60,11 @@ class Criterion(nn.Module):
         hard: bool = True,
         alpha: float = 0.5,
         tau: float = 1.0,
+        teacher_autocast: Callable = nullcontext,
     ):
         super().__init__()
         self.label_smoothing, self.hard, self.alpha, self.tau = label_smoothing, hard, alpha, tau
-        self.teacher = teacher
+        self.teacher, self.teacher_autocast = teacher, teacher_autocast
 
     def forward(self, images: Tensor, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
         """images (B, 3, rows, columns), outputs logits or a named tuple of logits, targets (B,) or (B, classes)."""
@@ -70,7 +76,7 @@ class Criterion(nn.Module):
         base = sum(F.cross_entropy(logits, targets, label_smoothing=smoothing) for logits in labelled) / len(labelled)
         if self.teacher is None:
             return base
-        with torch.no_grad():
+        with torch.no_grad(), self.teacher_autocast():
             says = _full_precision(self.teacher(images))
         if self.hard:
             distilled = sum(F.cross_entropy(logits, says.argmax(1)) for logits in taught) / len(taught)
@@ -84,7 +90,10 @@ def _full_precision(logits: Tensor) -> Tensor:
 
 
 def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.device) -> Criterion:
-    """The criterion that the flags ask for, its teacher loaded; InputError where the teacher's weights do not fit."""
+    """The criterion that the flags ask for, its teacher loaded; InputError where the teacher's weights do not fit.
+
+    On a GPU the teacher has half precision: it is only asked, and would take most of the time of a run.
+    """
     if args.distillation_type == 'none':
         return Criterion(args.smoothing)
     if not args.teacher_path:
@@ -100,10 +109,17 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
             f'teacher, --teacher-model and --teacher-path: {error}\nThe published teacher is at {PUBLISHED_TEACHER}'
         ) from error
     teacher = teacher.to(device).eval().requires_grad_(False)
+    autocast, precision = nullcontext, ''
     if device.type == 'cuda':
+        precision = utils.half_precision(device)
+        autocast = partial(torch.autocast, 'cuda', dtype=HALF[precision])
+    if device.type == 'cuda' or args.channels_last:
         teacher = teacher.to(memory_format=torch.channels_last)
     if args.compile:
         teacher.compile()
-    utils.say(f'teacher: {args.teacher_model}, {args.distillation_type} distillation, alpha {args.distillation_alpha}')
+    utils.say(
+        f'teacher: {args.teacher_model}, {args.distillation_type} distillation, alpha {args.distillation_alpha}'
+        + (f', in {precision}' if precision else '')
+    )
     hard = args.distillation_type != 'soft'
-    return Criterion(args.smoothing, teacher, hard, args.distillation_alpha, args.distillation_tau)
+    return Criterion(args.smoothing, teacher, hard, args.distillation_alpha, args.distillation_tau, autocast)

@@ -31,7 +31,7 @@ class InputError(ValueError):
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's `main`: wrong input ends it with a message, and its processes leave their group in any case.
+    """Run a script's `main`: wrong input or Ctrl-C ends it with a message, and its processes leave their group.
 
     torchrun's summary shows what ended a process, because `record` leaves it the traceback.
     """
@@ -53,6 +53,11 @@ def run_script(main: Callable[[], None]):
     except InputError as error:
         print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(f'\n{Path(sys.argv[0]).name}: interrupted', file=sys.stderr, flush=True)
+        sys.unraisablehook = lambda _: None  # what was half built may fail to be torn down: nothing to read there
+        sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -158,7 +163,7 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
         place = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         store, number, count = next(dist.rendezvous(args.dist_url, *place, timeout=timeout))
         store = dist.PrefixStore(f'start{restarts()}', store)
-        # gloo too on GPUs: what the processes agree on, and an average kept on the CPU, live on the host.
+        # gloo too on GPUs: an average that is kept on the CPU lives on the host.
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     check_versions()
@@ -171,11 +176,25 @@ def restarts() -> int:
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
+def half_precision(device: torch.device) -> str:
+    """The half precision that a GPU has fast units for: bf16 since compute capability 8.0, else fp16."""
+    return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Sum of `values` over all processes."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def all_gather(values: Tensor) -> Tensor:
+    """`values` of every process, of shape (processes, *values.shape), on the device where they are."""
+    if not dist.is_initialized():
+        return values[None]
+    gathered = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(gathered, values)
+    return torch.stack(gathered)
 
 
 # --- randomness

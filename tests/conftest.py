@@ -44,7 +44,8 @@ def script(monkeypatch, capfd):
         return capfd.readouterr().out
 
     yield run
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training handles it, from its start on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training handles both, from its start on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read_log(folder) -> list[dict]:

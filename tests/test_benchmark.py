@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import benchmark
 import datasets
 import engine
+import main_deit
 import models
 from benchmark import Candidate
 from models import evo_deit
@@ -482,6 +483,23 @@ def test_refusals_name_what_to_do(bench, tmp_path, capfd):
     with pytest.raises(InputError, match='other.csv has other columns'):
         bench('--results_file', other)
     assert other.read_text() == 'model,speed\n'
+
+
+def test_a_run_on_disk_is_never_touched(bench, tmp_path):
+    names = ('checkpoint.pth', 'checkpoint-0001-000000.pth', 'best_checkpoint.pth', 'log.txt')
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    for flags in (['--overwrite', '--output_dir', tmp_path], ['--resume', tmp_path / 'checkpoint.pth'], ['--eval']):
+        with pytest.raises(InputError, match=f'{flags[0]}.*leave these flags out'):
+            bench('--bench', 'train', '-b', 2, '--no-compare', *flags)
+    # Nor could it be, were the flags let through: only the scripts' own way into training removes anything.
+    case = engine.get_parser('', main_deit.RECIPE).parse_args(
+        [*map(str, NANO[:2]), '--overwrite', '--output_dir', str(tmp_path), '--input-size', '32', '--precision', 'fp32']
+    )
+    case.mode = 'train'
+    model = timm.create_model(NANO[1])
+    benchmark.make_step(case, model, 1000, engine.make_autocast('fp32', CPU), CPU)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == {name: name.encode() for name in names}
 
 
 # --- results

@@ -3,12 +3,18 @@
 import json
 import re
 from collections import namedtuple
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
+import timm
 import torch
 from golden import fill
 from torch import nn
 
+import engine
+import losses
+import main_levit
 from losses import Criterion
 
 RECIPE = json.loads((fill.HERE / 'recipe.json').read_text())['losses']
@@ -66,6 +72,39 @@ def test_a_model_without_distillation_heads_learns_with_all(hard):
     outputs = named(logits('avg').requires_grad_(), logits('cls').requires_grad_())
     Criterion(0.1, Teacher(), hard, alpha=1.0, tau=2.0)(None, outputs, targets('labels')).backward()
     assert outputs.head.grad.any() and outputs.head_cls.grad.any()
+
+
+def test_the_teacher_has_a_precision_of_its_own_and_no_gradients():
+    seen = []
+
+    class Linear(nn.Linear):
+        def forward(self, images):
+            seen.append((torch.is_autocast_enabled('cpu'), torch.is_grad_enabled(), super().forward(images).dtype))
+            return super().forward(images)
+
+    half = partial(torch.autocast, 'cpu', dtype=torch.bfloat16)
+    teacher, images = Linear(5, RECIPE['classes']), torch.randn(RECIPE['batch'], 5)
+    for autocast, student in ((half, nullcontext), (nullcontext, half), (nullcontext, nullcontext)):
+        with student():
+            Criterion(0.1, teacher, False, teacher_autocast=autocast)(images, logits('avg'), targets('labels'))
+    bf16, fp32 = (True, False, torch.bfloat16), (False, False, torch.float32)
+    assert seen == [bf16, bf16, fp32]
+
+
+@pytest.mark.parametrize('capability, name, dtype', [((9, 0), 'bf16', torch.bfloat16), ((7, 0), 'fp16', torch.float16)])
+def test_on_a_gpu_the_teacher_has_half_precision(monkeypatch, tmp_path, capsys, capability, name, dtype):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    real = nn.Module.to
+    monkeypatch.setattr(nn.Module, 'to', lambda self, *args, **kwargs: real(self, **kwargs))  # no GPU to move it to
+    torch.save(timm.create_model('regnety_002', num_classes=4).state_dict(), tmp_path / 't.pth')
+    flags = ['--teacher-model', 'regnety_002', '--teacher-path', str(tmp_path / 't.pth'), '--precision', 'fp32']
+    args = engine.get_parser('', main_levit.RECIPE).parse_args(flags)
+    criterion = losses.build_criterion(args, 4, torch.device('cuda'))
+    assert criterion.teacher_autocast.args == ('cuda',) and criterion.teacher_autocast.keywords == {'dtype': dtype}
+    assert f'teacher: regnety_002, cls distillation, alpha 0.5, in {name}' in capsys.readouterr().out
+    criterion = losses.build_criterion(args, 4, torch.device('cpu'))
+    assert criterion.teacher_autocast is nullcontext
+    assert capsys.readouterr().out == 'teacher: regnety_002, cls distillation, alpha 0.5\n'
 
 
 def test_half_precision_logits_give_a_full_precision_loss():

@@ -16,7 +16,9 @@ from timm.scheduler import create_scheduler
 
 import checkpoint
 import engine
+import losses
 import main_deit
+import main_levit
 import models
 import utils
 from utils import InputError
@@ -95,7 +97,97 @@ def test_learning_rates_are_the_published_ones(row):
     assert rates == pytest.approx(row['per_epoch'], rel=1e-9)
 
 
+def test_cooldown_changes_no_rate_and_says_so(capsys):
+    rates = []
+    for epochs in (0, 10):
+        args = engine.get_parser('', main_deit.RECIPE).parse_args(['--cooldown-epochs', str(epochs), '--epochs', '20'])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        scheduler = create_scheduler(args, optimizer)[0]
+        rates.append([scheduler._get_values(epoch) for epoch in range(20)])
+    assert rates[0] == rates[1]
+    with pytest.raises(SystemExit):
+        engine.get_parser('', main_deit.RECIPE).parse_args(['--help'])
+    assert re.search(r'--cooldown-epochs \S+\s+accepted without effect', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    'epochs, warmup, says',
+    [
+        (5, 5, 'from 1e-06 to 0.0003 and never reaches 0.0005; use --warmup-epochs 0'),
+        (20, 40, 'from 1e-06 to 0.000226 and never reaches 0.0005; use --warmup-epochs 2'),
+        (2, 1, 'from 1e-06 to 1e-06 and never reaches'),
+        (7, 5, ''),
+        (5, 0, ''),
+    ],
+)
+def test_a_warmup_that_outlasts_the_run_is_said(capsys, epochs, warmup, says):
+    flags = ['--epochs', str(epochs), '--warmup-epochs', str(warmup), '--batch-size', '512', '--no-model-ema']
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(flags)
+    state = engine.start(args, torch.nn.Linear(2, 2), 'fp32', 1)
+    printed = capsys.readouterr().out
+    assert says in printed if says else 'warning' not in printed
+    rates = [args.warmup_lr]
+    for epoch in range(epochs - 1):
+        state.scheduler.step(epoch)
+        rates.append(state.optimizer.param_groups[0]['lr'])
+    assert (max(rates) < 0.8 * args.lr) == bool(says), 'of 7 epochs with 5 of warm-up, one has 0.8 of the rate'
+
+
+@pytest.mark.parametrize(
+    'capability, levit, deit', [(None, 'fp32', 'fp32'), ((7, 5), 'fp32', 'fp16'), ((8, 0), 'tf32', 'bf16')]
+)
+def test_the_default_precision_is_the_fastest_safe_one(monkeypatch, capability, levit, deit):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    device = torch.device('cuda' if capability else 'cpu')
+    for recipe, expected in ((main_levit.RECIPE, levit), (main_deit.RECIPE, deit)):
+        args = engine.get_parser('', recipe).parse_args([])
+        assert engine.pick_precision(args, device) == expected
+        args.eval = True
+        assert engine.pick_precision(args, device) == 'fp32'
+        # A run with TF32 is evaluated anywhere, where there is none in plain float32.
+        content = {'args': {'precision': 'tf32'}}
+        assert engine.pick_precision(args, device, content) == ('tf32' if levit == 'tf32' else 'fp32')
+        args = engine.get_parser('', recipe).parse_args(['--precision', 'tf32'])
+        if levit == 'tf32':
+            assert engine.pick_precision(args, device) == 'tf32'
+        else:
+            with pytest.raises(
+                InputError, match='tf32 is a mode of NVIDIA GPUs since Ampere, the device is .*use fp32'
+            ):
+                engine.pick_precision(args, device)
+
+
+@pytest.mark.filterwarnings('error')
+def test_tf32_is_a_switch_of_products_and_convolutions():
+    try:
+        for precision, matmul in (('tf32', 'high'), ('bf16', 'highest'), ('fp32', 'highest')):
+            for name in ('cuda', 'cpu'):
+                engine.set_backends(precision, torch.device(name))
+                assert torch.get_float32_matmul_precision() == matmul
+                # The compiler reads these older names.
+                assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == 'tf32')
+                assert torch.backends.cudnn.benchmark == (name == 'cuda')
+        assert engine.make_autocast('tf32', torch.device('cpu')).keywords == {'dtype': None, 'enabled': False}
+    finally:
+        engine.set_backends('fp32', torch.device('cpu'))
+
+
 # --- one process
+
+
+def test_the_average_follows_the_schedule_of_its_model():
+    args = engine.get_parser('', main_deit.RECIPE).parse_args(['--clip-grad', '1'])
+    model = timm.create_model('evo_deit_nano_patch4_32', num_classes=4)
+    state = engine.start(args, model, 'fp32', 1)
+    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    for schedule in ((False, True), (True, False), (True, True)):
+        model.set_schedule(*schedule)
+        autocast = engine.make_autocast('fp32', torch.device('cpu'))
+        engine.train_step(state, model, losses.Criterion(), [(images, targets)], 1, autocast, args)
+        assert (state.ema.module.stage_wise, state.ema.module.evolving) == schedule
+    model.set_schedule(False)
+    state.ema.set(model)
+    assert not state.ema.module.stage_wise
 
 
 def test_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tmp_path):
@@ -215,6 +307,36 @@ def test_row_25_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_
     for flag in ('--resume', '--eval --resume'):
         with pytest.raises(InputError, match='7 classes, the model 4.*\n.*--finetune'):
             script('main_deit', *flags, *flag.split(), tmp_path / 'seven.pth')
+
+
+@pytest.mark.parametrize(
+    'name, script_name', [('evo_deit_nano_patch4_32', 'main_deit'), ('EvoLeViT_128S', 'main_levit')]
+)
+def test_channels_last_trains_to_the_same_weights(script, flags, tmp_path, name, script_name):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('regnety_002', num_classes=4).state_dict(), tmp_path / 't.pth')
+    own = ['--model', name, '--input-size', 32 if 'nano' in name else 64, '--epochs', 1, '--opt', 'sgd', '--lr', 0.1]
+    distil = ['--distillation-type', 'soft', '--teacher-model', 'regnety_002', '--teacher-path', tmp_path / 't.pth']
+    more = ['--warmup-lr', 0.01, '--output_dir']
+    for folder, last in (('contiguous', []), ('last', ['--channels-last'])):
+        script(script_name, *flags, *own, *distil, *last, *more, tmp_path / folder)
+    one, two = (utils.read_checkpoint(tmp_path / folder / 'checkpoint.pth') for folder in ('contiguous', 'last'))
+    for weights in ('model', 'model_ema'):
+        for key, value in one[weights].items():
+            torch.testing.assert_close(value, two[weights][key], rtol=1e-4, atol=1e-5)
+    convolution = next(value for value in two['model'].values() if value.ndim == 4)
+    assert convolution.is_contiguous(memory_format=torch.channels_last) and not convolution.is_contiguous()
+
+
+@pytest.mark.parametrize('name, size', [('evo_deit_nano_patch4_32', 32), ('EvoLeViT_128S', 64)])
+def test_channels_last_logits_are_those_of_the_usual_order(name, size):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=size).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        expected = model(images)
+        found = model.to(memory_format=torch.channels_last)(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('kind', ['soft', 'hard'])

@@ -4,6 +4,7 @@ A run here is a real process, or two, forked from a server that has imported eve
 """
 
 import argparse
+import copy
 import itertools
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -76,7 +78,6 @@ def run_rank(script: str, flags: list, env: dict, out: Path, file_limit: int | N
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     import importlib
-    import sys
 
     sys.argv = [f'{script}.py', *map(str, flags)]
     utils.run_script(importlib.import_module(script).main)
@@ -387,14 +388,80 @@ def test_row_11_a_loss_that_is_not_finite_on_one_rank(start, tmp_path):
 
 
 def test_row_11_infinity_too_and_that_it_matters(script, image_folder, tmp_path, monkeypatch):
-    gate = engine.Gate(torch.device('cpu'))
-    gate.pass_through(torch.tensor(1.0), 'here')
+    guard = engine.StepGuard(torch.device('cpu'))
+    guard.check(torch.tensor(1.0), 'here')
     with pytest.raises(InputError, match='the loss of rank 0 is inf here'):
-        gate.pass_through(torch.tensor(float('inf')), 'here')
-    monkeypatch.setattr(engine.Gate, 'pass_through', lambda *args, **kwargs: None)
+        guard.check(torch.tensor(float('inf')), 'here')
+    monkeypatch.setattr(engine.StepGuard, 'check', lambda *args, **kwargs: None)
     monkeypatch.setenv('EVO_VIT_FAULT', 'nan:0:1:0')
     script('main_deit', *NANO, '--data-path', image_folder, '--output_dir', tmp_path)
     assert not utils.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['head.weight'].isfinite().any()
+
+
+class Pinned:
+    """Stands in for pinned memory on a CPU: a copy to it arrives when the event after it is waited for."""
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool):
+        assert non_blocking
+        self.source, self.T = source.clone(), None
+        return self
+
+    def synchronize(self):
+        self.T = self.source.T
+
+
+@pytest.fixture
+def delayed_guard(monkeypatch):
+    """A guard as on a GPU, with stand-ins for what a CPU does not have."""
+    copies = []
+
+    def empty_like(values, device=None, pin_memory=False, empty_like=torch.empty_like):
+        if not pin_memory:
+            return empty_like(values, device=device)
+        copies.append(Pinned())
+        return copies[-1]
+
+    monkeypatch.setattr(torch, 'empty_like', empty_like)
+    stream = argparse.Namespace(record_event=lambda: copies[-1])
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
+    return engine.StepGuard(torch.device('cuda'))
+
+
+def test_row_11_on_a_gpu_a_loss_is_read_one_step_later(delayed_guard):
+    delayed_guard.check(torch.tensor(1.0), 'in step 0')
+    delayed_guard.check(torch.tensor(float('nan')), 'in step 1')  # queued, not read
+    with pytest.raises(InputError, match='the loss of rank 0 is nan in step 1'):
+        delayed_guard.check(torch.tensor(1.0), 'in step 2')
+    # What is still open is read before a checkpoint is written.
+    delayed_guard.check(torch.tensor(float('inf')), 'in step 3')
+    with pytest.raises(InputError, match='the loss of rank 0 is inf in step 3'):
+        delayed_guard.check_last()
+    delayed_guard.check_last()
+
+
+def test_row_13_on_a_gpu_a_signal_is_read_one_step_later(delayed_guard):
+    delayed_guard.check(torch.tensor(1.0), 'in step 0')
+    os.kill(os.getpid(), signal.SIGTERM)
+    delayed_guard.check(torch.tensor(1.0), 'in step 1')
+    assert delayed_guard.stop_signal == 0
+    delayed_guard.check(torch.tensor(1.0), 'in step 2')
+    assert delayed_guard.stop_signal == signal.SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.slow
+def test_row_11_on_gpus_no_checkpoint_holds_a_bad_update(script, image_folder, tmp_path, delayed_guard, monkeypatch):
+    monkeypatch.setattr(engine, 'StepGuard', lambda device: delayed_guard)
+    monkeypatch.setenv('EVO_VIT_FAULT', 'nan:0:0:1')
+    with pytest.raises(InputError, match='the loss of rank 0 is nan in epoch 0, step 1'):
+        script(
+            'main_deit', *NANO, '--data-path', image_folder, '--output_dir', tmp_path, '--save-interval-steps', 1,
+            '--keep-checkpoints', 9,
+        )  # fmt: skip
+    written = sorted(tmp_path.glob('checkpoint-*.pth'))
+    assert [path.name for path in written] == ['checkpoint-0000-000001.pth']
+    assert all(value.isfinite().all() for value in utils.read_checkpoint(written[0])['model'].values())
 
 
 def torchrun(*flags, restarts: int = 0, fault: str = ''):
@@ -415,14 +482,15 @@ def test_row_12_a_killed_rank_and_a_launcher_that_restarts(whole, image_folder, 
 
 
 @pytest.mark.slow
-def test_row_13_a_launcher_is_asked_to_end(start, whole, image_folder, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_row_13_a_launcher_is_asked_to_end(start, whole, image_folder, tmp_path, number):
     folder = tmp_path / 'run'
     running = torchrun(*WHOLE, '--data-path', image_folder, '--num_workers', 2, '--output_dir', folder)
     printed = ''
     while '[1/2]' not in printed:
         printed += (line := running.stdout.readline())
         assert line, printed
-    running.terminate()
+    running.send_signal(number)
     printed += running.communicate(timeout=120)[0]
     assert running.returncode != 0 and 'asked to end: stopped in epoch' in printed, printed
     check_resume(start, folder, whole)
@@ -438,6 +506,49 @@ def test_row_13_a_process_group_is_asked_to_end(start, whole, tmp_path):
     run.send(signal.SIGTERM)
     assert run.end() == [143, 143], run.printed
     check_resume(start, folder, whole)
+
+
+@pytest.mark.slow
+def test_row_13_ctrl_c_ends_training_as_sigterm_does(start, whole, tmp_path):
+    folder = tmp_path / 'run'
+    run = start(*WHOLE, '--num_workers', 2, '--output_dir', folder, ranks=2)
+    run.wait_for('[1/2]')
+    run.send(signal.SIGINT)
+    assert run.end() == [130, 130], run.printed
+    assert run.printed.count('stopping after the next step') == run.printed.count('asked to end: stopped') == 1
+    assert 'Traceback' not in run.printed
+    check_resume(start, folder, whole)
+
+
+@pytest.mark.slow
+def test_row_13_a_second_ctrl_c_ends_at_once(start):
+    run = start(*NANO, fault='stall:0:0:1')
+    run.wait_for('[1/4]')
+    run.send(signal.SIGINT)
+    run.wait_for('Ctrl-C again stops at once')
+    assert run.processes[0].is_alive()
+    run.send(signal.SIGINT)
+    assert run.end(5) == [-signal.SIGINT] and 'Traceback' not in run.printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_row_13_ctrl_c_ends_an_evaluation_with_a_line(start, tmp_path, ranks):
+    weights = tmp_path / 'weights.pth'
+    torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=10).state_dict(), weights)
+    run = start(*NANO, '--eval', '--resume', weights, '--data-set', 'SHAPES', ranks=ranks)
+    run.wait_for('weights loaded')
+    run.send(signal.SIGINT)
+    assert run.end() == [130] * ranks, run.printed
+    assert run.printed.endswith('main_deit.py: interrupted\n') and 'Traceback' not in run.printed
+
+
+def test_row_13_ctrl_c_ends_any_script_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['visualize.py'])
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # restored after the test
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert end.value.code == 130 and capsys.readouterr().err == '\nvisualize.py: interrupted\n'
 
 
 def check_resume(start, folder: Path, whole):
@@ -459,6 +570,7 @@ def test_row_13_workers_outlive_the_signal(image_folder):
     next(batches)
     for worker in batches._workers:
         subprocess.run(['kill', str(worker.pid)], check=True)  # as from another process
+        os.kill(worker.pid, signal.SIGINT)  # as from a terminal
     assert len(list(batches)) == 7
     for worker in batches._workers:
         worker.terminate()  # as the interpreter does when it ends
@@ -837,6 +949,27 @@ def test_row_28_moments_of_other_parameters():
     content['optimizer']['state'][0]['exp_avg'] = torch.zeros(5)
     with pytest.raises(InputError, match='optimizer state is of other parameters'):
         resume(arguments(), content)
+
+
+def test_row_28_moments_lie_in_memory_as_their_parameters():
+    def begin(memory_format) -> engine.State:
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Flatten())
+        return engine.start(arguments('--lr', 1), model.to(memory_format=memory_format), 'fp32', 1)
+
+    def step(state):
+        state.model(torch.arange(27.0).view(1, 3, 3, 3)).square().sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    one, two = begin(torch.contiguous_format), begin(torch.channels_last)
+    step(one)
+    two.load(copy.deepcopy(one.state_dict(arguments())), 'c.pth', arguments())
+    for parameter, moments in two.optimizer.state.items():
+        assert moments['exp_avg'].stride() == parameter.stride()
+    step(one)
+    step(two)
+    for key, value in one.model.state_dict().items():
+        torch.testing.assert_close(two.model.state_dict()[key], value)
 
 
 @pytest.mark.slow
