@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -44,6 +44,7 @@ from matplotlib.ticker import LogLocator
 from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
@@ -57,6 +58,8 @@ from checkpoint import State
 from models import evo_deit
 from utils import InputError, say
 
+aten = torch.ops.aten
+
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
 HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -66,6 +69,18 @@ PASSES = 3  # end to end, how often a model is given the loader's batches
 LATENCY_CALLS = 5  # times --num_bench_iter, as a percentile needs more calls than a median
 P99_CALLS = 100  # with fewer, the percentile 99 is hardly more than the slowest call
 OUT_OF_MEMORY = 'out of memory'
+# Fused attentions that not every version of FlopCounterMode knows, and one with the same first arguments that it does.
+COUNTED_AS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_fused_attention_overrideable: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_attention_math_for_mps: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_fused_attention_overrideable_backward: aten._scaled_dot_product_flash_attention_backward,
+}
+# Names of operators that multiply matrices, such as addmm, _conv_depthwise2d, mkldnn_linear_backward.
+MATRIX_PRODUCT = re.compile(
+    '(^|_)([a-z]*mm|matmul|linear|conv|conv[123]d|convolution|attention|attn|einsum|(add)?mv|v?dot|bilinear|rnn)(_|$)'
+)
 
 # The columns of the results: what was measured, what came out, in which circumstances.
 FIELDS = (
@@ -425,11 +440,38 @@ def make_step(
     return forward, None
 
 
-def count_gmacs(step: Callable, batch: tuple[Tensor, Tensor]) -> float:
-    """Multiplications with addition, in 10^9 an image, of the matrix products, convolutions, attentions of a call."""
-    with FlopCounterMode(display=False) as counter:
-        step(*batch)
-    return counter.get_total_flops() / 2e9 / len(batch[0])
+class RefuseUncounted(TorchDispatchMode):
+    """Raises InputError for a matrix product, convolution or attention outside `counted`: it would count as nothing.
+
+    Entered before a FlopCounterMode, it sees the operators that are left after that one took others apart.
+    """
+
+    def __init__(self, counted: Iterable):
+        super().__init__()
+        self.counted = counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operator = func.overloadpacket
+        if operator not in self.counted and MATRIX_PRODUCT.search(operator.__name__):
+            raise InputError(
+                f'torch {torch.__version__}: expected operators whose arithmetic can be counted, found {operator}; '
+                'add it to COUNTED_AS in benchmark.py'
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def count_gmacs(call: Callable, inputs: Sequence[Tensor]) -> float:
+    """Multiply-accumulates in `call(*inputs)`, in 10^9 an image, of matrix products, convolutions and attentions.
+
+    `inputs` are tensors (B, ...), images first. What a fused attention computes again in its backward pass counts too.
+    Raises InputError for such an operator without a formula.
+    """
+    counter = FlopCounterMode(display=False)
+    known = counter.flop_registry
+    counter.flop_registry = {operator: known[same] for operator, same in COUNTED_AS.items()} | known
+    with RefuseUncounted(counter.flop_registry), counter:
+        call(*inputs)
+    return counter.get_total_flops() / 2e9 / len(inputs[0])
 
 
 def compile_model(args: Namespace, case: Namespace, model: nn.Module, device: torch.device) -> str:
