@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import weakref
 from argparse import Namespace
 from contextlib import nullcontext
@@ -9,6 +11,8 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -215,7 +219,7 @@ def test_every_mode_on_a_small_model(bench, monkeypatch):
     assert 2.9 < train['gmacs'] / inference['gmacs'] < 3.1
     assert train['peak_mib'] > 5 * 4 * train['parameters'] / 2**20  # weights, average, two moments, gradients
     ours, twin = ('EvoDeiT', True, True, 'Heads'), ('VisionTransformer', True, True, 'Tensor')
-    assert steps == [ours] * 3 + [twin] * 3 + [ours, twin] * 2  # counted, warmed up, watched; timed
+    assert {*steps} == {ours, twin} and steps[-4:] == [ours, twin] * 2  # the last ones are timed, in turns
 
 
 def test_the_twins_take_turns(bench, monkeypatch):
@@ -466,22 +470,21 @@ def test_damaged_data_ends_the_run(bench, tmp_path):
 
 
 def test_a_failed_model_is_gone_before_its_twin_is_built(bench, monkeypatch):
-    built, alive = [], []
-    real_build, real_warm_up = benchmark.build, benchmark.warm_up
+    created, alive = [], []
+    real = models.create
 
-    def build(*given):
-        alive.extend(reference() is not None for reference in built)
-        model = real_build(*given)
-        built.append(weakref.ref(model))
+    def create(*args, **kwargs):
+        alive.extend(reference() is not None for reference in created)
+        model = real(*args, **kwargs)
+        if not created:
+            model.register_forward_hook(fail)
+        created.append(weakref.ref(model))
         return model
 
-    def warm_up(*given):
-        if len(built) == 1:
-            raise torch.OutOfMemoryError('CUDA out of memory.')
-        return real_warm_up(*given)
+    def fail(*_):
+        raise torch.OutOfMemoryError('CUDA out of memory.')
 
-    monkeypatch.setattr(benchmark, 'build', build)
-    monkeypatch.setattr(benchmark, 'warm_up', warm_up)
+    monkeypatch.setattr(models, 'create', create)
     _, rows = bench('--bench', 'train', '-b', 2)
     assert [row['error'] for row in rows] == ['out of memory', None] and alive == [False]
 
@@ -577,12 +580,70 @@ def test_rare_calls_need_many(calls):
     assert ours.row['ms_p90'] == 1000 and ours.row.get('ms_p99') == (1000 if calls == 100 else None)
 
 
-def test_every_column_of_the_table_has_its_heading():
-    headings = benchmark.table_row({name: heading for name, heading, _ in benchmark.TABLE})
-    assert headings.split()[-6:] == ['parameters', 'GMACs', 'speed-up', 'p10', 'p90', 'arithmetic']
-    assert len(headings) < 230 and 'calls' in headings
-    # Each as wide as its column: numbers stand below it.
-    assert all(len(heading) <= abs(width) for _, heading, width in benchmark.TABLE)
+def test_columns_are_aligned_and_have_names_of_their_own(bench):
+    printed, rows = bench('--bench', 'latency', 'train', '-b', 4, '--keep-ratio', '0.25,0.75', 1)
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith('mode'))
+    headings = {match.group(): match.span() for match in re.finditer(r'\S+( \S+)*', lines[start])}
+    assert len(headings) == len(benchmark.TABLE) - 1 and len(lines[start]) < 280
+    for line, row in zip(lines[start + 1 :], rows, strict=False):
+        cells = {name: line[:end].split('  ')[-1] for name, (_, end) in headings.items()}
+        assert all(line[end : end + 2].strip() == '' for _, end in list(headings.values())[2:])
+        assert row['model'] == line[headings['model'][0] :].split('  ')[0]
+        assert (cells['keep'].strip() or None, int(cells['parameters'])) == (row['keep_ratio'], row['parameters'])
+        for name, field in (('img/s p10', 'images_per_second_p10'), ('ms p90', 'ms_p90'), ('GMACs/img', 'gmacs')):
+            assert float(cells[name].replace(',', '')) == pytest.approx(row[field], rel=1e-3)
+        if row['speedup']:
+            assert float(cells['speed-up p90']) == pytest.approx(row['speedup_p90'], rel=1e-3)
+
+
+@pytest.mark.parametrize('load, cores, busy', [(3.0, 2, True), (1.6, 2, True), (1.4, 2, False), (3.0, 16, False)])
+def test_a_busy_machine_is_said_at_the_start(bench, monkeypatch, load, cores, busy):
+    monkeypatch.setattr(os, 'getloadavg', lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, 'cpu_count', lambda: cores)
+    printed, _ = bench('--bench', 'inference', '-b', 1, '--num_bench_iter', 1, '--no-compare')
+    warning = f'warning: the machine was busy before this started (load {load} of the last minute, {cores} cores'
+    assert (warning in printed) == busy
+
+
+def drawn(monkeypatch, rows) -> Figure:
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, path: figures.append(figure))
+    benchmark.plot(rows, 'gmacs', 'plot.png')
+    return figures[0]
+
+
+def row_of(model: str, kind: str, gmacs: float, seconds: list[float]) -> dict:
+    row = dict(mode='latency', input='noise', model=model, architecture=kind, gmacs=gmacs, batch=1)
+    candidate = Candidate(row | dict(precision='fp32', device='cpu'), seconds=seconds)
+    benchmark.summarise(candidate, None)
+    return candidate.row
+
+
+@pytest.mark.parametrize('slowest, disturbed, unusable', [(1.2, False, False), (2, True, False), (12, True, True)])
+def test_spread_is_drawn_and_warned_of(monkeypatch, capsys, slowest, disturbed, unusable):
+    rows = [row_of('steady', 'ViT', 1.0, [1.0] * 9), row_of('shaky', 'ViT', 2.0, [1.0, 1.0, 1.0, *[slowest] * 3])]
+    benchmark.warn_of_spread(rows)
+    printed = capsys.readouterr().out
+    assert ('in 1 of 2 rows' in printed and 'latency, shaky' in printed) == bool(printed) == disturbed
+    bars = drawn(monkeypatch, rows).axes[0].containers[0][2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [[1, 1], pytest.approx([1 / slowest, 1])]
+    printed = capsys.readouterr().out
+    assert ('the point of shaky, latency, 2.0 GMACs an image means little' in printed) == unusable
+    assert 'steady' not in printed
+
+
+def test_labels_do_not_overlap_and_lines_are_told_apart(monkeypatch):
+    kinds = 'EvoLeViT', 'LevitDistilled', 'EvoDeiT', 'VisionTransformer'
+    rows = [row_of(f'{kind}_{i}', kind, 1 + 0.01 * i, [1 + 0.01 * i] * 3) for kind in kinds for i in range(4)]
+    panel = drawn(monkeypatch, rows).axes[0]
+    assert sorted(text.get_text() for text in panel.texts) == sorted(row['model'] for row in rows)
+    for text in panel.texts:
+        text.get_window_extent()  # moves it to its place
+    boxes = [Text.get_window_extent(text) for text in panel.texts]
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # with itself
+    styles = {(line.get_linestyle(), line.get_marker(), line.get_linewidth()) for line, *_ in panel.containers}
+    assert len(styles) == len(kinds)
 
 
 def test_memory_is_the_most_at_a_time():
