@@ -74,11 +74,11 @@ P99_CALLS = 100  # with fewer, the percentile 99 is hardly more than the slowest
 OUT_OF_MEMORY = 'out of memory'
 # Fused attentions that not every version of FlopCounterMode knows, and one with the same first arguments that it does.
 COUNTED_AS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_fused_attention_overrideable: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_attention_math_for_mps: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
-    aten._scaled_dot_product_fused_attention_overrideable_backward: aten._scaled_dot_product_flash_attention_backward,
+    '_scaled_dot_product_flash_attention_for_cpu': aten._scaled_dot_product_flash_attention,
+    '_scaled_dot_product_fused_attention_overrideable': aten._scaled_dot_product_flash_attention,
+    '_scaled_dot_product_attention_math_for_mps': aten._scaled_dot_product_flash_attention,
+    '_scaled_dot_product_flash_attention_for_cpu_backward': aten._scaled_dot_product_flash_attention_backward,
+    '_scaled_dot_product_fused_attention_overrideable_backward': aten._scaled_dot_product_flash_attention_backward,
 }
 # Names of operators that multiply matrices, such as addmm, _conv_depthwise2d, mkldnn_linear_backward.
 MATRIX_PRODUCT = re.compile(
@@ -488,8 +488,9 @@ def count_gmacs(call: Callable, inputs: Sequence[Tensor]) -> float:
     Raises InputError for such an operator without a formula.
     """
     counter = FlopCounterMode(display=False)
-    known = counter.flop_registry
-    counter.flop_registry = {operator: known[same] for operator, same in COUNTED_AS.items()} | known
+    for name, same in COUNTED_AS.items():
+        if hasattr(aten, name):
+            counter.flop_registry.setdefault(getattr(aten, name), counter.flop_registry[same])
     with RefuseUncounted(counter.flop_registry), counter:
         call(*inputs)
     return counter.get_total_flops() / 2e9 / len(inputs[0])
