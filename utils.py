@@ -88,13 +88,12 @@ def check_versions(version: Callable[[str], str] = importlib.metadata.version):
         return [int(number) for number in re.findall(r'\d+', text.split('+')[0])[:3]]
 
     tested = tested_versions()
-    for package in UNTESTED.keys() & tested.keys():
-        oldest, newest, found = tested[package][0], tested[package][-1], version(package)
+    for package, cost in UNTESTED.items():
+        if len(tested.get(package, ())) < 2:
+            continue
+        oldest, newest, found = *tested[package], version(package)
         if not numbers(oldest) <= numbers(found) <= numbers(newest):
-            say(
-                f'warning: {package} {found} is not between the tested versions, {oldest} and {newest}: '
-                + UNTESTED[package]
-            )
+            say(f'warning: {package} {found} is not between the tested versions, {oldest} and {newest}: {cost}')
 
 
 # --- flags

@@ -1046,6 +1046,13 @@ def test_row_42_versions_outside_the_tested_ones(capsys):
         assert printed.count('\n') == 1 and f'{package} {version}' in printed and reason in printed
 
 
+@pytest.mark.parametrize('tested', [{}, {'pillow': ['1']}])
+def test_row_42_without_a_file_nothing_is_known(monkeypatch, capsys, tested):
+    monkeypatch.setattr(utils, 'tested_versions', lambda: tested)
+    utils.check_versions()
+    assert not capsys.readouterr().out
+
+
 def test_row_42_they_are_looked_at_at_the_start(monkeypatch, capsys):
     monkeypatch.setattr(utils, 'tested_versions', lambda: {'pillow': ['1', '2']})
     utils.set_up_processes(arguments('--device', 'cpu'))
