@@ -1,18 +1,19 @@
 # make demo, make test and make lint set up what they need in .venv; they ask for nothing but Python 3.11 or later.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 OUTPUT ?= output/demo
 EPOCHS ?= 2
 
-.PHONY: install demo test test-slow test-rest lint format clean
+.PHONY: install demo test test-slow test-rest test-oldest lint format clean
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	@echo "Installing torch and the rest into $(VENV): some 5 GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 # On the CPU, so that it is the same anywhere. Two processes train faster than two threads of one: the model is small.
@@ -37,6 +38,17 @@ test-slow: install
 test-rest: install
 	$(BIN)/python -m pytest -m 'not slow'
 
+# The same with the lowest versions that requirements.txt allows, without the slow tests, in an environment of its own.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -m 'not slow'
+
+$(OLDEST)/installed: requirements.txt requirements-dev.txt
+	@echo "Installing the oldest versions of torch and the rest into $(OLDEST): some 5 GB, a few minutes."
+	$(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/>=([0-9.]+).*/==\1/p' requirements.txt requirements-dev.txt > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet -r $(OLDEST)/requirements.txt
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +58,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) output/demo
+	rm -rf $(VENV) $(OLDEST) output/demo

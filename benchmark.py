@@ -28,22 +28,26 @@ import sys
 import time
 import traceback
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, cycle, islice, product
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
 from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
@@ -58,6 +62,8 @@ from losses import HALF
 from models import evo_deit
 from utils import InputError, say
 
+aten = torch.ops.aten
+
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
 # Flags of a run that is kept: nothing is read from one here, or written to one.
@@ -71,6 +77,18 @@ PASSES = 3  # end to end, how often a model is given the loader's batches
 LATENCY_CALLS = 5  # times --num_bench_iter, as a percentile needs more calls than a median
 P99_CALLS = 100  # with fewer, the percentile 99 is hardly more than the slowest call
 OUT_OF_MEMORY = 'out of memory'
+# Fused attentions that not every version of FlopCounterMode knows, and one with the same first arguments that it does.
+COUNTED_AS = {
+    '_scaled_dot_product_flash_attention_for_cpu': aten._scaled_dot_product_flash_attention,
+    '_scaled_dot_product_fused_attention_overrideable': aten._scaled_dot_product_flash_attention,
+    '_scaled_dot_product_attention_math_for_mps': aten._scaled_dot_product_flash_attention,
+    '_scaled_dot_product_flash_attention_for_cpu_backward': aten._scaled_dot_product_flash_attention_backward,
+    '_scaled_dot_product_fused_attention_overrideable_backward': aten._scaled_dot_product_flash_attention_backward,
+}
+# Names of operators that multiply matrices, such as addmm, _conv_depthwise2d, mkldnn_linear_backward.
+MATRIX_PRODUCT = re.compile(
+    '(^|_)([a-z]*mm|matmul|linear|conv|conv[123]d|convolution|attention|attn|einsum|(add)?mv|v?dot|bilinear|rnn)(_|$)'
+)
 
 # The columns of the results: what was measured, what came out, in which circumstances.
 FIELDS = (
@@ -79,16 +97,25 @@ FIELDS = (
     'speedup speedup_p10 speedup_p90 arithmetic_ratio error '
     'device precision autocast compile channels_last fused threads torch timm date commit'
 ).split()
-# The columns of the table: a field, its heading, and the width.
+# The columns of the table: a field, its heading, and the width, negative where it is aligned to the left.
 TABLE = (
-    ('mode', 'mode', -9), ('model', 'model', -26), ('image_size', 'px', 7), ('batch', 'batch', 5),
-    ('keep_ratio', 'keep', 5), ('images_per_second', 'img/s', 7), ('images_per_second_p10', 'p10', 7),
-    ('images_per_second_p90', 'p90', 7), ('ms', 'ms', 7), ('ms_p90', 'p90', 7), ('ms_p99', 'p99', 7),
-    ('n', 'calls', 5), ('peak_mib', 'MiB', 7), ('parameters', 'parameters', 10), ('gmacs', 'GMACs', 7),
-    ('speedup', 'speed-up', 8), ('speedup_p10', 'p10', 6), ('speedup_p90', 'p90', 6),
-    ('arithmetic_ratio', 'arithmetic', 10), ('error', '', 1),
+    ('mode', 'mode', -9), ('model', 'model', -26), ('image_size', 'px', 7), ('batch', 'batch', 6),
+    ('keep_ratio', 'keep', 5), ('images_per_second', 'img/s', 9), ('images_per_second_p10', 'img/s p10', 9),
+    ('images_per_second_p90', 'img/s p90', 9), ('ms', 'ms', 9), ('ms_p90', 'ms p90', 9), ('ms_p99', 'ms p99', 9),
+    ('n', 'calls', 5), ('peak_mib', 'peak MiB', 9), ('parameters', 'parameters', 10), ('gmacs', 'GMACs/img', 9),
+    ('speedup', 'speed-up', 9), ('speedup_p10', 'speed-up p10', 12), ('speedup_p90', 'speed-up p90', 12),
+    ('arithmetic_ratio', 'MACs ratio', 10), ('error', '', 1),
 )  # fmt: skip
+BUSY_LOAD = 0.5  # processes that others may have running before a measurement is called disturbed
+DISTURBED, UNUSABLE = 1.5, 10  # spread of img/s, percentile 90 to percentile 10, from which on results need a warning
 PLOT_AXES = {'image_size': 'side of the images, px', 'batch': 'images a call', 'gmacs': 'GMACs an image'}
+# Lines that coincide stay apart: each later one is thinner, and broken in another way.
+LINE_STYLES = [
+    dict(fmt=marker + line, linewidth=width, markersize=2 * width + 2, markerfacecolor='none')
+    for marker, line, width in (
+        ('o', '-', 3), ('s', '--', 2), ('^', ':', 2), ('D', '-.', 1.5), ('v', '-', 1), ('P', '--', 1), ('X', ':', 1),
+    )
+]  # fmt: skip
 
 
 def get_parser() -> utils.Parser:
@@ -149,6 +176,7 @@ def keep_ratios(text: str) -> list[float]:
 
 def main():
     """Measure what the flags ask for, case by case, and keep each row at once; exit with 1 if one had an error."""
+    load = os.getloadavg()[0]
     args, recipe = get_parser().parse_known_args()
     device = utils.set_up_processes(args)
     settle(args, device)
@@ -161,18 +189,21 @@ def main():
     ]
     common = describe_circumstances(args, device)
     say(', '.join(f'{key} {value}' for key, value in (common | {'compile': args.compile}).items()))
-    say(table_row({name: heading for name, heading, _ in TABLE}))
+    warn_if_busy(load, torch.get_num_threads() if device.type == 'cpu' else 1)
+    widths = table_widths(args, cases)
+    say(table_row({name: heading for name, heading, _ in TABLE}, widths))
     rows = []
     for i, case in enumerate(cases, 1):
         progress = f'[{i}/{len(cases)}] {case.mode}, {case.model}, {case.input_size} px, batch {case.batch_size}'
         print(progress, file=sys.stderr, flush=True)
         for row in measure(args, case, device):
             rows.append(common | row)
-            say(table_row(row))
+            say(table_row(row, widths))
             if args.results_file:
                 write_row(rows[-1], args.results_file)
         torch.compiler.reset()  # compiled code belongs to a class: that of earlier cases would count as recompilation
         free_memory(device)
+    warn_of_spread(rows)
     if args.plot:
         swept = {'image_size': args.img_size, 'batch': args.batch_size}
         plot(rows, next((x for x, values in swept.items() if values and len(values) > 1), 'gmacs'), args.plot)
@@ -287,6 +318,11 @@ def dense_twin(name: str) -> tuple[str, dict] | None:
     return (f'levit_{size.lower()}', {}) if name.startswith('EvoLeViT_') else None
 
 
+def twin_label(twin: tuple[str, dict]) -> str:
+    """The name of a dense twin, and with what it is created, for people."""
+    return ' '.join([twin[0], *(f'{key}={value}' for key, value in twin[1].items())])
+
+
 # --- measuring
 
 
@@ -317,7 +353,7 @@ def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict
     own = {'representative': case.representative} if twin else {}  # timm's models know no such argument
     contenders = [(case.model, case.model, own | {'keep_ratio': ratio}) for ratio in ratios]
     if twin and args.compare:
-        contenders.append((' '.join([twin[0], *(f'{key}={value}' for key, value in twin[1].items())]), *twin))
+        contenders.append((twin_label(twin), *twin))
     for label, name, own in contenders:
         candidate = Candidate(new_row(case, label))
         candidates.append(candidate)
@@ -431,11 +467,39 @@ def make_step(
     return forward, None
 
 
-def count_gmacs(step: Callable, batch: tuple[Tensor, Tensor]) -> float:
-    """Multiplications with addition, in 10^9 an image, of the matrix products, convolutions, attentions of a call."""
-    with FlopCounterMode(display=False) as counter:
-        step(*batch)
-    return counter.get_total_flops() / 2e9 / len(batch[0])
+class RefuseUncounted(TorchDispatchMode):
+    """Raises InputError for a matrix product, convolution or attention outside `counted`: it would count as nothing.
+
+    Entered before a FlopCounterMode, it sees the operators that are left after that one took others apart.
+    """
+
+    def __init__(self, counted: Iterable):
+        super().__init__()
+        self.counted = counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operator = func.overloadpacket
+        if operator not in self.counted and MATRIX_PRODUCT.search(operator.__name__):
+            raise InputError(
+                f'torch {torch.__version__}: expected operators whose arithmetic can be counted, found {operator}; '
+                'add it to COUNTED_AS in benchmark.py'
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def count_gmacs(call: Callable, inputs: Sequence[Tensor]) -> float:
+    """Multiply-accumulates in `call(*inputs)`, in 10^9 an image, of matrix products, convolutions and attentions.
+
+    `inputs` are tensors (B, ...), images first. What a fused attention computes again in its backward pass counts too.
+    Raises InputError for such an operator without a formula.
+    """
+    counter = FlopCounterMode(display=False)
+    for name, same in COUNTED_AS.items():
+        if hasattr(aten, name):
+            counter.flop_registry.setdefault(getattr(aten, name), counter.flop_registry[same])
+    with RefuseUncounted(counter.flop_registry), counter:
+        call(*inputs)
+    return counter.get_total_flops() / 2e9 / len(inputs[0])
 
 
 def compile_model(args: Namespace, case: Namespace, model: nn.Module, device: torch.device) -> str:
@@ -566,15 +630,51 @@ def describe_circumstances(args: Namespace, device: torch.device) -> dict:
     )  # fmt: skip
 
 
-def table_row(row: dict) -> str:
-    """A line of the table for a row, or for the headings."""
+def spread(row: dict) -> float:
+    """How many times faster the fast calls of a row were than its slow ones: percentile 90 to 10; 1 without calls."""
+    return row['images_per_second_p90'] / row['images_per_second_p10'] if row.get('images_per_second') else 1.0
+
+
+def warn_if_busy(load: float, threads: int):
+    """Say that other programs used the machine, given its load average of the minute before the start."""
+    cores = os.cpu_count()
+    if load + threads > cores + BUSY_LOAD:
+        say(
+            f'warning: the machine was busy before this started (load {load:.1f} of the last minute, {cores} cores, '
+            f'{threads} needed here): times may be too long and speed-ups too small; measure again when it is idle'
+        )
+
+
+def warn_of_spread(rows: list[dict]):
+    """Say that calls of the same model differed so much that something else must have disturbed them."""
+    disturbed = [row for row in rows if spread(row) > DISTURBED]
+    if disturbed:
+        worst = max(disturbed, key=spread)
+        say(
+            f'warning: img/s of the same model differ by more than {DISTURBED} times (p90 / p10) in {len(disturbed)} '
+            f'of {len(rows)} rows, by {spread(worst):.1f} in {worst["mode"]}, {worst["model"]}: '
+            'other programs may disturb the measurement; take more calls, or an idle machine'
+        )
+
+
+def table_widths(args: Namespace, cases: list[Namespace]) -> dict[str, int]:
+    """How wide the columns of the table must be whose longest cell depends on the flags."""
+    twins = [dense_twin(case.model) for case in cases]
+    names = [case.model for case in cases] + [twin_label(twin) for twin in twins if twin and args.compare]
+    ratios = [','.join(f'{ratio:g}' for ratio in ratios) for ratios in args.keep_ratio or ()]
+    return {'model': max(map(len, names)), 'keep_ratio': max(map(len, ratios), default=0)}
+
+
+def table_row(row: dict, widths: dict[str, int]) -> str:
+    """A line of the table for a row, or for the headings; `widths` are those of fields that need more than usual."""
     cells = []
     for name, _, width in TABLE:
         value = row.get(name, '')
         if isinstance(value, float):
             value = f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
-        cells.append(f'{value:<{-width}}' if width < 0 else f'{value:>{width}}')
-    return ' '.join(cells)
+        room = max(abs(width), widths.get(name, 0))
+        cells.append(f'{value:{"<" if width < 0 else ">"}{room}}')
+    return '  '.join(cells).rstrip()
 
 
 def write_row(row: dict, path: str):
@@ -591,47 +691,93 @@ def write_row(row: dict, path: str):
 
 
 def plot(rows: list[dict], x: str, path: str):
-    """Draw img/s in each mode against `x`: a line for each model or, against GMACs, for each kind of model."""
+    """Draw img/s in each mode against `x`, and warn of points that mean little."""
     rows = sorted((row for row in rows if 'gmacs' in row and 'error' not in row), key=lambda row: row[x])
     modes = [mode for mode in MODES if any(row['mode'] == mode for row in rows)]
-    figure = Figure(figsize=(6 * max(1, len(modes)), 5), layout='constrained')
+    figure, panels = Figure(figsize=(6 * max(1, len(modes)), 5), dpi=150, layout='constrained'), {}
     for i, mode in enumerate(modes, 1):
-        panel, lines = figure.add_subplot(1, len(modes), i), {}
-        own = [row for row in rows if row['mode'] == mode]
-        # Whatever else was swept belongs into the label: a line has one point at each place of the axis.
-        swept = {
-            key: word
-            for key, word in (('keep_ratio', 'keep'), ('batch', 'batch'))
-            if key != x and len({row.get(key) for row in own} - {None}) > 1
-        }
-        for row in own:
-            name = ', '.join(
-                [row['model'].split()[0], *(f'{word} {row[key]}' for key, word in swept.items() if row.get(key))]
-            )
-            lines.setdefault(row['architecture'] if x == 'gmacs' else name, []).append((row, name))
-        for label, points in lines.items():
-            panel.plot(
-                [row[x] for row, _ in points], [row['images_per_second'] for row, _ in points], 'o-', label=label
-            )
-            for row, name in points if x == 'gmacs' else ():
-                side = ('right', 'top', -4) if row.get('keep_ratio') else ('left', 'bottom', 4)
-                panel.annotate(
-                    re.sub(r'_patch\d+_\d+', '', name), (row[x], row['images_per_second']), (side[2], side[2]),
-                    textcoords='offset points', fontsize=7, ha=side[0], va=side[1],
-                )  # fmt: skip
-        title = f'{mode}, {own[0]["input"]}, {own[0]["precision"]}\n{own[0]["device"]}'
-        panel.set(title=title, xlabel=PLOT_AXES[x], ylabel='img/s', xscale='log', yscale='log')
-        panel.margins(0.2, 0.1)
-        for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
-            axis.set_major_formatter('{x:g}')
-            axis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 10 * low else (2, 3, 5)))
-            axis.set_minor_formatter('{x:g}')
-        if x != 'gmacs':
-            panel.set_xticks(sorted({row[x] for row in own}))
-            panel.set_xticks([], minor=True)
-        panel.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+        panel = figure.add_subplot(1, len(modes), i)
+        panels[panel] = draw_panel(panel, [row for row in rows if row['mode'] == mode], x)
+    figure.draw_without_rendering()  # labels are placed between what has its place now
+    for panel, labels in panels.items():
+        place_labels(panel, labels)
+    figure.savefig(path)
     say(f'written: {path}')
+    for row in rows:
+        if spread(row) >= UNUSABLE:
+            say(
+                f'warning: {path}: the point of {row["model"]}, {row["mode"]}, {row[x]} {PLOT_AXES[x]} means little, '
+                f'img/s differ by {spread(row):.0f} times (p90 / p10); measure it again'
+            )
+
+
+def draw_panel(panel: Axes, rows: list[dict], x: str) -> list[tuple[dict, str]]:
+    """Draw rows of one mode: a line for each model or, against GMACs, for each kind of model, with p10 to p90.
+
+    Returns the rows whose points need a label, those against GMACs, each with the text.
+    """
+    # Whatever else was swept belongs into the label: a line has one point at each place of the axis.
+    swept = {
+        key: word
+        for key, word in (('keep_ratio', 'keep'), ('batch', 'batch'))
+        if key != x and len({row.get(key) for row in rows} - {None}) > 1
+    }
+    lines, labels = {}, []
+    for row in rows:
+        name = ', '.join(
+            [row['model'].split()[0], *(f'{word} {row[key]}' for key, word in swept.items() if row.get(key))]
+        )
+        lines.setdefault(row['architecture'] if x == 'gmacs' else name, []).append(row)
+        if x == 'gmacs':
+            labels.append((row, re.sub(r'_patch\d+_\d+', '', name)))
+    for style, (line, points) in zip(cycle(LINE_STYLES), lines.items(), strict=False):
+        low, middle, high = (
+            np.array([row[f'images_per_second{end}'] for row in points]) for end in ('_p10', '', '_p90')
+        )
+        panel.errorbar(
+            [row[x] for row in points], middle, np.clip([middle - low, high - middle], 0, None), label=line, capsize=3,
+            elinewidth=1, **style,
+        )  # fmt: skip
+    title = f'{rows[0]["mode"]}, {rows[0]["input"]}, {rows[0]["precision"]}; bars: p10 to p90\n{rows[0]["device"]}'
+    panel.set(title=title, xlabel=PLOT_AXES[x], ylabel='img/s', xscale='log', yscale='log')
+    panel.margins(0.2, 0.1)
+    for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
+        axis.set_major_formatter('{x:g}')
+        axis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 10 * low else (2, 3, 5)))
+        axis.set_minor_formatter('{x:g}')
+    if x != 'gmacs':
+        panel.set_xticks(sorted({row[x] for row in rows}))
+        panel.set_xticks([], minor=True)
+    panel.legend(fontsize=7)
+    return labels
+
+
+def place_labels(panel: Axes, labels: list[tuple[dict, str]]):
+    """Write each label as near to its point as it fits: over no other label, no point, no bar and no legend."""
+    half = 0.04 * panel.figure.dpi  # of a marker, in pixels
+    taken = [panel.get_legend().get_window_extent()]
+    for row, _ in labels:
+        (x, low), (_, high) = (
+            panel.transData.transform((row['gmacs'], row[f'images_per_second{end}'])) for end in ('_p10', '_p90')
+        )
+        taken.append(Bbox.from_extents(x - half, low - half, x + half, high + half))
+    sides = (1, 1), (-1, -1), (1, 0), (-1, 0), (-1, 1), (1, -1)  # lines fall: they leave the first two free
+    for row, text in labels:
+        point = row['gmacs'], row['images_per_second']
+        for distance, (right, up) in product((8, 14, 22, 32, 44, 58), sides):
+            note = panel.annotate(
+                text, point, (distance * right, distance * up), textcoords='offset points', fontsize=7,
+                ha='left' if right > 0 else 'right', va='center', in_layout=False,
+                arrowprops=dict(arrowstyle='-', linewidth=0.4, shrinkA=0),
+            )  # fmt: skip
+            note.get_window_extent()  # moves the text to its place; what it returns holds the line to the point too
+            box = Text.get_window_extent(note)
+            if panel.bbox.contains(*box.min) and panel.bbox.contains(*box.max) and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            note.remove()
+        else:
+            panel.annotate(text, point, fontsize=7)  # a full panel
 
 
 if __name__ == '__main__':

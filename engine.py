@@ -440,6 +440,8 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
     try:
         optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate} | fused))
         scheduler, _ = create_scheduler(args, optimizer)
+        if scheduler is None:  # timm's answer to 'none', and before 1.0.31 to any name that it does not know
+            raise ValueError('no such schedule, expected one of timm, such as cosine')
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise InputError(f'--opt {args.opt}, --sched {args.sched} or their flags: {error}') from error
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')

@@ -63,22 +63,42 @@ def run_script(main: Callable[[], None]):
             dist.destroy_process_group()
 
 
-# What the code was tested with: from the first version on, before the second; and what is wrong outside.
-TESTED = {
-    'torch': ((2, 10), (3,), 'before 2.10, a checkpoint can run code although it is read the safe way'),
-    'torchvision': ((0, 25), (1,), 'it is one pair with torch, installed together'),
-    'timm': ((1, 0, 20), (2,), 'the networks are built from its layers'),
-    'pillow': ((11,), (13,), "from 13 on, timm's RandAugment, which is on by default, ends training after some steps"),
+# What a version that is not between the tested ones may cost.
+UNTESTED = {
+    'torch': 'before 2.10, a checkpoint can run code although it is read the safe way',
+    'torchvision': 'it is one pair with torch, installed together',
+    'timm': 'the networks are built from its layers',
+    'pillow': "from 13 on, timm's RandAugment, which is on by default, ends training after some steps",
 }
 
 
+def tested_versions(folder: Path = Path(__file__).parent) -> dict[str, list[str]]:
+    """Two versions of each package that the tests run with: the lower end of requirements.txt, and constraints.txt's.
+
+    A file that is not in `folder` says nothing: an installation needs neither.
+    """
+    tested = {}
+    for name, operator in (('requirements.txt', '>='), ('constraints.txt', '==')):
+        path = folder / name
+        text = path.read_text() if path.is_file() else ''
+        for package, version in re.findall(rf'^([\w.-]+){operator}([\d.]+)', text, re.M):
+            tested.setdefault(package.lower(), []).append(version)
+    return tested
+
+
 def check_versions(version: Callable[[str], str] = importlib.metadata.version):
-    """Say which packages are outside the tested range, and what that may cost."""
-    for package, (first, end, reason) in TESTED.items():
-        found = tuple(int(number) for number in re.findall(r'\d+', version(package).split('+')[0])[:3])
-        if not first <= found < end:
-            wanted = f'at least {".".join(map(str, first))} and below {".".join(map(str, end))}'
-            say(f'warning: {package} {version(package)} was not tested, expected {wanted}: {reason}')
+    """Say which packages are older or newer than the tested versions, and what that may cost."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in re.findall(r'\d+', text.split('+')[0])[:3]]
+
+    tested = tested_versions()
+    for package, cost in UNTESTED.items():
+        if len(tested.get(package, ())) < 2:
+            continue
+        oldest, newest, found = *tested[package], version(package)
+        if not numbers(oldest) <= numbers(found) <= numbers(newest):
+            say(f'warning: {package} {found} is not between the tested versions, {oldest} and {newest}: {cost}')
 
 
 # --- flags

@@ -447,6 +447,7 @@ def test_photograph_sizes_train(script, image_folder, size, tmp_path):
         (['--grad-accum-steps', '100'], 'an epoch has only 4 batches'),
         (['--opt', 'nonsense'], '--opt nonsense'),
         (['--sched', 'nonsense'], '--sched nonsense'),
+        (['--sched', 'none'], '--sched none'),
         (['--seed', '-1'], '--seed: expected 0'),
         (['--eval-interval', '0'], '--eval-interval: expected 1'),
         (['--device', 'meta'], '--device meta: .*cpu or cuda'),

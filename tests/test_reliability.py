@@ -1161,25 +1161,33 @@ def test_row_41_the_last_are_kept_and_the_best(tmp_path, monkeypatch, capsys):
     assert save(3) == [3]
 
 
-def test_row_42_versions_outside_the_tested_range(capsys):
-    tested = {'torch': '2.15.0+cpu', 'torchvision': '0.29.0', 'timm': '1.0.31', 'pillow': '12.3.0'}
-    utils.check_versions(tested.get)
-    assert not capsys.readouterr().out
+def test_row_42_versions_outside_the_tested_ones(capsys):
+    tested = utils.tested_versions()
+    for end in (0, -1):
+        utils.check_versions(lambda package, end=end: tested[package][end] + '+cpu')
     utils.check_versions()
     assert not capsys.readouterr().out, 'the installed versions are tested'
+    oldest = {package: versions[0] for package, versions in tested.items()}
     for package, version, reason in (
         ('torch', '2.9.1', 'can run code'),
-        ('torch', '3.0.0a1', 'expected at least 2.10'),
+        ('torch', '3.0.0a1', f'not between the tested versions, {" and ".join(tested["torch"])}'),
         ('pillow', '13.0.0', 'RandAugment'),
         ('timm', '1.0.19', 'layers'),
     ):
-        utils.check_versions((tested | {package: version}).get)
+        utils.check_versions((oldest | {package: version}).get)
         printed = capsys.readouterr().out
         assert printed.count('\n') == 1 and f'{package} {version}' in printed and reason in printed
 
 
+@pytest.mark.parametrize('tested', [{}, {'pillow': ['1']}])
+def test_row_42_without_a_file_nothing_is_known(monkeypatch, capsys, tested):
+    monkeypatch.setattr(utils, 'tested_versions', lambda: tested)
+    utils.check_versions()
+    assert not capsys.readouterr().out
+
+
 def test_row_42_they_are_looked_at_at_the_start(monkeypatch, capsys):
-    monkeypatch.setitem(utils.TESTED, 'pillow', ((1,), (2,), 'the reason'))
+    monkeypatch.setattr(utils, 'tested_versions', lambda: {'pillow': ['1', '2']})
     utils.set_up_processes(arguments('--device', 'cpu'))
     assert 'warning: pillow' in capsys.readouterr().out
 

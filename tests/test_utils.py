@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
+from packaging.requirements import Requirement
 
 import models  # noqa: F401
 import utils
@@ -55,6 +57,25 @@ def test_a_device_that_is_not_there(wanted):
 def test_cuda_where_there_is_none():
     with pytest.raises(InputError, match='--device cuda.*Without --device'):
         utils.set_up_processes(argparse.Namespace(device='cuda', local_rank=-1, dist_url='env://', seed=0))
+
+
+# --- versions
+
+
+def test_tested_versions_are_those_of_the_two_files(tmp_path):
+    assert utils.tested_versions(tmp_path) == {}, 'an installation has neither file'
+    (tmp_path / 'requirements.txt').write_text('# torch>=1\n-r other.txt\ntorch>=2.11,<3\nPillow>=11\n')
+    (tmp_path / 'constraints.txt').write_text('torch==2.14.1\ntorch-more==1.0\n')
+    assert utils.tested_versions(tmp_path) == {'torch': ['2.11', '2.14.1'], 'pillow': ['11'], 'torch-more': ['1.0']}
+
+
+def test_constraints_pin_every_requirement_within_its_range():
+    pins = dict(line.split('==') for line in (ROOT / 'constraints.txt').read_text().splitlines() if line[0] != '#')
+    requirements = [Requirement(line) for name in ('requirements.txt', 'requirements-dev.txt')
+                    for line in (ROOT / name).read_text().splitlines() if line[0] not in '#-']  # fmt: skip
+    assert {requirement.name for requirement in requirements} >= utils.UNTESTED.keys()
+    for requirement in requirements:
+        assert pins[requirement.name] in requirement.specifier
 
 
 # --- reading
