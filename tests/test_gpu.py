@@ -190,7 +190,7 @@ def first_gradient(name: str, precision: str) -> tuple[float, Tensor]:
     found = []
 
     def look(*_):
-        found.append(torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None]).float())
+        found.append(torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None]).double())
 
     state.optimizer.register_step_pre_hook(look)
     for _ in range(10):
@@ -206,7 +206,7 @@ def test_half_precision_goes_where_fp32_goes(name, precision):
     expected, exact = first_gradient(name, 'fp32')
     loss, gradient = first_gradient(name, precision)
     assert loss == pytest.approx(expected, rel=0.02)
-    assert F.cosine_similarity(gradient, exact, dim=0) > 0.95
+    assert F.cosine_similarity(gradient, exact, dim=0) > 0.98
 
 
 @both_families
@@ -231,20 +231,16 @@ def weights_of(path) -> Tensor:
 
 @both_families
 def test_a_run_that_is_resumed_in_an_epoch_ends_like_one_that_was_not(name, script, few_shapes, tmp_path, monkeypatch):
-    """As near to it as a second whole run is; sums in any order may differ in their last digits."""
+    """But for rounding: on a GPU sums may add up in any order. A lost optimizer state ends 0.02 away."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.backends.cudnn, 'enabled', False)  # its choice of algorithm is a race
-    ends, common = {}, ['--epochs', 3, '--precision', 'fp32', '--save-interval-steps', 1, '--keep-checkpoints', 99]
+    ends, common = [], ['--epochs', 3, '--precision', 'fp32', '--save-interval-steps', 1, '--keep-checkpoints', 99]
     resumed = ['--resume', tmp_path / 'whole/checkpoint-0001-000002.pth']
-    for run, more in (('whole', []), ('again', []), ('resumed', resumed)):
+    for run, more in (('whole', []), ('resumed', resumed)):
         script(script_of(name), *flags_of(name, tmp_path / run), *common, *more)
-        ends[run] = weights_of(tmp_path / run / 'checkpoint.pth')
+        ends.append(weights_of(tmp_path / run / 'checkpoint.pth'))
     assert [line['epoch'] for line in read_log(tmp_path / 'resumed')] == [1, 2]
-
-    def distance(run: str) -> float:
-        return ((ends[run] - ends['whole']).norm() / ends['whole'].norm()).item()
-
-    assert distance('resumed') <= max(10 * distance('again'), 1e-6)
+    assert (ends[1] - ends[0]).norm() <= 2e-3 * ends[0].norm()
 
 
 @both_families
