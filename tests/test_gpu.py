@@ -175,12 +175,13 @@ def test_a_training_step_does_not_wait_for_the_gpu(name, precision):
 def test_the_guard_does_not_wait_for_the_step_that_was_queued_last(monkeypatch):
     monkeypatch.setattr(engine.signal, 'signal', lambda *_: None)
     guard = engine.StepGuard(DEVICE)
-    guard.check(torch.zeros((), device=DEVICE), 'in step 0')
+    for i in range(3):  # kernels are loaded and memory is pinned when first needed, which may wait
+        guard.check(torch.full((), 0.0, device=DEVICE), f'in step {i}')
     torch.cuda._sleep(2 * 10**9)  # clock cycles: about a second
     done = torch.cuda.current_stream().record_event()
-    guard.check(torch.full((), math.nan, device=DEVICE), 'in step 1')
+    guard.check(torch.full((), math.nan, device=DEVICE), 'in step 3')
     assert not done.query()
-    with pytest.raises(InputError, match='nan in step 1'):
+    with pytest.raises(InputError, match='nan in step 3'):
         guard.check_last()
 
 
@@ -319,7 +320,7 @@ def test_channels_last_computes_the_same(name):
         sum(F.cross_entropy(head, labels) for head in logits).backward()
         found.append((*logits, *(p.grad.contiguous() for p in model.patch_embed.parameters())))
     for plain, last in zip(*found, strict=True):
-        torch.testing.assert_close(last, plain, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(last, plain, rtol=0, atol=1e-3 * plain.abs().max().item())
 
 
 def peak_bytes(name: str, train: bool) -> int:
