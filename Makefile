@@ -16,7 +16,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-# On the CPU, so that it is the same anywhere. Two processes train faster than two threads of one: the model is small.
+# On the CPU, so that it needs no GPU; last digits differ between machines and versions of torch. Two processes train faster than two threads of one: the model is small.
 SHAPES := --device cpu --model evo_deit_nano_patch4_32 --data-set SHAPES --input-size 32
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 main_deit.py $(SHAPES) \

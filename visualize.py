@@ -15,9 +15,9 @@ Does the selection find the object? SHAPES knows where it is:
     python3 visualize.py --model evo_deit_nano_patch4_32 --resume output/checkpoint.pth --output_dir pictures \\
         --data-set SHAPES --batch-size 12 --score
 
-For each image NAME.png is what the model sees; NAME_block4.png the same, its placeholders from block 4 on faded to
-white (NAME_stage1_block0.png in Evo-LeViT); NAME_sheet.png all of it with the scores and the prediction; NAME.gif, with
---animate, one selection after the other. A batch has a contact sheet too.
+For each image NAME.png is what the model sees; NAME_block4.png the same, its placeholders from block 4 on faded and
+hatched (NAME_stage1_block0.png in Evo-LeViT); NAME_sheet.png all of it with the scores and the prediction; NAME.gif,
+with --animate, one selection after the other. A batch has a contact sheet too.
 """
 
 import argparse
@@ -50,7 +50,8 @@ import models
 import utils
 from utils import InputError, say
 
-FADED = 0.3  # of a placeholder's colour is left, the rest is white: as published
+FADED = 0.3  # of a placeholder's colour is left, the rest is white, as published, but for the grey lines of the hatch
+HATCH = 128  # grey level of these lines
 BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '#B0B0B0'  # told apart by colour-blind eyes
 MARKS, COLOURS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
 HEAT = 'cividis'
@@ -99,7 +100,9 @@ def main():
     dataset = datasets.build_dataset(False, args) if args.data_path or args.data_set == 'SHAPES' else None
     classes = class_names(dataset, model.num_classes)
     prefix = f'{args.save_name}_' if args.save_name else ''
-    say(f'{args.model}: pictures go to {output}')
+    earlier = sum(not path.name.startswith('.') for path in output.iterdir())
+    found = f', which holds {earlier} files: they stay, except those of the same name' if earlier else ''
+    say(f'{args.model}: pictures go to {output}{found}')
     if args.score:
         shares = object_shares(model, dataset, args.batch_size)
         write_figure(output, f'{prefix}score', draw_shares(shares), args.format)
@@ -202,12 +205,25 @@ def read_images(
             kind = re.sub(r'[^\w-]+', '_', classes[label])[:60]
             batch.append((f'{prefix}{kind}_seed{args.seed}_{index}', image, label))
         yield batch
-    names = [args.save_name or files[0].stem] if len(files) == 1 else [prefix + file.stem for file in files]
-    names = [name if names.index(name) == i else f'{name}_{i}' for i, name in enumerate(names)]
+    names = [args.save_name or files[0].stem] if len(files) == 1 else picture_names(prefix, files)
     transform = datasets.build_transform(False, args)
     for start in range(0, len(files), args.batch_size):
         part = slice(start, start + args.batch_size)
         yield [(name, transform(load_upright(f)), None) for name, f in zip(names[part], files[part], strict=True)]
+
+
+def picture_names(prefix: str, files: Sequence[Path]) -> list[str]:
+    """Names for the pictures of several images, none of which is that of another picture.
+
+    They are those of the files, and numbered too where two are the same but for case or ending (a.jpg, a.PNG), or one
+    is like what the pictures of another are called (a_block4.jpg).
+    """
+    stems = [file.stem for file in files]
+    reserved = any(re.search(r'(sheet|score|contact\d+|block\d+)$', stem, re.I) for stem in stems)
+    if not reserved and len({stem.casefold() for stem in stems}) == len(stems):
+        return [prefix + stem for stem in stems]
+    digits = len(str(len(stems)))
+    return [f'{prefix}{i:0{digits}}_{stem}' for i, stem in enumerate(stems, 1)]
 
 
 def load_upright(path: Path) -> Image.Image:
@@ -241,13 +257,18 @@ def look(model: nn.Module, images: Tensor, labels: Sequence[int | None]) -> list
 
 
 def fade(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The image (side, side, 3) with all patches faded to white but those kept (rows, rows).
+    """The image (side, side, 3) with all patches faded and hatched but those kept (rows, rows).
 
     Every grid covers the image evenly. A patch of Evo-LeViT's coarser grids takes the place of one of the finer grid
     (every second), and so covers it, also where 7 rows become 4.
     """
-    place = np.arange(len(image)) * len(kept) // len(image)
-    faded = np.rint(FADED * image + (1 - FADED) * 255).astype(np.uint8)
+    at = np.arange(len(image))
+    place = at * len(kept) // len(image)
+    # White alone would not show on pale images, nor grey on grey ones: diagonal lines on white do on all.
+    period = max(2, min(max(4, len(image) // 28), len(image) // len(kept)))
+    lines = (at + at[:, None]) % period < max(1, period // 4)
+    veil = np.where(lines, HATCH, 255)[:, :, None]
+    faded = np.rint(FADED * image + (1 - FADED) * veil).astype(np.uint8)
     return np.where(kept[place][:, place, None], image, faded)
 
 
@@ -291,10 +312,7 @@ def describe(seen: Look, classes: list[str]) -> tuple[str, str]:
 
 
 def draw_kept(axes: Axes, seen: Look, name: str = '', left: float = 0.0):
-    """Draw the image, or a selection, into the square of side 1 at `left`.
-
-    There is an outline around what is kept, as fading does not tell white.
-    """
+    """Draw the image, or a selection with an outline around what is kept, into the square of side 1 at `left`."""
     kept = seen.selections[name][0] if name else np.ones((1, 1), bool)
     axes.imshow(fade(seen.image, kept), extent=(left, left + 1, 1, 0))
     lines = []
