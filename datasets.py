@@ -12,9 +12,10 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -99,11 +100,27 @@ def add_arguments(parser: argparse.ArgumentParser):
 # --- image files
 
 
+class DecodeError(Exception):
+    """An image file is damaged, or holds what cannot be shown as RGB."""
+
+
+@contextmanager
+def _decoding():
+    """DecodeError for whatever Pillow raises: its readers raise a dozen kinds of errors for damaged files."""
+    try:
+        yield
+    except (UnidentifiedImageError, DecodeError):
+        raise
+    except Exception as error:
+        raise DecodeError(str(error) or type(error).__name__) from error
+
+
+@_decoding()
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image file: pixels are what torchvision's loader gives, except where that is wrong.
 
     Transparent ones become white, and 16 bits are scaled, not clipped. An orientation in EXIF is not applied: published
-    accuracies were measured without. ValueError for pixels without a known range.
+    accuracies were measured without. DecodeError for damaged files, and for pixels without a known range.
     """
     if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert('RGB')
@@ -119,20 +136,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def load_image(path: str | Path, decode: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
     """Read an image file by `decode`; InputError that names the path where it is damaged, too large, or of another
     kind.
+
+    Other errors of `decode` are errors of this program, and are raised as they are.
     """
     try:
         with open(path, 'rb') as file:
-            image = Image.open(file, formats=FORMATS)
-            width, height = image.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(
-                    f'{width} x {height} pixels; at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
-                )
-            return decode(image)
+            return decode(_open_image(file))
     except UnidentifiedImageError as error:
         raise InputError(f'{path} holds no image in a format that is read here ({", ".join(FORMATS)})') from error
-    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
-        raise InputError(f'{path} cannot be read: {str(error) or type(error).__name__}') from error
+    except (OSError, DecodeError) as error:
+        raise InputError(f'{path} cannot be read: {error}') from error
+
+
+@_decoding()
+def _open_image(file: BinaryIO) -> Image.Image:
+    """The image in a file, its header read and its pixels not yet; DecodeError where they would be too many."""
+    image = Image.open(file, formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+        raise DecodeError(
+            f'{width} x {height} pixels; at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
+        )
+    return image
 
 
 class DecodeCrop:

@@ -311,6 +311,18 @@ def test_a_broken_image_stops_evaluation_with_its_path(image_root, workers):
         list(build_loaders(args)[1])
 
 
+@pytest.mark.parametrize('kind', [TypeError, ValueError, RuntimeError])
+def test_an_error_of_the_crop_is_not_an_unreadable_image(image_root, monkeypatch, kind):
+    def breaks(*_):
+        raise kind('a bug')
+
+    monkeypatch.setattr(datasets.RandomResizedCropAndInterpolation, 'get_params', breaks)
+    data = Seeded(build_dataset(True, flags('--data-path', image_root)), seed=0, max_broken=5)
+    with pytest.raises(kind, match='^a bug$') as error:
+        data[0, 0, 0]
+    assert not isinstance(error.value, InputError)
+
+
 # --- image folders
 
 
