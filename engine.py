@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad, reparameterize_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument(
         '--precision',
         choices=['fp32', 'bf16', 'fp16'],
-        help='autocast in training and evaluation (default: on a GPU bf16, or fp16 where it has none; on a CPU fp32)',
+        help='autocast (default: in training bf16 on a GPU, or fp16 where it has none, and fp32 on a CPU; with --eval '
+        'that of the training, on any device, if the checkpoint says it, else fp32)',
     )
     group.add_argument('--fuse', action='store_true', help='with --eval: fold BatchNorms and drop training heads')
     group.add_argument('--compile', action='store_true', help='compile the model and the teacher with torch.compile')
@@ -372,11 +373,22 @@ def evaluate_checkpoint(
     if hasattr(model, 'set_schedule') and '_extra_state' not in utils.find_weights(content, args.eval_ema):
         say(f'{args.resume} does not say its selection, stage-wise or layer-wise; it is taken for a finished model')
     say(f'{args.resume}: {"averaged weights" if args.eval_ema else "weights"} loaded, {describe_schedule(model)}')
-    if args.fuse and hasattr(model, 'fuse'):
-        model.fuse()
+    if args.fuse:
+        fuse(model)
     if args.compile:
         model.compile()
     return evaluate(model, val_loader, autocast)
+
+
+def fuse(model: nn.Module):
+    """Fold a model in place for inference, as far as it or timm can, and say where there is nothing to fold."""
+    before = list(model.state_dict())
+    if hasattr(model, 'fuse'):
+        model.fuse()
+    else:
+        reparameterize_model(model, inplace=True)
+    if list(model.state_dict()) == before:
+        say(f'--fuse: {type(model).__name__} has nothing that can be folded; it is evaluated as it is')
 
 
 def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int) -> State:

@@ -217,6 +217,20 @@ def test_row_25_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_
             script('main_deit', *flags, *flag.split(), tmp_path / 'seven.pth')
 
 
+@pytest.mark.parametrize('name, folds', [('levit_128s', True), ('resnet10t', False)])
+def test_timm_models_are_folded_or_it_is_said(script, flags, tmp_path, name, folds):
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name, num_classes=4).state_dict(), tmp_path / 'w.pth')
+    evaluate = [*flags, '--model', name, '--input-size', 224, '--eval', '--resume', tmp_path / 'w.pth']
+    folded, seen = engine.fuse, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, 'fuse', lambda model: (folded(model), seen.append(len(model.state_dict()))))
+        printed = script('main_deit', *evaluate, '--fuse')
+    assert (seen[0] < len(timm.create_model(name).state_dict())) == folds
+    assert ('has nothing that can be folded' in printed) != folds
+    assert re.search(r'Acc@1 .*', printed)[0] == re.search(r'Acc@1 .*', script('main_deit', *evaluate))[0]
+
+
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
 def test_distillation_through_the_real_loading(script, flags, tmp_path, kind):
     teacher = timm.create_model('regnety_002', num_classes=4)
