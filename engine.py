@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -123,7 +123,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     args.device, args.precision = device.type, pick_precision(args, device, content)
     if args.eval:
         checkpoint.recall_model(args, content)
-    train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size())
+    datasets.fix_data_config(args)
+    known = checkpoint.find_classes(content, args) if args.eval else (None, None)
+    train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size(), *known)
     num_classes = len(val_loader.dataset.classes)
     model = models.build(args, num_classes).to(device)
     say(
@@ -391,7 +393,7 @@ def fuse(model: nn.Module):
         say(f'--fuse: {type(model).__name__} has nothing that can be folded; it is evaluated as it is')
 
 
-def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int) -> State:
+def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int, classes: Sequence[str] = ()) -> State:
     """What a run begins with: weights, average, optimizer and schedules, new or from a checkpoint, and say so."""
     device = next(model.parameters()).device
     if args.finetune:
@@ -413,7 +415,7 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise InputError(f'--opt {args.opt}, --sched {args.sched} or their flags: {error}') from error
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
-    state = State(model, ema, optimizer, scheduler, scaler, args.start_epoch)
+    state = State(model, ema, optimizer, scheduler, scaler, args.start_epoch, classes=list(classes))
     if found := checkpoint.find_start(args):
         source, content = found
         state.load(content, source, args)
@@ -469,7 +471,7 @@ def train(
     steps = len(train_loader) // args.grad_accum_steps
     if steps == 0:
         raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {len(train_loader)} batches')
-    state = start(args, model, precision, steps)
+    state = start(args, model, precision, steps, val_loader.dataset.classes)
     networks = [model, state.ema.module] if state.ema else [model]
     if args.compile:
         model.compile()
