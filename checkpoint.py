@@ -4,13 +4,15 @@ import argparse
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import datasets
+import models
 import utils
 from utils import InputError, say
 
@@ -56,6 +58,7 @@ class State:
     step: int = 0  # steps done of it
     loss_sum: float = 0.0  # of these steps, over all processes
     best_acc1: float = 0.0
+    classes: list[str] = field(default_factory=list)  # names, in the order of the labels
 
     def state_dict(self, args: argparse.Namespace) -> dict:
         """A checkpoint: tensors and plain data, which load without running code. `epoch` is the last whole one."""
@@ -69,6 +72,7 @@ class State:
             'step': self.step,
             'loss_sum': self.loss_sum,
             'best_acc1': self.best_acc1,
+            'classes': self.classes,
             'args': dict(vars(args)) | {'world_size': utils.world_size()},
         }
 
@@ -76,6 +80,7 @@ class State:
         """Take all over from a checkpoint, saying what it does not hold. Rates and the like are those of `args`."""
         changed = check_changes(args, checkpoint, source)
         load_exactly(self.model, checkpoint, source)
+        check_classes(args, checkpoint, source, self.classes)
         if self.ema:
             if checkpoint.get('model_ema'):
                 load_exactly(self.ema.module, checkpoint, source, use_ema=True)
@@ -159,6 +164,41 @@ def check_changes(args: argparse.Namespace, checkpoint: dict, source: str) -> se
     return {name for name, _, _ in changed}
 
 
+def check_classes(args: argparse.Namespace, checkpoint: dict, source: str, classes: list[str]):
+    """InputError where a run would go on with other classes than it had, but for --accept-changes."""
+    trained = saved_classes(checkpoint)
+    if trained and classes and (differences := datasets.compare_classes(trained, classes)):
+        message = f'{source} was trained on other classes: {differences}'
+        if not args.accept_changes:
+            raise InputError(f'{message}\nUse the data of then, or --accept-changes to go on with that of now.')
+        say(message)
+
+
+def saved_classes(content: dict) -> list[str] | None:
+    """Names of the classes, in the order of the outputs, where a checkpoint has them."""
+    names = content.get('classes')
+    named = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return names if named else None
+
+
+def find_classes(content: dict, args: argparse.Namespace) -> tuple[list[str] | None, int | None]:
+    """Names of the classes of a checkpoint of --model, and their number; None where it does not say."""
+    names = saved_classes(content)
+    try:
+        weights = utils.find_weights(content, getattr(args, 'eval_ema', False))
+    except InputError as error:
+        raise InputError(f'{args.resume}: {error}') from error
+    classifier = models.published_cfg(args.model).classifier or ()
+    heads = (classifier,) if isinstance(classifier, str) else classifier
+    outputs = [len(weights[f'{head}.weight']) for head in heads if f'{head}.weight' in weights]
+    # The published Evo-LeViT has head.l where ours has head.linear.
+    outputs += [len(value) for key, value in weights.items() if key.startswith('head.') and value.ndim == 2]
+    num_classes = outputs[0] if outputs else None
+    if names and num_classes not in (None, len(names)):
+        raise InputError(f'{args.resume} names {len(names)} classes, but its head has {num_classes} outputs')
+    return names, num_classes
+
+
 def saved_flags(content: dict) -> dict:
     """The flags that a checkpoint was trained with; published files have a Namespace, bare weights nothing."""
     saved = content.get('args')
@@ -173,6 +213,9 @@ def recall_model(args: argparse.Namespace, content: dict):
             setattr(args, name, then)
         elif now != then:
             say(f'{args.resume} was trained with {name} {then}, and is evaluated with {now}')
+    for name in ('mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'):
+        if getattr(args, name) is None:
+            setattr(args, name, saved_flags(content).get(name))
 
 
 def load_exactly(model: nn.Module, checkpoint: dict, source: str, use_ema: bool = False):

@@ -12,15 +12,16 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, UnidentifiedImageError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data import ImageNetInfo, Mixup, create_transform, resolve_data_config
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -28,6 +29,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode
 
+import models
 from samplers import REPEATS, RepeatedAugSampler, eval_shard
 from utils import InputError, say, seed_all
 
@@ -43,8 +45,7 @@ INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family',
 # Up to this size images are small already: training crops them from a padded border, and evaluation takes them whole.
 SMALL = 32
 PADDING = 4
-# Evaluation resizes the short side to this many times the input size, then crops the centre.
-RESIZE = 256 / 224
+CROP_MODES = ('center', 'squash', 'border')
 
 # What Pillow may take a file for, whatever its name is. Others, EPS above all, start programs or rarely used parsers.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'PPM', 'TIFF')
@@ -62,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser):
         help='IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program',
     )  # fmt: skip
     group.add_argument('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
-    group.add_argument('--input-size', type=int, default=224, help='side of the images, in pixels')
     group.add_argument('--batch-size', type=int, default=64, help='images of one process in one step')
     group.add_argument('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
     group.add_argument('--pin-mem', action=argparse.BooleanOptionalAction, default=True, help='used with CUDA alone')
@@ -71,6 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser):
         help='let each process replace up to N unreadable training images by their neighbours; never in evaluation',
     )  # fmt: skip
     group.add_argument('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
+
+    group = parser.add_argument_group(
+        'preprocessing', 'Without a flag, the configuration of the model; it is printed at the start.'
+    )
+    group.add_argument('--input-size', type=int, metavar='PX', help='side of the images')
+    group.add_argument('--mean', type=float, nargs='+', metavar='M', help='of pixels from 0 to 1, one or one a channel')
+    group.add_argument('--std', type=float, nargs='+', metavar='S', help='of pixels, one or one a channel')
+    group.add_argument(
+        '--crop-pct', type=float, metavar='P', help='evaluation crops this share of a resized side (1 up to 32 px)'
+    )
+    group.add_argument('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
+    group.add_argument('--interpolation', choices=INTERPOLATIONS[1:], help='of evaluation')
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--repeated-aug', action=argparse.BooleanOptionalAction, default=True, help='three times each')
@@ -99,11 +111,27 @@ def add_arguments(parser: argparse.ArgumentParser):
 # --- image files
 
 
+class DecodeError(Exception):
+    """An image file is damaged, or holds what cannot be shown as RGB."""
+
+
+@contextmanager
+def _decoding():
+    """DecodeError for whatever Pillow raises: its readers raise a dozen kinds of errors for damaged files."""
+    try:
+        yield
+    except (UnidentifiedImageError, DecodeError):
+        raise
+    except Exception as error:
+        raise DecodeError(str(error) or type(error).__name__) from error
+
+
+@_decoding()
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image file: pixels are what torchvision's loader gives, except where that is wrong.
 
     Transparent ones become white, and 16 bits are scaled, not clipped. An orientation in EXIF is not applied: published
-    accuracies were measured without. ValueError for pixels without a known range.
+    accuracies were measured without. DecodeError for damaged files, and for pixels without a known range.
     """
     if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert('RGB')
@@ -119,20 +147,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def load_image(path: str | Path, decode: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
     """Read an image file by `decode`; InputError that names the path where it is damaged, too large, or of another
     kind.
+
+    Other errors of `decode` are errors of this program, and are raised as they are.
     """
     try:
         with open(path, 'rb') as file:
-            image = Image.open(file, formats=FORMATS)
-            width, height = image.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(
-                    f'{width} x {height} pixels; at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
-                )
-            return decode(image)
+            return decode(_open_image(file))
     except UnidentifiedImageError as error:
         raise InputError(f'{path} holds no image in a format that is read here ({", ".join(FORMATS)})') from error
-    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
-        raise InputError(f'{path} cannot be read: {str(error) or type(error).__name__}') from error
+    except (OSError, DecodeError) as error:
+        raise InputError(f'{path} cannot be read: {error}') from error
+
+
+@_decoding()
+def _open_image(file: BinaryIO) -> Image.Image:
+    """The image in a file, its header read and its pixels not yet; DecodeError where they would be too many."""
+    image = Image.open(file, formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+        raise DecodeError(
+            f'{width} x {height} pixels; at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
+        )
+    return image
 
 
 class DecodeCrop:
@@ -197,12 +233,16 @@ class ImageFiles(Dataset):
 
 
 def image_folder(
-    root: Path, transform: Callable, read: Callable = load_image, classes: list[str] | None = None
+    root: Path,
+    transform: Callable,
+    read: Callable = load_image,
+    classes: list[str] | None = None,
+    num_classes: int | None = None,
 ) -> ImageFiles:
     """Images in one folder for each class, labelled in the order of the names; hidden files and folders are left out.
 
     `classes` are those of training, where known: labels then go by name; some folders may be missing, none unknown.
-    Raises InputError where folders or images are missing.
+    Where only their number is known, see `name_classes`. Raises InputError where folders or images are missing.
     """
     if not root.is_dir():
         raise _missing(root, 'a folder with a folder of images for each class')
@@ -213,7 +253,8 @@ def image_folder(
         say(f'{root}: left out hidden folders: {_some(hidden)}')
     if not found:
         raise InputError(f'{root} holds no class folders; it holds {_some(os.listdir(root))}')
-    classes = found if classes is None else classes
+    if classes is None:
+        classes = found if num_classes is None else name_classes(root, found, num_classes)
     if unknown := sorted(set(found) - set(classes)):
         raise InputError(f'{root} holds {len(unknown)} classes that training lacks: {_some(unknown)}')
     if absent := sorted(set(classes) - set(found)):
@@ -222,12 +263,42 @@ def image_folder(
     def is_shown(path: str) -> bool:
         return path.lower().endswith(IMG_EXTENSIONS) and f'{os.sep}.' not in path[len(str(root)) :]
 
-    samples = make_dataset(root, {c: i for i, c in enumerate(classes)}, is_valid_file=is_shown, allow_empty=True)
+    labels = {name: i for i, name in enumerate(classes)}
+    samples = make_dataset(root, labels, is_valid_file=is_shown, allow_empty=True)
     filled = {label for _, label in samples}
-    if empty := [name for name in found if classes.index(name) not in filled]:
+    if empty := [name for name in found if labels[name] not in filled]:
         there = _some(os.listdir(root / empty[0]))
         raise InputError(f'{root}: no images in {_some(empty)}; {root / empty[0]} holds {there}')
     return ImageFiles(samples, classes, transform, read)
+
+
+def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
+    """The classes of a checkpoint that does not name them: ImageNet's, or else the class folders in `root` in order.
+
+    Raises InputError where neither fits.
+    """
+    synsets = ImageNetInfo().label_names()
+    unknown = sorted(set(folders) - set(synsets))
+    if num_classes == len(synsets) and not unknown:
+        return synsets
+    if num_classes == len(folders):
+        say(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in sorted order')
+        return folders
+    why = f'; {len(unknown)} folders are not named by an ImageNet synset: {_some(unknown)}'
+    raise InputError(
+        f'the checkpoint has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
+        + (why if num_classes == len(synsets) else '')
+    )
+
+
+def compare_classes(trained: Sequence[str], found: Sequence[str]) -> str:
+    """How the classes of a data set differ from those of training, in words; '' where they are the same."""
+    if list(trained) == list(found):
+        return ''
+    lacking, new = sorted(set(trained) - set(found)), sorted(set(found) - set(trained))
+    if not lacking and not new:
+        return 'the same names in another order'
+    return f'the data lacks {len(lacking)} ({_some(lacking)}) and has {len(new)} others ({_some(new)})'
 
 
 def inaturalist(
@@ -393,61 +464,146 @@ class Shapes(Dataset):
 # --- transforms, data sets, loaders
 
 
-MEAN, STD = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+class DataConfig(NamedTuple):
+    """What a model expects of its images; the names are those of the flags.
+
+    Images are square, `input_size` pixels a side. Pixels of 0 to 1 are normalised by `mean` and `std`. Evaluation
+    resizes to input_size / crop_pct by `interpolation`, and crops; `crop_mode` is timm's.
+    """
+
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """The data configuration of the model of the flags, with what other flags say in its place.
+
+    Raises InputError for values that make no sense, and models that do not take square images with three channels.
+    """
+    cfg = models.published_cfg(args.model)
+    flags = {name: getattr(args, name) for name in DataConfig._fields}
+    _check_config(flags)
+    if flags['input_size'] is not None:
+        flags['input_size'] = 3, args.input_size, args.input_size
+    found = resolve_data_config(flags, cfg.to_dict())
+    channels, rows, columns = found['input_size']
+    if cfg.input_size[0] != 3 or channels != 3 or rows != columns:
+        size = ' x '.join(map(str, cfg.input_size))
+        raise InputError(f'{args.model} takes images of {size}; expected 3 channels and a square (--input-size)')
+    if found['crop_mode'] not in CROP_MODES:
+        raise InputError(f'{args.model} has crop_mode {found["crop_mode"]}; expected one of {", ".join(CROP_MODES)}')
+    if args.crop_pct is None and rows <= SMALL:
+        found['crop_pct'] = 1.0
+    return DataConfig(**found | {'input_size': rows})
+
+
+def _check_config(flags: dict):
+    for name in ('mean', 'std'):
+        if flags[name] is not None and len(flags[name]) not in (1, 3):
+            raise InputError(f'--{name}: expected one number or three, found {len(flags[name])}')
+    if min(flags['std'] or [1]) <= 0:
+        raise InputError(f'--std: expected numbers above 0, found {flags["std"]}')
+    if flags['crop_pct'] is not None and not 0 < flags['crop_pct'] <= 1:
+        raise InputError(f'--crop-pct: expected a share above 0 and up to 1, found {flags["crop_pct"]}')
+    if flags['input_size'] is not None and flags['input_size'] < 1:
+        raise InputError(f'--input-size: expected 1 or more, found {flags["input_size"]}')
+
+
+def fix_data_config(args: argparse.Namespace):
+    """Write the data configuration that holds into the flags, and print it with what is not the model's own."""
+    unset = argparse.Namespace(model=args.model, **dict.fromkeys(DataConfig._fields))
+    own, config = data_config(unset), data_config(args)
+    vars(args).update(config._asdict())
+    changed = [name for name in DataConfig._fields if getattr(own, name) != getattr(config, name)]
+    mean, std = (' '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
+    say(
+        f'images: {config.input_size} px, evaluated at crop_pct {config.crop_pct:g} ({config.crop_mode}), '
+        f'{config.interpolation}, mean {mean}, std {std} '
+        f"(the model's own{', but for ' + ', '.join(changed) if changed else ''})"
+    )
+
+
+class ToTensor:
     """RGB image to a normalised tensor (3, height, width): torchvision's ToTensor and Normalize, in half the time."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.div_(255).sub_(MEAN).div_(STD)
+
+    def __init__(self, config: DataConfig):
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.div_(255).sub_(self.mean).div_(self.std)
 
 
 def build_transform(train: bool, args: argparse.Namespace) -> Callable[[Image.Image], torch.Tensor]:
     """RGB image of any size to a normalised tensor (3, input size, input size), augmented for training."""
-    size, small = args.input_size, args.input_size <= SMALL
-    bicubic = InterpolationMode.BICUBIC
+    config = data_config(args)
     if train:
-        transform = create_transform(
-            size,
-            is_training=True,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        )
-        steps = transform.transforms
-        if small:
-            crop = transforms.RandomCrop(size, padding=PADDING)
-            steps[0] = transforms.Compose([transforms.Resize(size, bicubic), crop])
-        end = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        steps[end : end + 2] = [to_tensor]  # in place of it and of Normalize
-        return transform
-    return transforms.Compose(
-        [
-            transforms.Resize(size if small else int(RESIZE * size), bicubic),
-            transforms.CenterCrop(size),
-            to_tensor,
-        ]
+        return train_transform(config, args)
+    steps = create_transform(**config._asdict()).transforms
+    return transforms.Compose([*steps[:-2], ToTensor(config)])  # in place of timm's ToTensor and Normalize
+
+
+def train_transform(config: DataConfig, args: argparse.Namespace) -> transforms.Compose:
+    """timm's augmentation as the flags want it, ending in a normalised tensor (3, input size, input size)."""
+    size = config.input_size
+    transform = create_transform(
+        size,
+        is_training=True,
+        mean=config.mean,
+        std=config.std,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
     )
+    steps = transform.transforms
+    if size <= SMALL:
+        crop = transforms.RandomCrop(size, padding=PADDING)
+        steps[0] = transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC), crop])
+    end = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+    steps[end : end + 2] = [ToTensor(config)]  # in place of it and of Normalize
+    return transform
 
 
-def build_dataset(train: bool, args: argparse.Namespace, classes: list[str] | None = None) -> Dataset:
-    """Data set of the flags, transformed; `classes` are those of training, so that validation has the same labels."""
+def build_dataset(
+    train: bool, args: argparse.Namespace, classes: list[str] | None = None, num_classes: int | None = None
+) -> Dataset:
+    """Data set of the flags, transformed.
+
+    `classes` are those of training, and `num_classes` their number, where known: evaluation then has the same labels.
+    Raises InputError where the data set has others.
+    """
     root, split = Path(args.data_path).expanduser(), 'train' if train else 'val'
     transform, read = build_transform(train, args), load_image
+    size = data_config(args).input_size
     files = args.data_set in ('IMNET', 'INAT', 'INAT19')
-    if files and train and args.fast_decode and args.input_size > SMALL:
+    if files and train and args.fast_decode and size > SMALL:
         read = partial(load_image, decode=DecodeCrop(transform.transforms.pop(0)))
     if args.data_set == 'IMNET':
-        return image_folder(root / split, transform, read, classes)
+        return image_folder(root / split, transform, read, classes, num_classes)
     if args.data_set == 'SHAPES':
-        return Shapes(split, args.input_size, transform=transform)
-    if args.data_set in ('INAT', 'INAT19'):
-        return inaturalist(root, split, 2018 if args.data_set == 'INAT' else 2019, args.inat_category, transform, read)
-    kind = CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100
+        dataset = Shapes(split, size, transform=transform)
+    elif args.data_set in ('INAT', 'INAT19'):
+        year = 2018 if args.data_set == 'INAT' else 2019
+        dataset = inaturalist(root, split, year, args.inat_category, transform, read)
+    else:
+        dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
+    if num_classes not in (None, len(dataset.classes)):
+        raise InputError(f'the checkpoint has {num_classes} classes, the data set {len(dataset.classes)}')
+    if classes and (differences := compare_classes(classes, dataset.classes)):
+        raise InputError(f'--data-set {args.data_set} has other classes than training: {differences}')
+    return dataset
+
+
+def cifar(root: Path, train: bool, kind: type[CIFAR10], transform: Callable) -> CIFAR10:
+    """torchvision's CIFAR-10 or CIFAR-100 as it unpacks them; InputError where files are missing or damaged."""
     folder = root / kind.base_folder
     if not folder.is_dir():
         raise _missing(folder, f'{kind.__name__} as torchvision unpacks it')
@@ -489,10 +645,17 @@ class Seeded(Dataset):
         return len(self.dataset)
 
 
-def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tuple[DataLoader | None, DataLoader]:
+def build_loaders(
+    args: argparse.Namespace,
+    rank: int = 0,
+    world_size: int = 1,
+    classes: list[str] | None = None,
+    num_classes: int | None = None,
+) -> tuple[DataLoader | None, DataLoader]:
     """Loaders of this process: training (None with --eval, which reads no training image) and validation.
 
     The training loader's `sampler` has `set_epoch`; the validation loader's `dataset.classes` are the classes of both.
+    `classes` and `num_classes` are those of the checkpoint that is evaluated, where known.
     Raises InputError where there are no images, or fewer than a batch.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -505,7 +668,7 @@ def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) 
         worker_init_fn=_outlive_termination,
     )
     # Each loader has a generator of its own: otherwise evaluating would shift the random numbers of training.
-    train_loader, classes = None, None
+    train_loader = None
     if not args.eval:
         train = build_dataset(True, args)
         classes = train.classes
@@ -522,7 +685,7 @@ def build_loaders(args: argparse.Namespace, rank: int = 0, world_size: int = 1) 
             generator=torch.Generator(),
             **common,
         )
-    val = build_dataset(False, args, classes)
+    val = build_dataset(False, args, classes, num_classes)
     if not len(val):
         raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
     shard = eval_shard(len(val), rank, world_size)

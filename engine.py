@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad, reparameterize_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -61,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument(
         '--precision',
         choices=['fp32', 'tf32', 'bf16', 'fp16'],
-        help='tf32: float32 with faster, rounded products, on GPUs; bf16, fp16: autocast (default: on a GPU bf16, or '
-        'fp16 where it has none, or tf32 where the recipe is fp32; on a CPU fp32)',
+        help='tf32: float32 with faster, rounded products, on GPUs; bf16, fp16: autocast (default: in training on a GPU '
+        'bf16, or fp16 where it has none, or tf32 where the recipe is fp32, and on a CPU fp32; with --eval that of the '
+        'training, on any device, if the checkpoint says it, else fp32)',
     )
     group.add_argument('--channels-last', action='store_true', help='training: memory order of images and convolutions')
     group.add_argument('--fuse', action='store_true', help='with --eval: fold BatchNorms and drop training heads')
@@ -126,7 +127,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     set_backends(args.precision, device)
     if args.eval:
         checkpoint.recall_model(args, content)
-    train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size())
+    datasets.fix_data_config(args)
+    known = checkpoint.find_classes(content, args) if args.eval else (None, None)
+    train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size(), *known)
     num_classes = len(val_loader.dataset.classes)
     model = models.build(args, num_classes).to(device)
     say(
@@ -414,14 +417,25 @@ def evaluate_checkpoint(
     if hasattr(model, 'set_schedule') and '_extra_state' not in utils.find_weights(content, args.eval_ema):
         say(f'{args.resume} does not say its selection, stage-wise or layer-wise; it is taken for a finished model')
     say(f'{args.resume}: {"averaged weights" if args.eval_ema else "weights"} loaded, {describe_schedule(model)}')
-    if args.fuse and hasattr(model, 'fuse'):
-        model.fuse()
+    if args.fuse:
+        fuse(model)
     if args.compile:
         model.compile()
     return evaluate(model, val_loader, autocast)
 
 
-def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int) -> State:
+def fuse(model: nn.Module):
+    """Fold a model in place for inference, as far as it or timm can, and say where there is nothing to fold."""
+    before = list(model.state_dict())
+    if hasattr(model, 'fuse'):
+        model.fuse()
+    else:
+        reparameterize_model(model, inplace=True)
+    if list(model.state_dict()) == before:
+        say(f'--fuse: {type(model).__name__} has nothing that can be folded; it is evaluated as it is')
+
+
+def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int, classes: Sequence[str] = ()) -> State:
     """What a run begins with: weights, average, optimizer and schedules, new or from a checkpoint, and say so."""
     device = next(model.parameters()).device
     if args.finetune:
@@ -446,7 +460,7 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
         raise InputError(f'--opt {args.opt}, --sched {args.sched} or their flags: {error}') from error
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     warn_of_warmup(args, rate)
-    state = State(model, ema, optimizer, scheduler, scaler, args.start_epoch)
+    state = State(model, ema, optimizer, scheduler, scaler, args.start_epoch, classes=list(classes))
     if found := checkpoint.find_start(args):
         source, content = found
         state.load(content, source, args)
@@ -515,7 +529,7 @@ def train(
     if steps == 0:
         raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {len(train_loader)} batches')
     model.to(memory_format=memory_format(args))  # before its average and its optimizer's moments, which take it over
-    state = start(args, model, precision, steps)
+    state = start(args, model, precision, steps, val_loader.dataset.classes)
     checkpoint.clear_output(args)
     networks = [model, state.ema.module] if state.ema else [model]
     if args.compile:

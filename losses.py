@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import datasets
 import models
 import utils
 from utils import InputError
@@ -89,6 +90,33 @@ def _full_precision(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+class Renormalise(nn.Module):
+    """Images (B, 3, rows, columns) that were normalised by one mean and standard deviation, normalised by others."""
+
+    def __init__(self, before: datasets.DataConfig, after: datasets.DataConfig):
+        super().__init__()
+        mean, std, new_mean, new_std = (
+            torch.tensor(values)[:, None, None] for values in (before.mean, before.std, after.mean, after.std)
+        )
+        self.register_buffer('scale', std / new_std)
+        self.register_buffer('shift', (mean - new_mean) / new_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale + self.shift
+
+
+def renormalised(teacher: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The teacher, given the student's images in the teacher's own normalisation."""
+    flags = vars(args) | {'input_size': None}
+    before = datasets.data_config(argparse.Namespace(**flags))
+    own = {'model': args.teacher_model, 'mean': None, 'std': None}
+    after = datasets.data_config(argparse.Namespace(**flags | own))
+    if (before.mean, before.std) == (after.mean, after.std):
+        return teacher
+    utils.say(f'teacher: its images are normalised by mean {after.mean}, std {after.std}, as it was trained')
+    return nn.Sequential(Renormalise(before, after), teacher)
+
+
 def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.device) -> Criterion:
     """The criterion that the flags ask for, its teacher loaded; InputError where the teacher's weights do not fit.
 
@@ -104,6 +132,7 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
     try:
         teacher = models.create(args.teacher_model, num_classes, args.input_size)
         utils.load_weights(teacher, args.teacher_path)
+        teacher = renormalised(teacher, args)
     except InputError as error:
         raise InputError(
             f'teacher, --teacher-model and --teacher-path: {error}\nThe published teacher is at {PUBLISHED_TEACHER}'

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -87,7 +86,7 @@ def get_parser() -> utils.Parser:
     group.add_argument('--format', default='png', choices=['png', 'jpg', 'pdf'], help='of sheets; copies are png')
     group.add_argument('--animate', action='store_true', help='write a GIF of the selection through the layers')
     group.add_argument('--score', action='store_true', help='share of the object that is kept, all of val (SHAPES)')
-    parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='', input_size=None)
+    parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='')
     return parser
 
 
@@ -96,19 +95,21 @@ def main():
     args = get_parser().parse_args()
     files, output = check_arguments(args)
     device = utils.set_up_processes(args)
-    model = load_model(args).to(device)
-    dataset = datasets.build_dataset(False, args) if args.data_path or args.data_set == 'SHAPES' else None
-    classes = class_names(dataset, model.num_classes)
+    content = utils.read_checkpoint(args.resume)
+    model = load_model(args, content).to(device)
+    known = checkpoint.find_classes(content, args)
+    dataset = datasets.build_dataset(False, args, *known) if args.data_path or args.data_set == 'SHAPES' else None
+    classes = class_names(dataset.classes if dataset else known[0], model.num_classes)
     prefix = f'{args.save_name}_' if args.save_name else ''
     earlier = sum(not path.name.startswith('.') for path in output.iterdir())
     found = f', which holds {earlier} files: they stay, except those of the same name' if earlier else ''
-    say(f'{args.model}: pictures go to {output}{found}')
+    say(f'{args.model}: computed in fp32, whatever it was trained in; pictures go to {output}{found}')
     if args.score:
         shares = object_shares(model, dataset, args.batch_size)
         write_figure(output, f'{prefix}score', draw_shares(shares), args.format)
     for number, batch in enumerate(read_images(args, prefix, files, dataset, classes), 1):
         names, images, labels = zip(*batch, strict=True)
-        looks = look(model, torch.stack(images).to(device), labels)
+        looks = look(model, torch.stack(images).to(device), labels, args.mean, args.std)
         for i, (name, seen) in enumerate(zip(names, looks, strict=True), 1):
             verdict, text = describe(seen, classes)
             name += f'_{verdict}' if verdict else ''
@@ -146,8 +147,6 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[Path], Path]:
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise InputError(f'--output_dir {output} cannot be written to: {error}') from error
-    if args.input_size is None and timm.is_model(args.model):
-        args.input_size = timm.get_pretrained_cfg(args.model).input_size[-1]
     return files, output
 
 
@@ -163,13 +162,11 @@ def find_images(path: Path) -> list[Path]:
     return found
 
 
-def load_model(args: argparse.Namespace) -> nn.Module:
+def load_model(args: argparse.Namespace, content: dict) -> nn.Module:
     """The model with the checkpoint's weights, classes and schedule; InputError if it does not fit or never selects."""
-    content = utils.read_checkpoint(args.resume)
     checkpoint.recall_model(args, content)
-    weights = utils.find_weights(content)
-    heads = [len(value) for key, value in weights.items() if key.startswith('head.') and value.ndim == 2]
-    model = models.build(args, heads[0] if heads else 1000)
+    datasets.fix_data_config(args)
+    model = models.build(args, checkpoint.find_classes(content, args)[1] or 1000)
     if not hasattr(model, 'forward_with_selection'):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT or an Evo-LeViT')
     try:
@@ -185,12 +182,10 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def class_names(dataset: Dataset | None, count: int) -> list[str]:
-    """What `count` classes are called: by the data set, or ImageNet's names for 1000; InputError for another count."""
-    if dataset is not None and len(dataset.classes) != count:
-        raise InputError(f'the checkpoint has {count} classes, the data set {len(dataset.classes)}')
+def class_names(names: list[str] | None, count: int) -> list[str]:
+    """What `count` classes are called: by their names, where known, or ImageNet's for 1000."""
     described = ImageNetInfo().label_descriptions(as_dict=True)
-    names = dataset.classes if dataset else list(described) if count == 1000 else [f'class {i}' for i in range(count)]
+    names = names or (list(described) if count == 1000 else [f'class {i}' for i in range(count)])
     return [described.get(name, name).split(',')[0] for name in names]
 
 
@@ -240,11 +235,17 @@ def load_upright(path: Path) -> Image.Image:
 # --- the model
 
 
-def look(model: nn.Module, images: Tensor, labels: Sequence[int | None]) -> list[Look]:
-    """Show a model normalised images (B, 3, side, side)."""
+def look(
+    model: nn.Module,
+    images: Tensor,
+    labels: Sequence[int | None],
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> list[Look]:
+    """Show a model images (B, 3, side, side) that are normalised by `mean` and `std`."""
     tokens, selections, _ = model.evolve(images)
     probabilities = model.forward_head(tokens).float().softmax(1).cpu().numpy()
-    mean, std = (images.new_tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     pixels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     shown = [{} for _ in labels]
     for name, (kept, score) in selections.items():

@@ -37,9 +37,11 @@ def build(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return create(args.model, num_classes, args.input_size, drop_rate=args.drop, **own)
 
 
-def create(name: str, num_classes: int, input_size: int, **own) -> nn.Module:
-    """Any registered model for images of `input_size` px; InputError if there is none, or none with these arguments."""
-    if published_cfg(name).fixed_input_size:
+def create(name: str, num_classes: int, input_size: int | None = None, **own) -> nn.Module:
+    """Any registered model for images of `input_size` px (None: its own); InputError if there is none, or none with
+    these arguments.
+    """
+    if published_cfg(name).fixed_input_size and input_size is not None:
         own['img_size'] = input_size
     try:
         model = timm.create_model(name, num_classes=num_classes, **own)

@@ -279,6 +279,15 @@ def test_end_to_end_is_never_mixed_up_with_noise(bench, image_folder):
     assert bench('--data-path', image_folder, *square)[1][1]['image_size'] == 32
 
 
+def test_images_are_normalised_as_the_model_wants_them(image_folder):
+    flags = ['--data-path', str(image_folder), '--num_workers', '0', '--num_bench_iter', '1']
+    args, recipe = benchmark.get_parser().parse_known_args(flags)
+    case = benchmark.make_case(args, recipe, 'inference', 'vit_tiny_patch16_224', 32, 8)
+    load, _ = benchmark.build_loader(args, case, CPU)
+    levels = (next(load())[0] + 1) / 2 * 255  # its mean and standard deviation are 0.5
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+
+
 def test_a_pass_loads_no_more_than_it_uses(image_folder, monkeypatch):
     """Workers would go on loading, in the time of the next."""
     loaders = []

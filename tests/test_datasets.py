@@ -1,5 +1,6 @@
 """Images in, batches out: what is read, what is refused, and that batches are a function of (seed, epoch, position)."""
 
+import dataclasses
 import json
 import pickle
 import random
@@ -14,7 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
@@ -28,6 +29,7 @@ def flags(*argv, evaluate: bool = False):
     parser = utils.Parser('')
     utils.add_arguments(parser)
     datasets.add_arguments(parser)
+    parser.add_argument('--model', default='evo_deit_tiny_patch16_224')
     args = parser.parse_args(['--num_workers', '0', *map(str, argv)])
     args.eval = evaluate
     return args
@@ -60,12 +62,13 @@ def image_root(tmp_path):
 def test_flags_have_the_published_defaults():
     args = flags()
     published = dict(
-        data_set='IMNET', inat_category='name', input_size=224, batch_size=64, color_jitter=0.4,
+        data_set='IMNET', inat_category='name', batch_size=64, color_jitter=0.4,
         aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', repeated_aug=True, reprob=0.25, remode='pixel',
         recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5,
         mixup_mode='batch', smoothing=0.1, pin_mem=True, dist_eval=False,
     )  # fmt: skip
     assert {name: getattr(args, name) for name in published} == published
+    assert args.input_size is None and datasets.data_config(args).input_size == 224
     args = flags(
         '--no-repeated-aug', '--no_pin_mem', '--num-workers', 3, '--data_path', 'x', '--cutmix-minmax', 0.2, 0.8
     )
@@ -213,7 +216,7 @@ def test_a_reduced_crop_sees_nothing_around_it(tmp_path):
 def test_tensors_have_the_bits_of_torchvisions(tmp_path):
     image = picture(301, 203)
     theirs = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(transforms.ToTensor()(image))
-    assert torch.equal(datasets.to_tensor(image), theirs)
+    assert torch.equal(datasets.ToTensor(datasets.data_config(flags()))(image), theirs)
     args = flags('--aa', '', '--color-jitter', 0.4, '--no-fast-decode')
     ours = build_transform(True, args)
     steps = timm.data.create_transform(
@@ -311,6 +314,18 @@ def test_a_broken_image_stops_evaluation_with_its_path(image_root, workers):
         list(build_loaders(args)[1])
 
 
+@pytest.mark.parametrize('kind', [TypeError, ValueError, RuntimeError])
+def test_an_error_of_the_crop_is_not_an_unreadable_image(image_root, monkeypatch, kind):
+    def breaks(*_):
+        raise kind('a bug')
+
+    monkeypatch.setattr(datasets.RandomResizedCropAndInterpolation, 'get_params', breaks)
+    data = Seeded(build_dataset(True, flags('--data-path', image_root)), seed=0, max_broken=5)
+    with pytest.raises(kind, match='^a bug$') as error:
+        data[0, 0, 0]
+    assert not isinstance(error.value, InputError)
+
+
 # --- image folders
 
 
@@ -335,6 +350,46 @@ def test_row_19_validation_classes_are_those_of_training(image_root, capsys):
     folder(image_root / 'val', {'dog': 1})
     with pytest.raises(InputError, match='1 classes that training lacks: dog'):
         build_loaders(args)
+
+
+def labels(data: datasets.ImageFiles) -> dict[str, int]:
+    return {Path(path).parent.name: label for path, label in data.samples}
+
+
+def test_a_checkpoint_names_its_classes(image_root):
+    args = flags('--data-path', image_root, '--input-size', 32, evaluate=True)
+    data = build_loaders(args, classes=['cat', 'dog', 'bee', 'ant'], num_classes=4)[1].dataset
+    assert labels(data) == {'cat': 0, 'bee': 2, 'ant': 3} and len(data.classes) == 4
+    with pytest.raises(InputError, match='1 classes that training lacks: bee'):
+        build_loaders(args, classes=['cat', 'dog', 'ant'], num_classes=3)
+
+
+def test_classes_without_names_are_those_of_imagenet_or_the_folders_in_order(image_root, tmp_path, capsys):
+    synsets = ImageNetInfo().label_names()
+    folder(tmp_path / 'imagenet' / 'val', {synsets[700]: 1, synsets[3]: 1})
+    args = flags('--data-path', tmp_path / 'imagenet', evaluate=True)
+    data = build_dataset(False, args, num_classes=1000)
+    assert labels(data) == {synsets[700]: 700, synsets[3]: 3} and data.classes == synsets
+    assert 'no images of 998 of 1000 classes' in capsys.readouterr().out
+    assert labels(build_dataset(False, args, num_classes=2)) == {synsets[3]: 0, synsets[700]: 1}
+    assert 'does not name its 2 classes; taken for these folders in sorted order' in capsys.readouterr().out
+    with pytest.raises(InputError, match='has 10 classes and does not name them, .*val holds 2 class folders$'):
+        build_dataset(False, args, num_classes=10)
+    args.data_path = image_root
+    with pytest.raises(InputError, match='3 class folders; 3 folders are not named by .* synset: ant, bee, cat'):
+        build_dataset(False, args, num_classes=1000)
+
+
+def test_other_data_sets_have_the_classes_of_the_checkpoint():
+    args = flags('--data-set', 'SHAPES', '--input-size', 32, evaluate=True)
+    names = Shapes('val', 32).classes
+    assert build_dataset(False, args, names, 10).classes == build_dataset(False, args, None, 10).classes == names
+    with pytest.raises(InputError, match='the checkpoint has 4 classes, the data set 10'):
+        build_dataset(False, args, None, 4)
+    with pytest.raises(InputError, match='SHAPES has other classes than training: the same names in another order'):
+        build_dataset(False, args, names[::-1], 10)
+    with pytest.raises(InputError, match=f'the data lacks 1 .a ball. and has 1 others .{names[0]}.'):
+        build_dataset(False, args, ['a ball', *names[1:]], 10)
 
 
 def test_evaluation_needs_only_the_validation_folder(tmp_path):
@@ -449,7 +504,7 @@ def test_cifar_is_read_as_torchvision_unpacks_it(tmp_path, monkeypatch, name, ba
     data = build_dataset(False, args)
     assert data.classes == list('abcd')
     image, target = data[0]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     assert target == 3
     torch.testing.assert_close(image * std + mean, torch.from_numpy(pixels[0]).view(3, 32, 32) / 255)
 
@@ -508,16 +563,119 @@ def test_evaluation_transform_is_the_published_one(tmp_path):
     image = picture(500, 375)
     resized = image.resize((341, 256), Image.Resampling.BICUBIC)  # 256 / 224 of the size
     crop = np.asarray(resized.crop((58, 16, 282, 240))) / 255
-    expected = (crop - datasets.IMAGENET_DEFAULT_MEAN) / datasets.IMAGENET_DEFAULT_STD
+    expected = (crop - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
     found = build_transform(False, flags())(image).permute(1, 2, 0)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert build_transform(False, flags('--input-size', 384)).transforms[0].size == 438
 
 
+def reference_transform(train: bool, size: int):
+    """What the published code does, from torchvision and timm, for ImageNet's statistics and bicubic resizing."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    normalise = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    if not train:
+        resize = transforms.Resize(size if size <= 32 else int(256 / 224 * size), bicubic)
+        return transforms.Compose([resize, transforms.CenterCrop(size), *normalise])
+    transform = timm.data.create_transform(
+        size, is_training=True, color_jitter=0.4, auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic',
+        re_prob=0.25, re_mode='pixel', re_count=1,
+    )  # fmt: skip
+    if size <= 32:
+        crop = transforms.RandomCrop(size, padding=4)
+        transform.transforms[0] = transforms.Compose([transforms.Resize(size, bicubic), crop])
+    return transform
+
+
+@pytest.mark.parametrize(
+    'name, size',
+    [
+        ('evo_deit_tiny_patch16_224', 224), ('evo_deit_small_vis_patch16_224', 224), ('EvoLeViT_128S', 224),
+        ('evo_deit_small_patch16_384', 384), ('EvoLeViT_384_384', 384), ('evo_deit_nano_patch4_32', 32),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize('given', [False, True])
+def test_published_models_see_the_published_pixels(name, size, given):
+    args = flags('--model', name, *(['--input-size', size] if given else []))
+    for train in (False, True):
+        ours, theirs = build_transform(train, args), reference_transform(train, size)
+        for i, shape in enumerate([(500, 375), (333, 512), (40, 30)]):
+            image = picture(*shape, seed=i)
+            utils.seed_all(i)
+            expected = theirs(image)
+            utils.seed_all(i)
+            assert torch.equal(ours(image), expected)
+
+
+@pytest.mark.parametrize(
+    'name, mode, size',
+    [
+        ('vit_small_patch16_224', 'center', 224), ('levit_128s', 'center', 224), ('cspresnet50', 'center', 256),
+        ('coat_lite_medium_384', 'squash', 384), ('deepseek_vit_412m', 'border', None),
+    ],
+)  # fmt: skip
+def test_other_models_see_what_timm_gives_them(name, mode, size):
+    args = flags('--model', name)
+    found = datasets.data_config(args)
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    assert found.crop_mode == mode and size in (None, found.input_size)
+    for shape in ((500, 375), (333, 512)):
+        expected = timm.data.create_transform(**config, is_training=False)(picture(*shape))
+        assert torch.equal(build_transform(False, args)(picture(*shape)), expected)
+    steps = timm.data.create_transform(
+        found.input_size, is_training=True, color_jitter=0.4, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25,
+        re_mode='pixel', interpolation='bicubic', mean=config['mean'], std=config['std'],
+    )  # fmt: skip
+    utils.seed_all(0)
+    expected = steps(picture(500, 375))
+    utils.seed_all(0)
+    assert torch.equal(build_transform(True, args)(picture(500, 375)), expected)
+
+
+def test_flags_stand_in_for_the_configuration_and_the_start_says_so(capsys):
+    args = flags('--model', 'vit_small_patch16_224')
+    datasets.fix_data_config(args)
+    expected = 'images: 224 px, evaluated at crop_pct 0.9 (center), bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5'
+    assert capsys.readouterr().out == f"{expected} (the model's own)\n"
+    args = flags(
+        '--model', 'vit_small_patch16_224', '--input-size', 96, '--mean', 0.1, '--std', 0.2, 0.3, 0.4, '--crop-pct', 1,
+        '--crop-mode', 'squash', '--interpolation', 'bilinear',
+    )  # fmt: skip
+    config = datasets.DataConfig(96, (0.1,) * 3, (0.2, 0.3, 0.4), 1.0, 'squash', 'bilinear')
+    assert datasets.data_config(args) == config
+    datasets.fix_data_config(args)
+    assert f'but for {", ".join(config._fields)})' in capsys.readouterr().out
+    assert datasets.data_config(args) == config and args.input_size == 96
+    expected = picture(300, 200).resize((96, 96), Image.Resampling.BILINEAR)
+    expected = (np.asarray(expected) / 255 - 0.1) / [0.2, 0.3, 0.4]
+    np.testing.assert_allclose(build_transform(False, args)(picture(300, 200)).permute(1, 2, 0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'wrong, says',
+    [
+        (['--mean', 0.1, 0.2], '--mean: expected one number or three, found 2'),
+        (['--std', 0], '--std: expected numbers above 0'),
+        (['--crop-pct', 1.5], '--crop-pct: expected a share'),
+        (['--input-size', 0], '--input-size: expected 1 or more, found 0'),
+        (['--model', 'vit_base_patch16_sapiens2'], 'takes images of 3 x 1024 x 768; expected 3 channels and a square'),
+    ],
+)
+def test_preprocessing_that_makes_no_sense_is_refused(wrong, says):
+    with pytest.raises(InputError, match=says):
+        datasets.data_config(flags(*wrong))
+
+
+def test_an_unknown_crop_mode_is_refused(monkeypatch):
+    cfg = dataclasses.replace(timm.get_pretrained_cfg('resnet50'), crop_mode='spiral')
+    monkeypatch.setattr(datasets.models, 'published_cfg', lambda name: cfg)
+    with pytest.raises(InputError, match='crop_mode spiral; expected one of center, squash, border'):
+        datasets.data_config(flags('--model', 'resnet50'))
+
+
 def test_small_images_are_evaluated_whole():
     image = picture(32, 32)
     found = build_transform(False, flags('--input-size', 32))(image)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     np.testing.assert_array_equal(((found * std + mean) * 255).round().permute(1, 2, 0), np.asarray(image))
 
 

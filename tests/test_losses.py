@@ -10,11 +10,15 @@ import pytest
 import timm
 import torch
 from golden import fill
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+from torchvision.transforms.functional import normalize
 
 import engine
 import losses
+import main_deit
 import main_levit
+import models
 from losses import Criterion
 
 RECIPE = json.loads((fill.HERE / 'recipe.json').read_text())['losses']
@@ -109,3 +113,24 @@ def test_on_a_gpu_the_teacher_has_half_precision(monkeypatch, tmp_path, capsys, 
 
 def test_half_precision_logits_give_a_full_precision_loss():
     assert Criterion()(None, logits('avg').bfloat16(), targets('labels')).dtype == torch.float32
+
+
+def test_a_teacher_sees_images_as_it_was_trained(tmp_path, capsys):
+    """vit_tiny was trained with mean and std 0.5, the student with ImageNet's; regnety_002 as the student."""
+    pixels = torch.rand(2, 3, 32, 32)
+    images = normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    for name, expected in (('vit_tiny_patch16_224', 2 * pixels - 1), ('regnety_002', images)):
+        torch.manual_seed(0)
+        network = models.create(name, 4, 32).eval()
+        torch.save(network.state_dict(), tmp_path / 't.pth')
+        flags = f'--model evo_deit_nano_patch4_32 --input-size 32 --distillation-type hard --teacher-model {name}'
+        args = engine.get_parser('', main_deit.RECIPE).parse_args(
+            [*flags.split(), '--teacher-path', f'{tmp_path}/t.pth']
+        )
+        teacher = losses.build_criterion(args, 4, torch.device('cpu')).teacher
+        torch.testing.assert_close(teacher(images), network(expected), rtol=1e-4, atol=1e-5)
+        assert ('normalised by mean (0.5, 0.5, 0.5)' in capsys.readouterr().out) == (name != 'regnety_002')
+
+
+def test_a_model_has_its_own_size_where_none_is_asked_for():
+    assert models.create('evo_deit_nano_patch4_32', 4).patch_embed.img_size == (32, 32)

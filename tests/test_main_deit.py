@@ -71,7 +71,7 @@ def test_every_published_flag_is_accepted():
 def test_the_recipe_is_the_published_one():
     args = engine.get_parser('', main_deit.RECIPE).parse_args([])
     expected = dict(
-        epochs=300, batch_size=64, input_size=224, drop=0.0, drop_path=0.1, model_ema=True, model_ema_decay=0.99996,
+        epochs=300, batch_size=64, drop=0.0, drop_path=0.1, model_ema=True, model_ema_decay=0.99996,
         opt='adamw', opt_eps=1e-8, opt_betas=None, clip_grad=None, momentum=0.9, weight_decay=0.05, sched='cosine',
         lr=5e-4, warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30, warmup_epochs=5, cooldown_epochs=10, patience_epochs=10,
         decay_rate=0.1, smoothing=0.1, color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic',
@@ -304,9 +304,68 @@ def test_row_25_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_
     state = trained['optimizer']['state']
     assert len(state) == len(list(model.parameters()))
     torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=7).state_dict(), tmp_path / 'seven.pth')
-    for flag in ('--resume', '--eval --resume'):
-        with pytest.raises(InputError, match='7 classes, the model 4.*\n.*--finetune'):
-            script('main_deit', *flags, *flag.split(), tmp_path / 'seven.pth')
+    with pytest.raises(InputError, match='7 classes, the model 4.*\n.*--finetune'):
+        script('main_deit', *flags, '--resume', tmp_path / 'seven.pth')
+    with pytest.raises(InputError, match='7 classes and does not name them, .*val holds 4 class folders'):
+        script('main_deit', *flags, '--eval', '--resume', tmp_path / 'seven.pth')
+
+
+def test_classes_go_by_name(script, flags, tmp_path, image_folder):
+    recipe = ['--epochs', 1, '--lr', 0.05, '--warmup-epochs', 0]
+    script('main_deit', *flags, *recipe, '--output_dir', tmp_path)
+    path = tmp_path / 'checkpoint.pth'
+    content = utils.read_checkpoint(path)
+    assert content['classes'] == [f'class{i}' for i in range(4)]
+
+    # The same images, whose folders and names in the checkpoint sort in another order.
+    names = ['pear', 'apple', 'fig', 'date']
+    torch.save(content | {'classes': names}, tmp_path / 'renamed.pth')
+    for split in ('train', 'val'):
+        (tmp_path / split).mkdir()
+        for i, name in enumerate(names):
+            (tmp_path / split / name).symlink_to(image_folder / split / f'class{i}')
+    last = f'Acc@1 {read_log(tmp_path)[0]["test_acc1"]:.3f} '
+    evaluate = [*flags[:-1], tmp_path, '--eval', '--resume', tmp_path / 'renamed.pth']
+    assert last in script('main_deit', *evaluate)
+    del content['classes']
+    torch.save(content, tmp_path / 'nameless.pth')  # which goes by order, and so is wrong here, but says so
+    printed = script('main_deit', *evaluate, '--resume', tmp_path / 'nameless.pth')
+    assert 'does not name its 4 classes' in printed and last not in printed
+
+    again = [*flags[:-1], tmp_path, *recipe, '--resume', path]
+    with pytest.raises(InputError, match='trained on other classes: the data lacks 4 .class0.* others .apple, '):
+        script('main_deit', *again)
+    assert 'trained on other classes: the data lacks 4' in script('main_deit', *again, '--accept-changes')
+
+    (tmp_path / 'val' / 'fig').unlink()
+    assert 'no images of 1 of 4 classes: fig' in script('main_deit', *evaluate)
+    (tmp_path / 'val' / 'plum').symlink_to(image_folder / 'val' / 'class2')
+    with pytest.raises(InputError, match='1 classes that training lacks: plum'):
+        script('main_deit', *evaluate)
+
+
+def test_preprocessing_is_recalled_from_the_training(script, flags, tmp_path):
+    more = ['--mean', 0.3, '--std', 0.4, '--crop-pct', 0.5]
+    script('main_deit', *flags, *more, '--epochs', 1, '--lr', 0.05, '--warmup-epochs', 0, '--output_dir', tmp_path)
+    printed = script('main_deit', *flags, '--eval', '--resume', tmp_path / 'checkpoint.pth')
+    assert (
+        "crop_pct 0.5 (center), bicubic, mean 0.3 0.3 0.3, std 0.4 0.4 0.4 (the model's own, but for mean," in printed
+    )
+    assert f'loss {read_log(tmp_path)[0]["test_loss"]:.3f}' in printed
+
+
+@pytest.mark.parametrize('name, folds', [('levit_128s', True), ('resnet10t', False)])
+def test_timm_models_are_folded_or_it_is_said(script, flags, tmp_path, name, folds):
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name, num_classes=4).state_dict(), tmp_path / 'w.pth')
+    evaluate = [*flags, '--model', name, '--input-size', 224, '--eval', '--resume', tmp_path / 'w.pth']
+    folded, seen = engine.fuse, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, 'fuse', lambda model: (folded(model), seen.append(len(model.state_dict()))))
+        printed = script('main_deit', *evaluate, '--fuse')
+    assert (seen[0] < len(timm.create_model(name).state_dict())) == folds
+    assert ('has nothing that can be folded' in printed) != folds
+    assert re.search(r'Acc@1 .*', printed)[0] == re.search(r'Acc@1 .*', script('main_deit', *evaluate))[0]
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,24 @@ def test_pictures_are_of_the_network_that_was_trained(script, checkpoint, tmp_pa
     torch.save(torch.load(path) | {'args': {'keep_ratio': [0.25], 'representative': True}}, tmp_path / 'a.pth')
     argv = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
     args = visualize.get_parser().parse_args([*argv, '--input-size', '32'])
-    model = visualize.load_model(args)
+    model = visualize.load_model(args, utils.read_checkpoint(tmp_path / 'a.pth'))
     assert (model.keep_ratio, model.representative) == ((0.25, 0.25), True)
+
+
+def test_predictions_have_the_names_of_the_checkpoint(script, checkpoint, tmp_path):
+    names = ['ant', 'bee', 'cat', 'dog']
+    torch.save(torch.load(checkpoint('evo_deit_nano_patch4_32')) | {'classes': names}, tmp_path / 'a.pth')
+    photograph(40, 32).save(tmp_path / 'a.png')
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth', '--output_dir', tmp_path / 'out']
+    printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png')
+    assert any(f'a: {name} ' in printed for name in names) and 'computed in fp32' in printed
+
+
+def test_pictures_show_the_image_whatever_its_normalisation(script, checkpoint, tmp_path):
+    photograph(32, 32).save(tmp_path / 'a.png')
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
+    script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out', '--mean', 0.2)
+    np.testing.assert_array_equal(read(tmp_path / 'out' / 'a.png'), read(tmp_path / 'a.png'))
 
 
 def test_layers_and_animation(script, checkpoint, tmp_path):
