@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import urldefrag, urlparse
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -252,6 +253,8 @@ def is_address(source: str | Path) -> bool:
 def read_checkpoint(source: str | Path) -> dict:
     """Read a checkpoint from a path or an address, whole or not at all, and never run code that it holds.
 
+    Files are those of torch.save, or safetensors, which hold weights alone and no checksum.
+
     An address may carry the hash to check, in its file name (`name-<sha256 prefix>.pth`, as torch.hub has it) or as
     `#sha256=<hex>`. Raises InputError that says what the source is, where it is no checkpoint.
     """
@@ -276,6 +279,13 @@ def read_checkpoint(source: str | Path) -> dict:
             raise InputError(f'{source} is a zip file ({", ".join(names[:3])}, ...), not a PyTorch checkpoint')
         if any(name.endswith('constants.pkl') for name in names):
             raise InputError(f'{source} is a TorchScript program, not a checkpoint of weights')
+    elif path.suffix == '.safetensors' or _is_safetensors(path):
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # of a damaged header, a short file, a foreign file with this ending
+            raise InputError(
+                f'{source} is damaged, or not a safetensors file: {describe_file(path)} ({error})'
+            ) from error
     # The published files keep their arguments as a Namespace, sometimes with paths in it: plain data, safe to rebuild.
     harmless = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
     try:
@@ -293,6 +303,13 @@ def read_checkpoint(source: str | Path) -> dict:
     return checkpoint
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: with the size of a JSON header, then the header."""
+    with open(path, 'rb') as file:
+        head = file.read(9)
+    return head[8:] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size
+
+
 def describe_file(path: Path) -> str:
     """Say what a file that is no checkpoint seems to be."""
     size = path.stat().st_size
@@ -306,8 +323,8 @@ def describe_file(path: Path) -> str:
         return 'it begins with zeros (a broken copy or download)'
     if head[257:262] == b'ustar':
         return 'it is a tar archive'
-    if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < size:
-        return 'it is a safetensors file; convert it with safetensors.torch.load_file and torch.save'
+    if _is_safetensors(path):
+        return f'it begins as a safetensors file, of {size:,} bytes'
     if head[:2] == b'PK':
         return f'it is damaged, a zip file cut short at {size:,} bytes (an interrupted download or copy)'
     if head[:1] == b'\x80':

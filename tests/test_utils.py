@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 
@@ -113,6 +114,24 @@ def test_missing_files_folders_and_whole_models(tmp_path):
         utils.read_checkpoint(tmp_path / 'script.pth')
 
 
+def test_safetensors_are_read_whatever_their_name(tmp_path):
+    model, state = nano(), nano(drop_rate=0.0).state_dict()
+    state['head.bias'] = torch.arange(10.0)
+    for name in ('w.safetensors', 'w.pth'):
+        safetensors.torch.save_file(state, tmp_path / name)
+        assert not any(utils.load_weights(model, tmp_path / name))
+        assert torch.equal(model.head.bias, state['head.bias'])
+    whole = (tmp_path / 'w.safetensors').read_bytes()
+    header = 8 + int.from_bytes(whole[:8], 'little')
+    for content in (whole[:5], whole[:50], whole[:header], whole[:-1], whole + b'x', whole[:20] + b'\xff' + whole[21:]):
+        (tmp_path / 'w.safetensors').write_bytes(content)
+        with pytest.raises(InputError, match='w.safetensors is damaged'):
+            utils.read_checkpoint(tmp_path / 'w.safetensors')
+    (tmp_path / 'w.safetensors').write_text('<html>')
+    with pytest.raises(InputError, match='not a safetensors file: it is a web page'):
+        utils.read_checkpoint(tmp_path / 'w.safetensors')
+
+
 # --- addresses
 
 
@@ -174,6 +193,8 @@ def test_row_39_addresses_are_read_and_their_hash_checked(server, saved, tmp_pat
         utils.read_checkpoint(f'{address}/bad.pth')
     assert not (tmp_path / 'ran').exists()
     assert sorted(p.name for p in cache.iterdir()) == ['plain.pth', f'w-{digest[:8]}.pth']
+    safetensors.torch.save_file({'w': torch.ones(3)}, folder / 'w.safetensors')
+    assert utils.read_checkpoint(f'{address}/w.safetensors')['w'].tolist() == [1, 1, 1]
     (folder / 'page.pth').write_text('<html>')
     with pytest.raises(InputError, match='web page'):
         utils.read_checkpoint(f'{address}/page.pth')
