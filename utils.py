@@ -382,10 +382,18 @@ def _download(address: str) -> dict:
 
 
 class Loaded(NamedTuple):
-    """What load_weights did not find for the model (`missing`) and did not use of the file (`dropped`)."""
+    """What load_weights could not take over as it is: names of tensors.
+
+    missing: the model's, not found in the file; they are as they were.
+    dropped: the file's, not used.
+    filled: the model's, not found in the file; they are copies of others, as `head_cls` of `head`.
+    pooling: the model's new `global_pool`, where that of the weights is another than the model had; else ''.
+    """
 
     missing: list[str]
     dropped: list[str]
+    filled: list[str]
+    pooling: str
 
 
 def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
@@ -410,33 +418,37 @@ def load_weights(model: nn.Module, source: str | Path | dict, use_ema: bool = Fa
     Args:
         source: path, address, or a checkpoint that was read already, in the published layout, timm's or this project's.
         use_ema: take the averaged weights.
-        adapt: for fine-tuning: positions are resized to the model's resolution, and heads for other classes left out.
+        adapt: for fine-tuning: positions are resized to the model's resolution, heads for other classes are left out,
+            and the file may lack a head. The pooling stays the model's, as the head is trained for it.
 
-    Returns:
-        What stayed as it was and what was not used. Not empty only with `adapt`, or for a plain DeiT or ViT in an Evo-
-        DeiT, whose class head is then a copy of the file's head.
+    Returns what could not be taken over as it is; nothing, unless with `adapt` or for a plain DeiT or ViT in an
+    Evo-DeiT. The head of a plain one was trained on the class token: the model then predicts from it, which is said.
 
     Raises InputError with counts and the first few names where the weights are of another model.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     where = 'the checkpoint' if isinstance(source, dict) else str(source)
-    own = model.state_dict()
-    state, missing, dropped = find_weights(checkpoint, use_ema), [], []
-    if hasattr(model, 'convert_state'):
-        try:
-            state, missing, dropped = model.convert_state(state, resize=adapt)
-        except ValueError as error:
-            raise InputError(f'{where}: {error}') from error
+    own, pooling = model.state_dict(), getattr(model, 'global_pool', '')
+    state, filled, dropped = find_weights(checkpoint, use_ema), [], []
+    try:
+        if hasattr(model, 'convert_state'):
+            state, filled, dropped = model.convert_state(state, resize=adapt)
+        elif adapt:
+            state = _resize(model, state)
+    except ValueError as error:
+        raise InputError(f'{where}: {error}') from error
 
     classifier = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
     heads = tuple(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier))
     differ = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
-    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(own[k])] if heads else []
+    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(own[k])]
     if other_head and len(other_head) == len(differ) and not adapt:
         found, expected = len(state[other_head[0]]), len(own[other_head[0]])
         raise InputError(f'{where} has {found} classes, the model {expected}')
+    missing = [k for k in own if k not in state]
+    no_head = [k for k in missing if k.startswith(heads)] if adapt else []
     problems = {
-        'missing': [k for k in own if k not in state],
+        'missing': [k for k in missing if k not in no_head],
         'not expected': [k for k in state if k not in own],
         'of another shape': [
             f'{k} {(*state[k].shape,)}, not {(*own[k].shape,)}' for k in differ if k not in other_head
@@ -448,5 +460,34 @@ def load_weights(model: nn.Module, source: str | Path | dict, use_ema: bool = Fa
             if names:
                 lines.append(f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}')
         raise InputError('\n'.join([*lines, 'It may be of another model or image size.']))
-    model.load_state_dict(state | {k: own[k] for k in other_head})
-    return Loaded(sorted({*missing, *other_head}), dropped + [k for k in other_head if k not in missing])
+    model.load_state_dict(state | {k: own[k] for k in (*other_head, *no_head)})
+    return Loaded(
+        missing=sorted({*other_head, *no_head}),
+        dropped=dropped + [k for k in other_head if k not in filled],
+        filled=[k for k in filled if k not in other_head],
+        pooling=_say_new_pooling(model, pooling, where),
+    )
+
+
+def _say_new_pooling(model: nn.Module, before: str, where: str) -> str:
+    """Say, and return, the pooling that came with the weights, where it is not the one from before, else ''."""
+    pooling = getattr(model, 'global_pool', '')
+    if pooling == before:
+        return ''
+    read = {'token': 'its class token', 'avg': 'the mean of its patches'}.get(pooling, 'its patches')
+    say(
+        f'{where}: {type(model).__name__} now predicts from {read}, which the head of these weights was trained for '
+        f"(global_pool '{pooling}', it was '{before}')"
+    )
+    return pooling
+
+
+def _resize(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for a model of timm, positions and the like resized by timm's function for its family, if it has one."""
+    adapted = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    if adapted is None:
+        return state
+    try:
+        return adapted(dict(state), model)
+    except Exception as error:  # timm's functions meet any file, and fail in many ways
+        raise ValueError(f'cannot be adapted to {type(model).__name__}: {error}') from error

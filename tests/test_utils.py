@@ -211,7 +211,7 @@ def test_what_a_checkpoint_may_look_like():
     wrapped = {f'module._orig_mod.{key}': value for key, value in state.items()}
     for checkpoint in (state, collections.OrderedDict(state), {'model': state}, {'state_dict': wrapped, 'epoch': 1}):
         target = nano()
-        assert utils.load_weights(target, dict(checkpoint)) == ([], [])
+        assert not any(utils.load_weights(target, dict(checkpoint)))
         assert torch.equal(target.head.weight, state['head.weight'])
     utils.load_weights(model, {'model': nano().state_dict(), 'model_ema': state}, use_ema=True)
     assert torch.equal(model.head.weight, state['head.weight'])
@@ -219,6 +219,27 @@ def test_what_a_checkpoint_may_look_like():
         utils.load_weights(model, {'model': state}, use_ema=True)
     with pytest.raises(InputError, match='expected weights'):
         utils.load_weights(model, {'epoch': 3})
+
+
+def test_models_of_timm_are_adapted_for_finetuning():
+    """A dense ViT to other classes and another size, its positions resized by timm."""
+    torch.manual_seed(0)
+    state = timm.create_model('vit_small_patch16_224', img_size=32, depth=1).state_dict()
+    model = timm.create_model('vit_small_patch16_224', img_size=48, depth=1, num_classes=10)
+    head = model.head.weight.clone()
+    with pytest.raises(InputError, match='of another shape: pos_embed'):
+        utils.load_weights(model, state)
+    loaded = utils.load_weights(model, state, adapt=True)
+    assert loaded.missing == ['head.bias', 'head.weight'] and set(loaded.dropped) == set(loaded.missing)
+    assert torch.equal(model.head.weight, head) and torch.equal(model.pos_embed[:, 0], state['pos_embed'][:, 0])
+    assert torch.equal(model.blocks[0].attn.qkv.weight, state['blocks.0.attn.qkv.weight'])
+    bare = {k: v for k, v in state.items() if not k.startswith('head')}
+    loaded = utils.load_weights(model, bare, adapt=True)
+    assert loaded.missing == ['head.bias', 'head.weight'] and not loaded.dropped
+    with pytest.raises(InputError, match='cannot be adapted|does not fit'):
+        utils.load_weights(model, state | {'pos_embed': torch.zeros(1, 9, 384)}, adapt=True)
+    with pytest.raises(InputError, match='does not fit'):
+        utils.load_weights(model, timm.create_model('resnet10t').state_dict(), adapt=True)
 
 
 def test_row_05_other_models_do_not_load(tmp_path):
