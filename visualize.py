@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -143,8 +142,6 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[Path], Path]:
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise InputError(f'--output_dir {output} cannot be written to: {error}') from error
-    if args.input_size is None and timm.is_model(args.model):
-        args.input_size = timm.get_pretrained_cfg(args.model).input_size[-1]
     return files, output
 
 
@@ -164,16 +161,18 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     """The model with the checkpoint's weights, classes and schedule; InputError if it does not fit or never selects."""
     content = utils.read_checkpoint(args.resume)
     checkpoint.recall_model(args, content)
+    if args.input_size is None:
+        args.input_size = models.published_cfg(args.model).input_size[-1]
     weights = utils.find_weights(content)
     heads = [len(value) for key, value in weights.items() if key.startswith('head.') and value.ndim == 2]
     model = models.build(args, heads[0] if heads else 1000)
     if not hasattr(model, 'forward_with_selection'):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT or an Evo-LeViT')
     try:
-        filled = utils.load_weights(model, content).missing
+        loaded = utils.load_weights(model, content)
     except InputError as error:
         raise InputError(f'{args.resume}: {error}') from error
-    if filled:
+    if loaded.filled and '_extra_state' not in weights:
         say(f'{args.resume} holds a plain vision transformer: its selection is one that it was not trained for')
     if args.layer_wise_prune:
         model.set_schedule(stage_wise=False)
