@@ -392,6 +392,10 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
             f'{args.finetune}: loaded; new in the model: {", ".join(loaded.missing) or "nothing"}; {copies}'
             f'not used of the file: {", ".join(loaded.dropped) or "nothing"}'
         )
+        if 'head_cls.weight' in loaded.filled:
+            say(
+                'both heads start from the one of the file: head reads the mean of the patches, head_cls the class token'
+            )
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)

@@ -256,6 +256,7 @@ def test_finetuning_says_what_is_new_and_what_is_a_copy(script, flags, tmp_path,
     new = 'nothing' if head else 'head.bias, head.weight, head_cls.bias, head_cls.weight'
     copies = 'norm_cls.weight, norm_cls.bias' + (', head_cls.weight, head_cls.bias' if head else '')
     assert f'new in the model: {new}; copies in the model: {copies}; not used of the file: nothing' in printed
+    assert ('head reads the mean of the patches' in printed) == head
     saved = utils.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['_extra_state']
     assert saved.tolist() == [True, True, 0]  # the mean of the patches
 
