@@ -165,7 +165,11 @@ def check_arguments(args: argparse.Namespace):
         if flag == 'teacher_path' and (args.eval or args.distillation_type == 'none'):
             continue
         if source and not utils.is_address(source) and not Path(source).is_file():
-            where = f'; the published teacher is at {losses.PUBLISHED_TEACHER}' if flag == 'teacher_path' else ''
+            where = (
+                f'; the published teacher, for ImageNet, is at {losses.PUBLISHED_TEACHER}'
+                if flag == 'teacher_path'
+                else ''
+            )
             raise InputError(f'--{flag.replace("_", "-")} {source}: {Path(source).absolute()} is not a file{where}')
     if args.auto_resume and not args.output_dir:
         raise InputError('--auto-resume looks for checkpoints in --output_dir, which is not given')
@@ -393,9 +397,7 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
             f'not used of the file: {", ".join(loaded.dropped) or "nothing"}'
         )
         if 'head_cls.weight' in loaded.filled:
-            say(
-                'both heads start from the one of the file: head reads the mean of the patches, head_cls the class token'
-            )
+            say("both heads start from the file's: head reads the mean of the patches, head_cls the class token")
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
