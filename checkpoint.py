@@ -207,8 +207,11 @@ def saved_flags(content: dict) -> dict:
 
 def recall_model(args: argparse.Namespace, content: dict):
     """For evaluation: flags of the model that were not given are those of its training, and a difference is said."""
-    for name in ('keep_ratio', 'representative'):
-        then, now = saved_flags(content).get(name), getattr(args, name)
+    saved = saved_flags(content)
+    for name in ('keep_ratio', 'representative', 'input_size'):
+        if name not in saved:
+            continue
+        then, now = saved[name], getattr(args, name)
         if now is None:
             setattr(args, name, then)
         elif now != then:
@@ -218,16 +221,27 @@ def recall_model(args: argparse.Namespace, content: dict):
             setattr(args, name, saved_flags(content).get(name))
 
 
-def load_exactly(model: nn.Module, checkpoint: dict, source: str, use_ema: bool = False):
-    """Load weights of which nothing may be missing: a wrong accuracy is worse than none."""
+def load_exactly(
+    model: nn.Module, checkpoint: dict, source: str, use_ema: bool = False, training: bool = True
+) -> utils.Loaded:
+    """Load weights of which nothing may be missing: a wrong accuracy is worse than none.
+
+    Evaluation (`training` False) takes a plain ViT too, whose head an Evo-DeiT reads as it was trained.
+    """
     try:
         loaded = utils.load_weights(model, checkpoint, use_ema)
     except InputError as error:
-        raise InputError(f'{source}: {error}\nTo start from weights that differ, use --finetune.') from error
-    if loaded.missing:
+        if training:
+            advice = 'To start training from weights of another model, image size or classes, use --finetune.'
+        else:
+            advice = 'Evaluation needs the --model and --input-size of the training, and a data set with its classes.'
+        raise InputError(f'{source}: {error}\n{advice}') from error
+    if training and loaded.filled:
         raise InputError(
-            f'{source} holds a plain vision transformer, without {", ".join(loaded.missing)}: --finetune starts from it'
+            f'{source} has no {", ".join(loaded.filled)}, which training needs. To start training from its other '
+            'weights, use --finetune.'
         )
+    return loaded
 
 
 def kept(folder: Path) -> list[Path]:

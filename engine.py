@@ -184,7 +184,11 @@ def check_arguments(args: argparse.Namespace):
         if flag == 'teacher_path' and (args.eval or args.distillation_type == 'none'):
             continue
         if source and not utils.is_address(source) and not Path(source).is_file():
-            where = f'; the published teacher is at {losses.PUBLISHED_TEACHER}' if flag == 'teacher_path' else ''
+            where = (
+                f'; the published teacher, for ImageNet, is at {losses.PUBLISHED_TEACHER}'
+                if flag == 'teacher_path'
+                else ''
+            )
             raise InputError(f'--{flag.replace("_", "-")} {source}: {Path(source).absolute()} is not a file{where}')
     if args.auto_resume and not args.output_dir:
         raise InputError('--auto-resume looks for checkpoints in --output_dir, which is not given')
@@ -413,9 +417,12 @@ def evaluate_checkpoint(
     args: argparse.Namespace, content: dict, model: nn.Module, val_loader: DataLoader, autocast: Callable
 ) -> dict[str, float]:
     """Evaluate what --resume names and `content` holds, with the selection that its weights were saved with."""
-    checkpoint.load_exactly(model, content, args.resume, args.eval_ema)
+    loaded = checkpoint.load_exactly(model, content, args.resume, args.eval_ema, training=False)
     if hasattr(model, 'set_schedule') and '_extra_state' not in utils.find_weights(content, args.eval_ema):
-        say(f'{args.resume} does not say its selection, stage-wise or layer-wise; it is taken for a finished model')
+        if loaded.filled:
+            say(f'{args.resume} holds a plain vision transformer: its selection is one that it was not trained for')
+        else:
+            say(f'{args.resume} does not say its selection, stage-wise or layer-wise; it is taken for a finished model')
     say(f'{args.resume}: {"averaged weights" if args.eval_ema else "weights"} loaded, {describe_schedule(model)}')
     if args.fuse:
         fuse(model)
@@ -440,10 +447,13 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
     device = next(model.parameters()).device
     if args.finetune:
         loaded = utils.load_weights(model, args.finetune, adapt=True)
+        copies = f'copies in the model: {", ".join(loaded.filled)}; ' if loaded.filled else ''
         say(
-            f'{args.finetune}: loaded; new in the model: {", ".join(loaded.missing) or "nothing"}; '
+            f'{args.finetune}: loaded; new in the model: {", ".join(loaded.missing) or "nothing"}; {copies}'
             f'not used of the file: {", ".join(loaded.dropped) or "nothing"}'
         )
+        if 'head_cls.weight' in loaded.filled:
+            say("both heads start from the file's: head reads the mean of the patches, head_cls the class token")
     ema = None
     if args.model_ema:
         ema = ModelEma(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
@@ -539,7 +549,7 @@ def train(
         net = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
     if state.epoch >= args.epochs:
-        say(f'all {args.epochs} epochs are done already; a larger --epochs trains on')
+        say(f'all {args.epochs} epochs are done already; to train on, give a larger --epochs and --accept-changes')
     guard = StepGuard(device)
     test, started, first = {}, time.perf_counter(), state.epoch
     for epoch in range(first, args.epochs):

@@ -127,7 +127,7 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
     if not args.teacher_path:
         raise InputError(
             f'--distillation-type {args.distillation_type} needs --teacher-path, the weights of {args.teacher_model}; '
-            f'those of the published teacher are at {PUBLISHED_TEACHER}'
+            + advise_teacher(args, num_classes)
         )
     try:
         teacher = models.create(args.teacher_model, num_classes, args.input_size)
@@ -135,7 +135,7 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
         teacher = renormalised(teacher, args)
     except InputError as error:
         raise InputError(
-            f'teacher, --teacher-model and --teacher-path: {error}\nThe published teacher is at {PUBLISHED_TEACHER}'
+            f'teacher, --teacher-model and --teacher-path: {error}\n{advise_teacher(args, num_classes)}'
         ) from error
     teacher = teacher.to(device).eval().requires_grad_(False)
     autocast, precision = nullcontext, ''
@@ -152,3 +152,13 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
     )
     hard = args.distillation_type != 'soft'
     return Criterion(args.smoothing, teacher, hard, args.distillation_alpha, args.distillation_tau, autocast)
+
+
+def advise_teacher(args: argparse.Namespace, num_classes: int) -> str:
+    """Where weights of a teacher of so many classes come from: the published teacher knows ImageNet's 1,000 alone."""
+    if num_classes == 1000:
+        return f'the published teacher, regnety_160 for ImageNet, is at {PUBLISHED_TEACHER}'
+    return (
+        f'a teacher of these {num_classes} classes has to be trained first: '
+        f'main_deit.py --model {args.teacher_model} --output_dir ...'
+    )

@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import urldefrag, urlparse
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -291,6 +292,8 @@ def is_address(source: str | Path) -> bool:
 def read_checkpoint(source: str | Path) -> dict:
     """Read a checkpoint from a path or an address, whole or not at all, and never run code that it holds.
 
+    Files are those of torch.save, or safetensors, which hold weights alone and no checksum.
+
     An address may carry the hash to check, in its file name (`name-<sha256 prefix>.pth`, as torch.hub has it) or as
     `#sha256=<hex>`. Raises InputError that says what the source is, where it is no checkpoint.
     """
@@ -315,6 +318,13 @@ def read_checkpoint(source: str | Path) -> dict:
             raise InputError(f'{source} is a zip file ({", ".join(names[:3])}, ...), not a PyTorch checkpoint')
         if any(name.endswith('constants.pkl') for name in names):
             raise InputError(f'{source} is a TorchScript program, not a checkpoint of weights')
+    elif path.suffix == '.safetensors' or _is_safetensors(path):
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # of a damaged header, a short file, a foreign file with this ending
+            raise InputError(
+                f'{source} is damaged, or not a safetensors file: {describe_file(path)} ({error})'
+            ) from error
     # The published files keep their arguments as a Namespace, sometimes with paths in it: plain data, safe to rebuild.
     harmless = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
     try:
@@ -332,6 +342,13 @@ def read_checkpoint(source: str | Path) -> dict:
     return checkpoint
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: with the size of a JSON header, then the header."""
+    with open(path, 'rb') as file:
+        head = file.read(9)
+    return head[8:] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size
+
+
 def describe_file(path: Path) -> str:
     """Say what a file that is no checkpoint seems to be."""
     size = path.stat().st_size
@@ -345,8 +362,8 @@ def describe_file(path: Path) -> str:
         return 'it begins with zeros (a broken copy or download)'
     if head[257:262] == b'ustar':
         return 'it is a tar archive'
-    if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < size:
-        return 'it is a safetensors file; convert it with safetensors.torch.load_file and torch.save'
+    if _is_safetensors(path):
+        return f'it begins as a safetensors file, of {size:,} bytes'
     if head[:2] == b'PK':
         return f'it is damaged, a zip file cut short at {size:,} bytes (an interrupted download or copy)'
     if head[:1] == b'\x80':
@@ -404,10 +421,18 @@ def _download(address: str) -> dict:
 
 
 class Loaded(NamedTuple):
-    """What load_weights did not find for the model (`missing`) and did not use of the file (`dropped`)."""
+    """What load_weights could not take over as it is: names of tensors.
+
+    missing: the model's, not found in the file; they are as they were.
+    dropped: the file's, not used.
+    filled: the model's, not found in the file; they are copies of others, as `head_cls` of `head`.
+    pooling: the model's new `global_pool`, where that of the weights is another than the model had; else ''.
+    """
 
     missing: list[str]
     dropped: list[str]
+    filled: list[str]
+    pooling: str
 
 
 def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
@@ -432,33 +457,37 @@ def load_weights(model: nn.Module, source: str | Path | dict, use_ema: bool = Fa
     Args:
         source: path, address, or a checkpoint that was read already, in the published layout, timm's or this project's.
         use_ema: take the averaged weights.
-        adapt: for fine-tuning: positions are resized to the model's resolution, and heads for other classes left out.
+        adapt: for fine-tuning: positions are resized to the model's resolution, heads for other classes are left out,
+            and the file may lack a head. The pooling stays the model's, as the head is trained for it.
 
-    Returns:
-        What stayed as it was and what was not used. Not empty only with `adapt`, or for a plain DeiT or ViT in an Evo-
-        DeiT, whose class head is then a copy of the file's head.
+    Returns what could not be taken over as it is; nothing, unless with `adapt` or for a plain DeiT or ViT in an
+    Evo-DeiT. The head of a plain one was trained on the class token: the model then predicts from it, which is said.
 
     Raises InputError with counts and the first few names where the weights are of another model.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     where = 'the checkpoint' if isinstance(source, dict) else str(source)
-    own = model.state_dict()
-    state, missing, dropped = find_weights(checkpoint, use_ema), [], []
-    if hasattr(model, 'convert_state'):
-        try:
-            state, missing, dropped = model.convert_state(state, resize=adapt)
-        except ValueError as error:
-            raise InputError(f'{where}: {error}') from error
+    own, pooling = model.state_dict(), getattr(model, 'global_pool', '')
+    state, filled, dropped = find_weights(checkpoint, use_ema), [], []
+    try:
+        if hasattr(model, 'convert_state'):
+            state, filled, dropped = model.convert_state(state, resize=adapt)
+        elif adapt:
+            state = _resize(model, state)
+    except ValueError as error:
+        raise InputError(f'{where}: {error}') from error
 
     classifier = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
     heads = tuple(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier))
     differ = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
-    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(own[k])] if heads else []
+    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(own[k])]
     if other_head and len(other_head) == len(differ) and not adapt:
         found, expected = len(state[other_head[0]]), len(own[other_head[0]])
         raise InputError(f'{where} has {found} classes, the model {expected}')
+    missing = [k for k in own if k not in state]
+    no_head = [k for k in missing if k.startswith(heads)] if adapt else []
     problems = {
-        'missing': [k for k in own if k not in state],
+        'missing': [k for k in missing if k not in no_head],
         'not expected': [k for k in state if k not in own],
         'of another shape': [
             f'{k} {(*state[k].shape,)}, not {(*own[k].shape,)}' for k in differ if k not in other_head
@@ -470,5 +499,34 @@ def load_weights(model: nn.Module, source: str | Path | dict, use_ema: bool = Fa
             if names:
                 lines.append(f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}')
         raise InputError('\n'.join([*lines, 'It may be of another model or image size.']))
-    model.load_state_dict(state | {k: own[k] for k in other_head})
-    return Loaded(sorted({*missing, *other_head}), dropped + [k for k in other_head if k not in missing])
+    model.load_state_dict(state | {k: own[k] for k in (*other_head, *no_head)})
+    return Loaded(
+        missing=sorted({*other_head, *no_head}),
+        dropped=dropped + [k for k in other_head if k not in filled],
+        filled=[k for k in filled if k not in other_head],
+        pooling=_say_new_pooling(model, pooling, where),
+    )
+
+
+def _say_new_pooling(model: nn.Module, before: str, where: str) -> str:
+    """Say, and return, the pooling that came with the weights, where it is not the one from before, else ''."""
+    pooling = getattr(model, 'global_pool', '')
+    if pooling == before:
+        return ''
+    read = {'token': 'its class token', 'avg': 'the mean of its patches'}.get(pooling, 'its patches')
+    say(
+        f'{where}: {type(model).__name__} now predicts from {read}, which the head of these weights was trained for '
+        f"(global_pool '{pooling}', it was '{before}')"
+    )
+    return pooling
+
+
+def _resize(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for a model of timm, positions and the like resized by timm's function for its family, if it has one."""
+    adapted = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    if adapted is None:
+        return state
+    try:
+        return adapted(dict(state), model)
+    except Exception as error:  # timm's functions meet any file, and fail in many ways
+        raise ValueError(f'cannot be adapted to {type(model).__name__}: {error}') from error

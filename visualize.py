@@ -170,10 +170,10 @@ def load_model(args: argparse.Namespace, content: dict) -> nn.Module:
     if not hasattr(model, 'forward_with_selection'):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT or an Evo-LeViT')
     try:
-        filled = utils.load_weights(model, content).missing
+        loaded = utils.load_weights(model, content)
     except InputError as error:
         raise InputError(f'{args.resume}: {error}') from error
-    if filled:
+    if loaded.filled and '_extra_state' not in weights:
         say(f'{args.resume} holds a plain vision transformer: its selection is one that it was not trained for')
     if args.layer_wise_prune:
         model.set_schedule(stage_wise=False)

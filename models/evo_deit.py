@@ -4,11 +4,13 @@ evolution.py).
 The network is timm's VisionTransformer, with its parameter names, so plain DeiT and ViT weights load by name. What
 differs: blocks also return the attention of the class token; groups of blocks evolve; the prediction comes from the
 mean over all patches, normalised after the mean; in training a second head, `head_cls`, predicts from the class token.
+The head of a plain DeiT was trained on the class token, so there the prediction comes from the class token too.
 
 Shapes: B batch, N patches, K informative patches, C channels, H heads, D channels of a head.
 """
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 
 from . import published
 from .vit import EvolvingViT, SavedEvolution, register_variants, why_not_arguments
+
+# Poolings that need no weights of their own. The extra state holds an index into this list: append, never reorder.
+POOLINGS = 'avg', 'token', 'max', 'avgmax'
 
 
 class Heads(NamedTuple):
@@ -47,6 +52,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     Attributes, saved and restored with the weights:
         stage_wise: select before each stage (True, as in the end of training), or before each of its blocks.
         evolving: False makes every block see every patch.
+        global_pool: what the head reads, 'avg' the mean of the patches, 'token' the class token.
 
     Source: timm.models.vision_transformer.VisionTransformer, and the published Evo-DeiT.
     """
@@ -85,6 +91,18 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
             raise ValueError(f"global_pool: expected 'avg', 'token', 'max', 'avgmax' or '', found '{self.global_pool}'")
         if self.pos_embed is None:  # some versions of timm then leave the class token out
             raise ValueError("pos_embed: expected 'learn', found none")
+
+    def get_extra_state(self) -> Tensor:
+        """The schedule and the pooling as a tensor, so that they go wherever the weights go."""
+        pooling = POOLINGS.index(self.global_pool) if self.global_pool in POOLINGS else -1
+        return torch.tensor([self.stage_wise, self.evolving, pooling])
+
+    def set_extra_state(self, state: Tensor):
+        stage_wise, evolving, *pooling = state.tolist()  # older files hold no pooling
+        self.stage_wise, self.evolving = bool(stage_wise), bool(evolving)
+        # A model that returns its tokens (global_pool='') reads no head, and goes on to return them.
+        if pooling and pooling[0] >= 0 and self.global_pool in POOLINGS:
+            self.global_pool = POOLINGS[pooling[0]]
 
     def fuse(self):
         """For inference: drop the head that training alone uses, in place; both families have this call."""
@@ -129,32 +147,131 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     to_published = staticmethod(published.evo_deit_to_published)
 
     def convert_state(
-        self, state: dict[str, Tensor], resize: bool = False
+        self, state: dict[str, Tensor], resize: bool = False, finetune: bool | None = None
     ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-        """State dict of the published layout, or of a plain DeiT or ViT, to one of this model.
+        """State dict of the published layout, or of a plain DeiT or ViT, to one of this model that computes the same.
 
-        A plain DeiT or ViT classifies from its class token, so `head_cls` and `norm_cls` start as copies of its `head`
-        and `norm`. With `resize`, positions and patches are resized to this model's, and a distillation token is
-        dropped. Returns the state dict, the names that were filled so, and the names that were dropped.
+        A plain DeiT or ViT has no `head_cls` and `norm_cls`; they become copies of its `head` and `norm`. LayerScale
+        and positions without an entry for the class token are folded into other weights where the model lacks them.
+
+        Args:
+            resize: resize positions and patches to this model's.
+            finetune: the weights are a start for training, so the pooling stays as it is and a distillation token is
+                dropped. Otherwise the pooling becomes the one that the head was trained for: for a plain ViT that is
+                the class token, or the mean of the patches if its norm follows the mean (`fc_norm`). Default: `resize`.
+
+        Returns the state dict, the names that were filled with copies, and the names that were dropped. ValueError for
+        weights that this model cannot reproduce.
         """
-        state = self.from_published(state) if self.is_published(state) else dict(state)
-        filled, dropped = [], []
+        finetune = resize if finetune is None else finetune
+        published = self.is_published(state)
+        state = self.from_published(state) if published else dict(state)
+        plain = not published and '_extra_state' not in state and 'head_cls.weight' not in state
+        pooling = 'avg' if published else None
+        self._check_tokens(state)
+        dropped = self._drop_distillation(state, finetune)
+        self._fold_layer_scale(state)
+        self._match_class_position(state, resize)
+        if plain and 'fc_norm.weight' in state:
+            pooling = 'avg'
+            if isinstance(self.fc_norm, nn.Identity):  # then the norm after the pooling is called `norm` here
+                state = {re.sub(r'^fc_norm\.', 'norm.', key): value for key, value in state.items()}
+        elif plain and 'head.weight' in state:
+            pooling = 'token'
         if resize:
-            if 'dist_token' in state:
-                state['pos_embed'] = torch.cat([state['pos_embed'][:, :1], state['pos_embed'][:, 2:]], 1)
-                dropped = [
-                    key
-                    for key in ('dist_token', 'head_dist.weight', 'head_dist.bias')
-                    if state.pop(key, None) is not None
-                ]
-            state = checkpoint_filter_fn(state, self)
-        for own, plain in () if self.fused else (('norm_cls', 'norm'), ('head_cls', 'head')):
-            for leaf in ('weight', 'bias'):
-                if f'{own}.{leaf}' not in state and f'{plain}.{leaf}' in state:
-                    state[f'{own}.{leaf}'] = state[f'{plain}.{leaf}'].clone()
-                    filled.append(f'{own}.{leaf}')
-        state.setdefault('_extra_state', self.get_extra_state())
+            try:
+                state = checkpoint_filter_fn(state, self)
+            except Exception as error:  # timm's function meets any file, and fails in many ways
+                raise ValueError(f'its positions and patches cannot be resized to this model: {error}') from error
+        filled = [] if self.fused else self._fill_class_head(state)
+        pooling = self.global_pool if finetune else pooling
+        schedule = state.get('_extra_state', self.get_extra_state())
+        if pooling or len(schedule) == 2:  # a file without a pooling leaves the model its own
+            index = POOLINGS.index(pooling) if pooling in POOLINGS else -1
+            schedule = torch.tensor([*schedule[:2].tolist(), index])
+        state['_extra_state'] = schedule
         return state, filled, dropped
+
+    def _check_tokens(self, state: dict[str, Tensor]):
+        """ValueError for the weights of a ViT with other tokens before its patches than one class token."""
+        if 'pos_embed' not in state:
+            return
+        found = ''
+        if 'cls_token' not in state:
+            found = 'it has no class token, by whose attention Evo-DeiT selects patches'
+        elif (registers := state.get('reg_token', state.get('register_tokens'))) is not None:
+            found = f'it has {registers.shape[1]} register tokens, which Evo-DeiT does not have'
+        if found:
+            raise ValueError(f'{found}; use a ViT with one class token and no registers, such as DeiT, DINO or MAE')
+
+    def _drop_distillation(self, state: dict[str, Tensor], finetune: bool) -> list[str]:
+        """Take the distillation token and its head out of `state`; returns their names, none for a plain ViT."""
+        if 'dist_token' not in state or 'pos_embed' not in state:
+            return []
+        if not finetune:
+            raise ValueError(
+                'this is a distilled DeiT, which predicts by the mean of two heads; Evo-DeiT reads one, so its '
+                'predictions would differ. Use a DeiT without distillation; or, to train, start from this one without '
+                'its distillation token: --finetune, or adapt=True'
+            )
+        positions = state['pos_embed']  # of the class token, the distillation token, the patches
+        state['pos_embed'] = torch.cat([positions[:, :1], positions[:, 2:]], 1)
+        names = ['dist_token', 'head_dist.weight', 'head_dist.bias']
+        return [name for name in names if state.pop(name, None) is not None]
+
+    def _fold_layer_scale(self, state: dict[str, Tensor]):
+        """Multiply the scales of LayerScale into the layers before them, if this model has none (`init_values`)."""
+        if len(self.blocks) and not isinstance(self.blocks[0].ls1, nn.Identity):
+            return
+        for key in list(state):
+            if found := re.fullmatch(r'(blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))', key):
+                block, layer = found[1], {'1': 'attn.proj', '2': 'mlp.fc2'}[found[2] or found[3]]
+                scale = state.pop(key)
+                for name, factor in ((f'{block}.{layer}.weight', scale[:, None]), (f'{block}.{layer}.bias', scale)):
+                    if name in state:
+                        state[name] = factor * state[name]
+
+    def _match_class_position(self, state: dict[str, Tensor], resize: bool):
+        """Add or remove the class token's entry in the positions, as this model has one or not (`no_embed_class`).
+
+        A file does not say whether its positions have that entry. Their number does: a grid is this model's or square.
+        """
+        positions = state.get('pos_embed')
+        if positions is None or positions.ndim != 3 or self.pos_embed is None or 'cls_token' not in state:
+            return
+        count, patches = positions.shape[1], self.patch_embed.num_patches
+        square = [n for n in (count, count - 1) if math.isqrt(n) ** 2 == n]
+        if count in (patches, patches + 1):
+            grid = patches
+        elif resize and not square:
+            raise ValueError(
+                f'its {count} positions are of a grid that is not square, which cannot be resized; expected a square '
+                f'grid, or that of this model ({patches} patches)'
+            )
+        else:
+            grid = square[0] if square else count - 1
+        if grid == count and not self.no_embed_class:
+            state['pos_embed'] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+        elif grid < count and self.no_embed_class:
+            state['cls_token'] = state['cls_token'] + positions[:, :1]
+            state['pos_embed'] = positions[:, 1:]
+
+    def _fill_class_head(self, state: dict[str, Tensor]) -> list[str]:
+        """Give `state` copies of `norm` and `head` as `norm_cls` and `head_cls`, if it has none; returns the names."""
+        norm = 'norm' if 'norm.weight' in state else 'fc_norm'
+        filled = []
+        for copied, plain in (('norm_cls', norm), ('head_cls', 'head')):
+            for leaf in ('weight', 'bias'):
+                if f'{copied}.{leaf}' not in state and f'{plain}.{leaf}' in state:
+                    state[f'{copied}.{leaf}'] = state[f'{plain}.{leaf}'].clone()
+                    filled.append(f'{copied}.{leaf}')
+        return filled
+
+
+def _pretrained_state(state: dict[str, Tensor], model: EvoDeiT) -> dict[str, Tensor]:
+    """For timm's pretrained=True: with other classes than the file's, the weights are a start for training."""
+    other_classes = 'head.weight' in state and len(state['head.weight']) != model.num_classes
+    return model.convert_state(state, resize=True, finetune=other_classes)[0]
 
 
 def _cfg(size: int = 224) -> dict:
@@ -197,7 +314,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> EvoDeiT:
         EvoDeiT,
         variant,
         pretrained,
-        pretrained_filter_fn=lambda state, model: model.convert_state(state, resize=True)[0],
+        pretrained_filter_fn=_pretrained_state,
         feature_cfg=dict(out_indices=3, feature_cls='getter'),
         **kwargs,
     )

@@ -12,6 +12,8 @@ import timm
 import torch
 from conftest import accuracy, free_port, launch, read_log
 from golden import fill
+from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from timm.scheduler import create_scheduler
 
 import checkpoint
@@ -304,7 +306,7 @@ def test_row_25_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_
     state = trained['optimizer']['state']
     assert len(state) == len(list(model.parameters()))
     torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=7).state_dict(), tmp_path / 'seven.pth')
-    with pytest.raises(InputError, match='7 classes, the model 4.*\n.*--finetune'):
+    with pytest.raises(InputError, match='7 classes, the model 4.*\nTo start training .*--finetune'):
         script('main_deit', *flags, '--resume', tmp_path / 'seven.pth')
     with pytest.raises(InputError, match='7 classes and does not name them, .*val holds 4 class folders'):
         script('main_deit', *flags, '--eval', '--resume', tmp_path / 'seven.pth')
@@ -398,16 +400,98 @@ def test_channels_last_logits_are_those_of_the_usual_order(name, size):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def plain():
+    """A plain ViT of Nano's size with random weights that matter, for 4 classes."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=4, embed_dim=64, num_heads=2, num_classes=4).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+def test_a_plain_vit_is_evaluated_from_its_class_token(script, flags, tmp_path, plain, monkeypatch):
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    x, evaluated = torch.randn(2, 3, 32, 32), []
+    monkeypatch.setattr(engine, 'evaluate', lambda model, *_: evaluated.append(model.eval()) or {})
+    for name, more in (('plain.pth', []), ('plain.safetensors', []), ('plain.pth', ['--fuse'])):
+        printed = script('main_deit', *flags, '--keep-ratio', 1, '--eval', '--resume', tmp_path / name, *more)
+        assert 'predicts from its class token' in printed and 'selection is one that it was not trained' in printed
+        assert 'taken for a finished model' not in printed
+        with torch.no_grad():
+            torch.testing.assert_close(evaluated.pop()(x), plain(x))
+    with pytest.raises(InputError, match='has no norm_cls.*, which training needs.*--finetune'):
+        script('main_deit', *flags, '--resume', tmp_path / 'plain.pth')
+
+
+@pytest.mark.parametrize('head', [True, False])
+def test_finetuning_says_what_is_new_and_what_is_a_copy(script, flags, tmp_path, plain, head):
+    state = {k: v for k, v in plain.state_dict().items() if head or not k.startswith('head')}
+    save_file(state, tmp_path / 'w.safetensors')
+    printed = script(
+        'main_deit', *flags, '--epochs', 1, '--finetune', tmp_path / 'w.safetensors', '--output_dir', tmp_path
+    )
+    new = 'nothing' if head else 'head.bias, head.weight, head_cls.bias, head_cls.weight'
+    copies = 'norm_cls.weight, norm_cls.bias' + (', head_cls.weight, head_cls.bias' if head else '')
+    assert f'new in the model: {new}; copies in the model: {copies}; not used of the file: nothing' in printed
+    assert ('head reads the mean of the patches' in printed) == head
+    saved = utils.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['_extra_state']
+    assert saved.tolist() == [True, True, 0]  # the mean of the patches
+
+
+def test_a_dense_vit_is_finetuned_to_other_classes_at_another_size(script, flags, tmp_path):
+    small = ['--model', 'vit_tiny_patch16_224', '--drop-path', 0]
+    torch.save(timm.create_model('vit_tiny_patch16_224', img_size=48, num_classes=7).state_dict(), tmp_path / 'w.pth')
+    printed = script('main_deit', *flags, *small, '--epochs', 1, '--finetune', tmp_path / 'w.pth')
+    assert 'new in the model: head.bias, head.weight; not used of the file: head.weight, head.bias' in printed
+    assert 'Epoch 0 done' in printed
+
+
+def test_weights_alone_in_safetensors_start_training_and_are_evaluated(script, flags, tmp_path):
+    torch.manual_seed(0)
+    save_file(timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict(), tmp_path / 'w.safetensors')
+    printed = script('main_deit', *flags, '--epochs', 1, '--resume', tmp_path / 'w.safetensors')
+    assert 'holds weights alone; training starts with them at epoch 0' in printed and 'Epoch 0 done' in printed
+    printed = script('main_deit', *flags, '--eval', '--resume', tmp_path / 'w.safetensors')
+    assert '(30 images)' in printed and 'class token' not in printed
+
+
+def test_the_advice_at_the_end_of_a_run_works(script, flags, tmp_path):
+    flags = [*flags, '--output_dir', tmp_path]
+    script('main_deit', *flags, '--epochs', 1)
+    again = [*flags, '--resume', tmp_path / 'checkpoint.pth']
+    assert 'to train on, give a larger --epochs and --accept-changes' in script('main_deit', *again, '--epochs', 1)
+    assert 'Epoch 1 done' in script('main_deit', *again, '--epochs', 2, '--accept-changes')
+
+
+def test_the_size_of_the_training_is_recalled(capsys):
+    saved = {'args': {'keep_ratio': [0.25], 'representative': True, 'input_size': 48}}
+    args = Namespace(resume='c.pth', keep_ratio=None, representative=None, input_size=None)
+    checkpoint.recall_model(args, saved)
+    assert (args.keep_ratio, args.representative, args.input_size) == ([0.25], True, 48)
+    args.input_size = 32
+    checkpoint.recall_model(args, saved)
+    assert args.input_size == 32
+    assert 'c.pth was trained with input_size 48, and is evaluated with 32' in capsys.readouterr().out
+    checkpoint.recall_model(args, {'model': {}})  # says no flags, so none differ
+    assert 'trained with' not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
 def test_distillation_through_the_real_loading(script, flags, tmp_path, kind):
     teacher = timm.create_model('regnety_002', num_classes=4)
     torch.save({'model': teacher.state_dict()}, tmp_path / 't.pth')
+    save_file(teacher.state_dict(), tmp_path / 't.safetensors')
     distil = ['--distillation-type', kind, '--teacher-model', 'regnety_002', '--teacher-path']
     printed = script('main_deit', *flags, '--epochs', 1, *distil, tmp_path / 't.pth')
     assert f'teacher: regnety_002, {kind}' in printed and 'done' in printed
+    assert 'done' in script('main_deit', *flags, '--epochs', 1, *distil, tmp_path / 't.safetensors')
     torch.save({'model': timm.create_model('regnety_002', num_classes=5).state_dict()}, tmp_path / 't5.pth')
-    with pytest.raises(InputError, match='--teacher-path.*5 classes, the model 4'):
+    with pytest.raises(InputError, match='--teacher-path.*5 classes, the model 4.*\n.*main_deit.py --model') as error:
         script('main_deit', *flags, *distil, tmp_path / 't5.pth')
+    assert losses.PUBLISHED_TEACHER not in str(error.value)  # it knows the 1,000 classes of ImageNet
+    assert losses.PUBLISHED_TEACHER in losses.advise_teacher(Namespace(teacher_model='regnety_160'), 1000)
     with pytest.raises(InputError, match='--teacher-path .*is not a file'):
         script('main_deit', *flags, *distil, tmp_path / 'none.pth')
     with pytest.raises(InputError, match='needs --teacher-path'):

@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from conftest import ROOT
@@ -134,6 +135,24 @@ def test_missing_files_folders_and_whole_models(tmp_path):
         utils.read_checkpoint(tmp_path / 'script.pth')
 
 
+def test_safetensors_are_read_whatever_their_name(tmp_path):
+    model, state = nano(), nano(drop_rate=0.0).state_dict()
+    state['head.bias'] = torch.arange(10.0)
+    for name in ('w.safetensors', 'w.pth'):
+        safetensors.torch.save_file(state, tmp_path / name)
+        assert not any(utils.load_weights(model, tmp_path / name))
+        assert torch.equal(model.head.bias, state['head.bias'])
+    whole = (tmp_path / 'w.safetensors').read_bytes()
+    header = 8 + int.from_bytes(whole[:8], 'little')
+    for content in (whole[:5], whole[:50], whole[:header], whole[:-1], whole + b'x', whole[:20] + b'\xff' + whole[21:]):
+        (tmp_path / 'w.safetensors').write_bytes(content)
+        with pytest.raises(InputError, match='w.safetensors is damaged'):
+            utils.read_checkpoint(tmp_path / 'w.safetensors')
+    (tmp_path / 'w.safetensors').write_text('<html>')
+    with pytest.raises(InputError, match='not a safetensors file: it is a web page'):
+        utils.read_checkpoint(tmp_path / 'w.safetensors')
+
+
 # --- addresses
 
 
@@ -195,6 +214,8 @@ def test_row_39_addresses_are_read_and_their_hash_checked(server, saved, tmp_pat
         utils.read_checkpoint(f'{address}/bad.pth')
     assert not (tmp_path / 'ran').exists()
     assert sorted(p.name for p in cache.iterdir()) == ['plain.pth', f'w-{digest[:8]}.pth']
+    safetensors.torch.save_file({'w': torch.ones(3)}, folder / 'w.safetensors')
+    assert utils.read_checkpoint(f'{address}/w.safetensors')['w'].tolist() == [1, 1, 1]
     (folder / 'page.pth').write_text('<html>')
     with pytest.raises(InputError, match='web page'):
         utils.read_checkpoint(f'{address}/page.pth')
@@ -211,7 +232,7 @@ def test_what_a_checkpoint_may_look_like():
     wrapped = {f'module._orig_mod.{key}': value for key, value in state.items()}
     for checkpoint in (state, collections.OrderedDict(state), {'model': state}, {'state_dict': wrapped, 'epoch': 1}):
         target = nano()
-        assert utils.load_weights(target, dict(checkpoint)) == ([], [])
+        assert not any(utils.load_weights(target, dict(checkpoint)))
         assert torch.equal(target.head.weight, state['head.weight'])
     utils.load_weights(model, {'model': nano().state_dict(), 'model_ema': state}, use_ema=True)
     assert torch.equal(model.head.weight, state['head.weight'])
@@ -219,6 +240,27 @@ def test_what_a_checkpoint_may_look_like():
         utils.load_weights(model, {'model': state}, use_ema=True)
     with pytest.raises(InputError, match='expected weights'):
         utils.load_weights(model, {'epoch': 3})
+
+
+def test_models_of_timm_are_adapted_for_finetuning():
+    """A dense ViT to other classes and another size, its positions resized by timm."""
+    torch.manual_seed(0)
+    state = timm.create_model('vit_small_patch16_224', img_size=32, depth=1).state_dict()
+    model = timm.create_model('vit_small_patch16_224', img_size=48, depth=1, num_classes=10)
+    head = model.head.weight.clone()
+    with pytest.raises(InputError, match='of another shape: pos_embed'):
+        utils.load_weights(model, state)
+    loaded = utils.load_weights(model, state, adapt=True)
+    assert loaded.missing == ['head.bias', 'head.weight'] and set(loaded.dropped) == set(loaded.missing)
+    assert torch.equal(model.head.weight, head) and torch.equal(model.pos_embed[:, 0], state['pos_embed'][:, 0])
+    assert torch.equal(model.blocks[0].attn.qkv.weight, state['blocks.0.attn.qkv.weight'])
+    bare = {k: v for k, v in state.items() if not k.startswith('head')}
+    loaded = utils.load_weights(model, bare, adapt=True)
+    assert loaded.missing == ['head.bias', 'head.weight'] and not loaded.dropped
+    with pytest.raises(InputError, match='cannot be adapted|does not fit'):
+        utils.load_weights(model, state | {'pos_embed': torch.zeros(1, 9, 384)}, adapt=True)
+    with pytest.raises(InputError, match='does not fit'):
+        utils.load_weights(model, timm.create_model('resnet10t').state_dict(), adapt=True)
 
 
 def test_row_05_other_models_do_not_load(tmp_path):

@@ -9,6 +9,8 @@ import torch
 from golden import fill
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from torch import nn
 
 import datasets
@@ -204,6 +206,33 @@ def test_pictures_show_the_image_whatever_its_normalisation(script, checkpoint, 
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
     script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out', '--mean', 0.2)
     np.testing.assert_array_equal(read(tmp_path / 'out' / 'a.png'), read(tmp_path / 'a.png'))
+
+
+def test_a_plain_vit_is_shown_from_its_class_token(script, tmp_path):
+    torch.manual_seed(0)
+    plain = VisionTransformer(img_size=32, patch_size=4, embed_dim=64, num_heads=2, num_classes=4).eval()
+    for p in plain.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    save_file(plain.state_dict(), tmp_path / 'w.safetensors')
+    photograph(32, 32).save(tmp_path / 'a.png')
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'w.safetensors', '--keep-ratio', 0.9]
+    printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out')
+    assert 'predicts from its class token' in printed and 'was not trained for' in printed
+    args = visualize.get_parser().parse_args([str(flag) for flag in flags])
+    model, x = visualize.load_model(args, utils.read_checkpoint(tmp_path / 'w.safetensors')), torch.randn(2, 3, 32, 32)
+    model.set_schedule(True, evolving=False)
+    with torch.no_grad():
+        seen, expected = visualize.look(model, x, [None, None]), plain(x).softmax(1)
+    np.testing.assert_allclose([each.probabilities for each in seen], expected, atol=1e-6)
+
+
+def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
+    path = checkpoint('evo_deit_nano_patch4_32', num_classes=5, img_size=16)
+    torch.save(torch.load(path) | {'args': {'input_size': 16}}, tmp_path / 'a.pth')
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
+    assert visualize.load_model(
+        visualize.get_parser().parse_args(flags), utils.read_checkpoint(tmp_path / 'a.pth')
+    ).patch_embed.img_size == (16, 16)
 
 
 def test_layers_and_animation(script, checkpoint, tmp_path):
