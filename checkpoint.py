@@ -14,6 +14,7 @@ from torch import nn
 import datasets
 import models
 import utils
+from models import weights
 from utils import InputError, say
 
 # Flags that may differ between a run and its continuation; all others change what is trained.
@@ -107,7 +108,7 @@ class State:
 
     def _load_optimizer(self, checkpoint: dict, source: str, args: argparse.Namespace, changed: set[str]):
         saved, own = checkpoint.get('optimizer'), self.optimizer.state_dict()
-        published = hasattr(self.model, 'is_published') and self.model.is_published(utils.find_weights(checkpoint))
+        published = hasattr(self.model, 'is_published') and self.model.is_published(weights.find_weights(checkpoint))
         if saved is None or published or 'opt' in changed:
             # The published optimizer state follows another order and number of parameters.
             say(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its rate')
@@ -185,14 +186,14 @@ def find_classes(content: dict, args: argparse.Namespace) -> tuple[list[str] | N
     """Names of the classes of a checkpoint of --model, and their number; None where it does not say."""
     names = saved_classes(content)
     try:
-        weights = utils.find_weights(content, getattr(args, 'eval_ema', False))
+        state = weights.find_weights(content, getattr(args, 'eval_ema', False))
     except InputError as error:
         raise InputError(f'{args.resume}: {error}') from error
     classifier = models.published_cfg(args.model).classifier or ()
     heads = (classifier,) if isinstance(classifier, str) else classifier
-    outputs = [len(weights[f'{head}.weight']) for head in heads if f'{head}.weight' in weights]
+    outputs = [len(state[f'{head}.weight']) for head in heads if f'{head}.weight' in state]
     # The published Evo-LeViT has head.l where ours has head.linear.
-    outputs += [len(value) for key, value in weights.items() if key.startswith('head.') and value.ndim == 2]
+    outputs += [len(value) for key, value in state.items() if key.startswith('head.') and value.ndim == 2]
     num_classes = outputs[0] if outputs else None
     if names and num_classes not in (None, len(names)):
         raise InputError(f'{args.resume} names {len(names)} classes, but its head has {num_classes} outputs')
@@ -223,13 +224,13 @@ def recall_model(args: argparse.Namespace, content: dict):
 
 def load_exactly(
     model: nn.Module, checkpoint: dict, source: str, use_ema: bool = False, training: bool = True
-) -> utils.Loaded:
+) -> weights.Loaded:
     """Load weights of which nothing may be missing: a wrong accuracy is worse than none.
 
     Evaluation (`training` False) takes a plain ViT too, whose head an Evo-DeiT reads as it was trained.
     """
     try:
-        loaded = utils.load_weights(model, checkpoint, use_ema)
+        loaded = weights.load_weights(model, checkpoint, use_ema, report=say)
     except InputError as error:
         if training:
             advice = 'To start training from weights of another model, image size or classes, use --finetune.'
@@ -291,7 +292,7 @@ def find_start(args: argparse.Namespace) -> tuple[str, dict] | None:
     there, damaged = kept(Path(args.output_dir)) if args.auto_resume and args.output_dir else [], []
     for path in there:
         try:
-            found = utils.read_checkpoint(path)
+            found = weights.read_checkpoint(path, say)
         except InputError as error:
             damaged.append(str(error))
             continue
@@ -303,7 +304,7 @@ def find_start(args: argparse.Namespace) -> tuple[str, dict] | None:
         return str(path), found
     if there:
         raise InputError('--auto-resume: no checkpoint can be read:\n  ' + '\n  '.join(damaged))
-    return (args.resume, utils.read_checkpoint(args.resume)) if args.resume else None
+    return (args.resume, weights.read_checkpoint(args.resume, say)) if args.resume else None
 
 
 def save(args: argparse.Namespace, state: State, best: bool = False):

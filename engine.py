@@ -35,6 +35,7 @@ import losses
 import models
 import utils
 from checkpoint import State
+from models import weights
 from utils import InputError, say
 
 
@@ -61,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument(
         '--precision',
         choices=['fp32', 'tf32', 'bf16', 'fp16'],
-        help='tf32: float32 with faster, rounded products, on GPUs; bf16, fp16: autocast (default: in training on a GPU '
-        'bf16, or fp16 where it has none, or tf32 where the recipe is fp32, and on a CPU fp32; with --eval that of the '
-        'training, on any device, if the checkpoint says it, else fp32)',
+        help='tf32: float32 with faster, rounded products, on GPUs; bf16, fp16: autocast (default: in training on a '
+        'GPU bf16, or fp16 where it has none, or tf32 where the recipe is fp32, and on a CPU fp32; with --eval that of '
+        'the training, on any device, if the checkpoint says it, else fp32)',
     )
     group.add_argument('--channels-last', action='store_true', help='training: memory order of images and convolutions')
     group.add_argument('--fuse', action='store_true', help='with --eval: fold BatchNorms and drop training heads')
@@ -122,7 +123,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """A script from its flags to the last evaluation, which it returns."""
     check_arguments(args)
     device = utils.set_up_processes(args)
-    content = utils.read_checkpoint(args.resume) if args.eval else {}
+    content = weights.read_checkpoint(args.resume, say) if args.eval else {}
     args.device, args.precision = device.type, pick_precision(args, device, content)
     set_backends(args.precision, device)
     if args.eval:
@@ -183,7 +184,7 @@ def check_arguments(args: argparse.Namespace):
         source = getattr(args, flag)
         if flag == 'teacher_path' and (args.eval or args.distillation_type == 'none'):
             continue
-        if source and not utils.is_address(source) and not Path(source).is_file():
+        if source and not weights.is_url(source) and not Path(source).is_file():
             where = (
                 f'; the published teacher, for ImageNet, is at {losses.PUBLISHED_TEACHER}'
                 if flag == 'teacher_path'
@@ -418,7 +419,7 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Evaluate what --resume names and `content` holds, with the selection that its weights were saved with."""
     loaded = checkpoint.load_exactly(model, content, args.resume, args.eval_ema, training=False)
-    if hasattr(model, 'set_schedule') and '_extra_state' not in utils.find_weights(content, args.eval_ema):
+    if hasattr(model, 'set_schedule') and '_extra_state' not in weights.find_weights(content, args.eval_ema):
         if loaded.filled:
             say(f'{args.resume} holds a plain vision transformer: its selection is one that it was not trained for')
         else:
@@ -446,7 +447,7 @@ def start(args: argparse.Namespace, model: nn.Module, precision: str, steps: int
     """What a run begins with: weights, average, optimizer and schedules, new or from a checkpoint, and say so."""
     device = next(model.parameters()).device
     if args.finetune:
-        loaded = utils.load_weights(model, args.finetune, adapt=True)
+        loaded = weights.load_weights(model, args.finetune, adapt=True, report=say)
         copies = f'copies in the model: {", ".join(loaded.filled)}; ' if loaded.filled else ''
         say(
             f'{args.finetune}: loaded; new in the model: {", ".join(loaded.missing) or "nothing"}; {copies}'

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import datasets
 import models
 import utils
-from utils import InputError
+from models import weights
+from utils import InputError, say
 
 HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 PUBLISHED_TEACHER = 'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'
@@ -113,7 +114,7 @@ def renormalised(teacher: nn.Module, args: argparse.Namespace) -> nn.Module:
     after = datasets.data_config(argparse.Namespace(**flags | own))
     if (before.mean, before.std) == (after.mean, after.std):
         return teacher
-    utils.say(f'teacher: its images are normalised by mean {after.mean}, std {after.std}, as it was trained')
+    say(f'teacher: its images are normalised by mean {after.mean}, std {after.std}, as it was trained')
     return nn.Sequential(Renormalise(before, after), teacher)
 
 
@@ -131,7 +132,7 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
         )
     try:
         teacher = models.create(args.teacher_model, num_classes, args.input_size)
-        utils.load_weights(teacher, args.teacher_path)
+        weights.load_weights(teacher, args.teacher_path, report=say)
         teacher = renormalised(teacher, args)
     except InputError as error:
         raise InputError(
@@ -146,7 +147,7 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
         teacher = teacher.to(memory_format=torch.channels_last)
     if args.compile:
         teacher.compile()
-    utils.say(
+    say(
         f'teacher: {args.teacher_model}, {args.distillation_type} distillation, alpha {args.distillation_alpha}'
         + (f', in {precision}' if precision else '')
     )

@@ -46,7 +46,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import checkpoint
 import datasets
 import models
+import shapes
 import utils
+from models import weights
 from utils import InputError, say
 
 FADED = 0.3  # of a placeholder's colour is left, the rest is white, as published, but for the grey lines of the hatch
@@ -95,7 +97,7 @@ def main():
     args = get_parser().parse_args()
     files, output = check_arguments(args)
     device = utils.set_up_processes(args)
-    content = utils.read_checkpoint(args.resume)
+    content = weights.read_checkpoint(args.resume, say)
     model = load_model(args, content).to(device)
     known = checkpoint.find_classes(content, args)
     dataset = datasets.build_dataset(False, args, *known) if args.data_path or args.data_set == 'SHAPES' else None
@@ -136,7 +138,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[Path], Path]:
         raise InputError(f'--score: only SHAPES knows where its objects are, not {args.data_set}')
     if args.batch_size < 1:
         raise InputError(f'--batch-size: expected 1 or more, found {args.batch_size}')
-    if not utils.is_address(args.resume) and not Path(args.resume).is_file():
+    if not weights.is_url(args.resume) and not Path(args.resume).is_file():
         raise InputError(f'--resume {args.resume}: {Path(args.resume).absolute()} is not a file')
     files = [file for path in args.img_path for file in find_images(Path(path).expanduser())]
     output = Path(args.output_dir).expanduser()
@@ -170,10 +172,10 @@ def load_model(args: argparse.Namespace, content: dict) -> nn.Module:
     if not hasattr(model, 'forward_with_selection'):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT or an Evo-LeViT')
     try:
-        loaded = utils.load_weights(model, content)
+        loaded = weights.load_weights(model, content, report=say)
     except InputError as error:
         raise InputError(f'{args.resume}: {error}') from error
-    if loaded.filled and '_extra_state' not in weights:
+    if loaded.filled and '_extra_state' not in weights.find_weights(content):
         say(f'{args.resume} holds a plain vision transformer: its selection is one that it was not trained for')
     if args.layer_wise_prune:
         model.set_schedule(stage_wise=False)
@@ -248,7 +250,7 @@ def look(
     mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     pixels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     shown = [{} for _ in labels]
-    for name, (kept, score) in selections.items():
+    for name, (kept, score, _) in selections.items():
         rows = math.isqrt(score.shape[1])
         chosen, relative = torch.zeros_like(score).scatter(1, kept, 1.0).bool(), score / score.mean(1, keepdim=True)
         chosen, relative = (grid.unflatten(1, (rows, rows)).cpu().numpy() for grid in (chosen, relative))
@@ -273,7 +275,7 @@ def fade(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(kept[place][:, place, None], image, faded)
 
 
-def object_shares(model: nn.Module, dataset: datasets.Shapes, batch_size: int) -> dict[str, tuple[np.ndarray, float]]:
+def object_shares(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -> dict[str, tuple[np.ndarray, float]]:
     """For each selection, the share of each image's object (its area) in kept patches, and the share kept by chance."""
     device = next(model.parameters()).device
     shares, chance = {}, {}
@@ -281,7 +283,7 @@ def object_shares(model: nn.Module, dataset: datasets.Shapes, batch_size: int) -
         indices = range(start, min(start + batch_size, len(dataset)))
         images = torch.stack([dataset[i][0] for i in indices]).to(device)
         masks = torch.stack([torch.from_numpy(dataset.mask(i)) for i in indices]).to(device)
-        for name, (kept, score) in model.evolve(images)[1].items():
+        for name, (kept, score, _) in model.evolve(images)[1].items():
             covered = F.adaptive_avg_pool2d(masks[:, None].float(), math.isqrt(score.shape[1])).flatten(1)
             shares.setdefault(name, []).append(covered.gather(1, kept).sum(1) / covered.sum(1))
             chance[name] = kept.shape[1] / score.shape[1]

@@ -9,9 +9,11 @@ import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
-from utils import InputError
+from . import evo_deit, evo_levit, vit  # noqa: F401
+from .vit import evolve
+from .weights import InputError, load_weights
 
-from . import evo_deit, evo_levit  # noqa: F401
+__all__ = ['InputError', 'add_arguments', 'create', 'evolve', 'load_weights']
 
 
 def add_arguments(parser: argparse.ArgumentParser):

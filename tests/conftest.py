@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets import Shapes
+from shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,6 +22,7 @@ from torch import nn
 
 import models  # noqa: F401
 import utils
+from models import weights
 from models.evo_deit import EvoDeiT, Heads
 
 GOLDEN = [f'evo_deit_{size}_224' for size in ('tiny_patch16', 'small_patch16', 'base_patch16')]
@@ -46,7 +47,7 @@ def golden_model(name: str):
     description, arrays = fill.load(name)
     state = fill.published_state(description)
     model = timm.create_model(name)
-    assert not any(utils.load_weights(model, {'model': state}))
+    assert not any(weights.load_weights(model, {'model': state}))
     size = model.patch_embed.img_size[0]
     batch = description['batch']
     return (
@@ -127,7 +128,7 @@ def test_fusing_drops_the_training_head_alone():
     assert torch.equal(model.fuse()(images()), expected)
     with pytest.raises(ValueError, match='cannot be trained'):
         model.train()
-    assert not any(utils.load_weights(model, model.state_dict()))
+    assert not any(weights.load_weights(model, model.state_dict()))
     model.reset_classifier(3)
     assert model(images()).shape == (2, 3)
 
@@ -461,21 +462,21 @@ def test_plain_vits_load_by_name():
     plain = timm.create_model('deit_tiny_patch16_224', img_size=32, num_classes=10, depth=5)
     model = timm.create_model('evo_deit_tiny_patch16_224', img_size=32, num_classes=10, depth=5)
     filled = {f'{kind}_cls.{leaf}' for kind in ('head', 'norm') for leaf in ('weight', 'bias')}
-    loaded = utils.load_weights(model, {'model': plain.state_dict()})
+    loaded = weights.load_weights(model, {'model': plain.state_dict()})
     assert set(loaded.filled) == filled and not loaded.missing and not loaded.dropped
     assert torch.equal(model.head_cls.weight, plain.head.weight)
     larger = timm.create_model('evo_deit_tiny_patch16_224', img_size=(48, 64), num_classes=3, depth=5)
     with pytest.raises(utils.InputError, match='pos_embed'):
-        utils.load_weights(larger, {'model': plain.state_dict()})
+        weights.load_weights(larger, {'model': plain.state_dict()})
     head = larger.head.weight.clone()
-    loaded = utils.load_weights(larger, {'model': plain.state_dict()}, adapt=True)
+    loaded = weights.load_weights(larger, {'model': plain.state_dict()}, adapt=True)
     heads = {f'{name}.{leaf}' for name in ('head', 'head_cls') for leaf in ('weight', 'bias')}
     assert set(loaded.missing) == heads and set(loaded.dropped) == {'head.weight', 'head.bias'}
     assert set(loaded.filled) == {'norm_cls.weight', 'norm_cls.bias'}
     assert torch.equal(larger.head.weight, head)
     assert torch.equal(larger.blocks[3].attn.qkv.weight, plain.blocks[3].attn.qkv.weight)
     distilled = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, num_classes=10, depth=5)
-    assert 'dist_token' in utils.load_weights(model, {'model': distilled.state_dict()}, adapt=True).dropped
+    assert 'dist_token' in weights.load_weights(model, {'model': distilled.state_dict()}, adapt=True).dropped
 
 
 def plain_vit(name: str = 'deit_tiny_patch16_224', **kwargs) -> nn.Module:
@@ -498,13 +499,13 @@ def test_a_plain_vit_is_read_as_it_was_trained(capsys):
     x = images(2, 32, 32)
     for pool in ('token', 'avg'):
         plain, model = plain_vit(global_pool=pool), dense(global_pool='avg' if pool == 'token' else 'token')
-        loaded = utils.load_weights(model, plain.state_dict())
+        loaded = weights.load_weights(model, plain.state_dict())
         assert loaded.pooling == model.global_pool == pool
         assert f"(global_pool '{pool}', it was" in capsys.readouterr().out
         fresh = dense()
         fresh.load_state_dict(model.state_dict())
         again = dense()
-        assert utils.load_weights(again, model.state_dict()).pooling == ('token' if pool == 'token' else '')
+        assert weights.load_weights(again, model.state_dict()).pooling == ('token' if pool == 'token' else '')
         with torch.no_grad():
             for each in (model, fresh, again, model.fuse()):
                 torch.testing.assert_close(each(x), plain(x))
@@ -522,27 +523,27 @@ def test_a_plain_vit_through_timms_loading(tmp_path):
 def test_the_pooling_asked_for_stays_in_finetuning_and_without_a_head():
     state = plain_vit().state_dict()
     model = dense()
-    assert utils.load_weights(model, state, adapt=True).pooling == '' and model.global_pool == 'avg'
+    assert weights.load_weights(model, state, adapt=True).pooling == '' and model.global_pool == 'avg'
     tokens = dense(num_classes=0, global_pool='')
-    utils.load_weights(tokens, {k: v for k, v in state.items() if not k.startswith('head')})
+    weights.load_weights(tokens, {k: v for k, v in state.items() if not k.startswith('head')})
     assert tokens.global_pool == ''
     saved = dense(global_pool='token').state_dict()
-    assert utils.load_weights(model, saved, adapt=True).pooling == '' and model.global_pool == 'avg'
+    assert weights.load_weights(model, saved, adapt=True).pooling == '' and model.global_pool == 'avg'
 
 
 def test_published_and_older_files_do_not_say_a_pooling():
     model, state = nano(), nano().state_dict()
-    utils.load_weights(model, state | {'_extra_state': torch.tensor([False, True])})  # as saved before
+    weights.load_weights(model, state | {'_extra_state': torch.tensor([False, True])})  # as saved before
     assert (model.stage_wise, model.evolving, model.global_pool) == (False, True, 'avg')
     model.load_state_dict(state | {'_extra_state': torch.tensor([True, False])})
     assert (model.stage_wise, model.evolving, model.global_pool) == (True, False, 'avg')
-    assert utils.load_weights(nano(global_pool='token'), model.to_published(state)).pooling == 'avg'
+    assert weights.load_weights(nano(global_pool='token'), model.to_published(state)).pooling == 'avg'
 
 
 def test_a_distilled_deit_is_no_plain_one():
     state = plain_vit('deit_tiny_distilled_patch16_224').state_dict()
     with pytest.raises(utils.InputError, match='mean of two heads.*--finetune, or adapt=True'):
-        utils.load_weights(dense(), state)
+        weights.load_weights(dense(), state)
 
 
 @pytest.mark.parametrize('original', [False, True])
@@ -553,17 +554,17 @@ def test_layer_scale_and_positions_without_a_class_token(original):
     assert state['pos_embed'].shape[1] == 4 and 'blocks.0.ls2.gamma' in state
     names = {k: k.replace('ls1.gamma', 'gamma_1').replace('ls2.gamma', 'gamma_2') if original else k for k in state}
     model, same = dense(), dense(init_values=1.0, no_embed_class=True)
-    utils.load_weights(model, {names[k]: v for k, v in state.items()})
-    utils.load_weights(same, state)
+    weights.load_weights(model, {names[k]: v for k, v in state.items()})
+    weights.load_weights(same, state)
     assert torch.equal(same.blocks[2].ls1.gamma, plain.blocks[2].ls1.gamma)
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x))
         torch.testing.assert_close(same(x), plain(x))
         without = dense(no_embed_class=True)
-        utils.load_weights(without, plain_vit().state_dict())
+        weights.load_weights(without, plain_vit().state_dict())
         torch.testing.assert_close(without(x), plain_vit()(x))
     larger = dense(img_size=48, num_classes=3)
-    loaded = utils.load_weights(larger, state, adapt=True)
+    loaded = weights.load_weights(larger, state, adapt=True)
     assert {'head.weight', 'head.bias'} == set(loaded.dropped)
     assert not larger.pos_embed[:, 0].any() and larger(images(1, 48, 48)).shape == (1, 3)
 
@@ -575,27 +576,27 @@ def test_what_evo_deit_cannot_compute_is_refused(adapt):
         ('vit_small_patch14_reg4_dinov2', '4 register tokens'),
     ):
         with pytest.raises(utils.InputError, match=f'{says}.*such as DeiT, DINO or MAE'):
-            utils.load_weights(dense(), plain_vit(name).state_dict(), adapt=adapt)
+            weights.load_weights(dense(), plain_vit(name).state_dict(), adapt=adapt)
     state = plain_vit().state_dict()
     state['pos_embed'] = torch.zeros(1, 12, 192)
     with pytest.raises(
         utils.InputError, match='12 positions are of a grid' if adapt else '1 of another shape: pos_emb'
     ):
-        utils.load_weights(dense(), state, adapt=adapt)
+        weights.load_weights(dense(), state, adapt=adapt)
 
 
 def test_a_backbone_without_a_head_can_be_finetuned():
     """As DINO and MAE publish them."""
     state = {k: v for k, v in plain_vit().state_dict().items() if not k.startswith('head')}
     model = dense(img_size=48)
-    loaded = utils.load_weights(model, state, adapt=True)
+    loaded = weights.load_weights(model, state, adapt=True)
     assert set(loaded.missing) == {f'{h}.{leaf}' for h in ('head', 'head_cls') for leaf in ('weight', 'bias')}
     assert torch.equal(model.norm_cls.weight, state['norm.weight']) and not loaded.dropped
     with pytest.raises(utils.InputError, match='4 missing: head.weight'):
-        utils.load_weights(dense(), state)
+        weights.load_weights(dense(), state)
     del state['norm.bias']
     with pytest.raises(utils.InputError, match='2 missing: norm.bias, norm_cls.bias'):
-        utils.load_weights(model, state, adapt=True)
+        weights.load_weights(model, state, adapt=True)
 
 
 def test_one_graph_and_half_precision():

@@ -21,14 +21,14 @@ from golden import fill
 from test_evo_levit import golden_arrays, published_state
 from torch import Tensor, nn
 
-import datasets
 import engine
 import losses
 import main_deit
 import main_levit
 import models  # noqa: F401
-import utils
+import shapes
 import visualize
+from models import weights
 from utils import InputError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -55,7 +55,7 @@ def true_float32():
 @pytest.fixture
 def few_shapes(monkeypatch):
     """Make SHAPES small: four batches of 64 to train on, and one to validate."""
-    monkeypatch.setattr(datasets.Shapes, 'LENGTHS', {'train': 256, 'val': 64})
+    monkeypatch.setattr(shapes.Shapes, 'LENGTHS', {'train': 256, 'val': 64})
 
 
 def build(name: str, **kwargs) -> nn.Module:
@@ -100,7 +100,7 @@ def script_of(name: str) -> str:
 def test_evo_deit_computes_what_was_published(schedule):
     description, golden = fill.load('evo_deit_tiny_patch16_224')
     model = timm.create_model('evo_deit_tiny_patch16_224').to(DEVICE)
-    utils.load_weights(model, {'model': fill.published_state(description)})
+    weights.load_weights(model, {'model': fill.published_state(description)})
     count = description['batch']
     x, y = fill.images('golden', count, 224).to(DEVICE), fill.labels('golden', count).to(DEVICE)
     model.eval().set_schedule(schedule == 'stage')
@@ -226,7 +226,7 @@ def test_scripts_train_in_every_precision(name, script, few_shapes, tmp_path):
 
 
 def weights_of(path) -> Tensor:
-    state = utils.read_checkpoint(path)['model']
+    state = weights.read_checkpoint(path)['model']
     return torch.cat([value.flatten().double() for value in state.values()])
 
 

@@ -22,7 +22,7 @@ import losses
 import main_deit
 import main_levit
 import models
-import utils
+from models import weights
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -206,13 +206,13 @@ def test_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tm
 
     # A run that ended early goes on as if it had not. What a crash left of a line is no line of the log.
     stop_after(1, script, *flags, '--output_dir', parts)
-    first = utils.read_checkpoint(parts / 'checkpoint.pth')
+    first = weights.read_checkpoint(parts / 'checkpoint.pth')
     (parts / 'log.txt').write_text((parts / 'log.txt').read_text() + '{"epoch": 1, "torn')
     command = [*flags, '--eval', '--resume', parts / 'checkpoint.pth', '--batch-size', 7]
     printed = script('main_deit', *command)
     assert 'layer-wise' in printed and accuracy(printed) == f'{log[0]["test_acc1"]:.3f}'
     script('main_deit', *flags, '--output_dir', parts, '--resume', parts / 'checkpoint.pth')
-    one, two = (utils.read_checkpoint(folder / 'checkpoint.pth') for folder in (whole, parts))
+    one, two = (weights.read_checkpoint(folder / 'checkpoint.pth') for folder in (whole, parts))
     assert first['epoch'] == 0 and one['epoch'] == two['epoch'] == 2
     for name in ('model', 'model_ema'):
         assert all(torch.equal(one[name][key], two[name][key]) for key in one[name])
@@ -255,7 +255,7 @@ def test_row_26_the_best_is_remembered(script, flags, tmp_path, monkeypatch):
     script('main_deit', *flags, '--resume', tmp_path / 'checkpoint.pth')
     assert [line['best_acc1'] for line in read_log(tmp_path)] == [50.0, 50.0, 50.0, 50.0, 60.0]
     assert read_log(tmp_path)[3]['test_acc1'] is None
-    assert utils.read_checkpoint(tmp_path / 'best_checkpoint.pth')['epoch'] == 4
+    assert weights.read_checkpoint(tmp_path / 'best_checkpoint.pth')['epoch'] == 4
 
 
 def test_evaluation_is_rare_and_then_frequent(script, flags, tmp_path):
@@ -302,7 +302,7 @@ def test_row_25_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_
         'main_deit', *flags, '--epochs', 1, '--lr', 1, '--finetune', tmp_path / 'w.pth', '--output_dir', tmp_path
     )
     assert re.search(r'new in the model: head.*head_cls.*not used of the file: ', printed)
-    trained = utils.read_checkpoint(tmp_path / 'checkpoint.pth')
+    trained = weights.read_checkpoint(tmp_path / 'checkpoint.pth')
     state = trained['optimizer']['state']
     assert len(state) == len(list(model.parameters()))
     torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=7).state_dict(), tmp_path / 'seven.pth')
@@ -316,7 +316,7 @@ def test_classes_go_by_name(script, flags, tmp_path, image_folder):
     recipe = ['--epochs', 1, '--lr', 0.05, '--warmup-epochs', 0]
     script('main_deit', *flags, *recipe, '--output_dir', tmp_path)
     path = tmp_path / 'checkpoint.pth'
-    content = utils.read_checkpoint(path)
+    content = weights.read_checkpoint(path)
     assert content['classes'] == [f'class{i}' for i in range(4)]
 
     # The same images, whose folders and names in the checkpoint sort in another order.
@@ -381,10 +381,10 @@ def test_channels_last_trains_to_the_same_weights(script, flags, tmp_path, name,
     more = ['--warmup-lr', 0.01, '--output_dir']
     for folder, last in (('contiguous', []), ('last', ['--channels-last'])):
         script(script_name, *flags, *own, *distil, *last, *more, tmp_path / folder)
-    one, two = (utils.read_checkpoint(tmp_path / folder / 'checkpoint.pth') for folder in ('contiguous', 'last'))
-    for weights in ('model', 'model_ema'):
-        for key, value in one[weights].items():
-            torch.testing.assert_close(value, two[weights][key], rtol=1e-4, atol=1e-5)
+    one, two = (weights.read_checkpoint(tmp_path / folder / 'checkpoint.pth') for folder in ('contiguous', 'last'))
+    for part in ('model', 'model_ema'):
+        for key, value in one[part].items():
+            torch.testing.assert_close(value, two[part][key], rtol=1e-4, atol=1e-5)
     convolution = next(value for value in two['model'].values() if value.ndim == 4)
     assert convolution.is_contiguous(memory_format=torch.channels_last) and not convolution.is_contiguous()
 
@@ -436,7 +436,7 @@ def test_finetuning_says_what_is_new_and_what_is_a_copy(script, flags, tmp_path,
     copies = 'norm_cls.weight, norm_cls.bias' + (', head_cls.weight, head_cls.bias' if head else '')
     assert f'new in the model: {new}; copies in the model: {copies}; not used of the file: nothing' in printed
     assert ('head reads the mean of the patches' in printed) == head
-    saved = utils.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['_extra_state']
+    saved = weights.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['_extra_state']
     assert saved.tolist() == [True, True, 0]  # the mean of the patches
 
 
@@ -540,7 +540,7 @@ def test_accumulated_batches_are_one_large_batch(script, flags, tmp_path):
     plain = ['--mixup', 0, '--cutmix', 0, '--drop-path', 0, '--epochs', 1, '--opt', 'sgd', '--lr', 1, '--no-model-ema']
     for name, more in (('one', ['--batch-size', 16]), ('two', ['--batch-size', 8, '--grad-accum-steps', 2])):
         script('main_deit', *flags, *plain, *more, '--output_dir', tmp_path / name)
-    one, two = (utils.read_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('one', 'two'))
+    one, two = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('one', 'two'))
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
 

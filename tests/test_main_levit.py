@@ -12,7 +12,7 @@ from golden import fill
 
 import engine
 import main_levit
-import utils
+from models import weights
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def test_without_a_teacher_and_without_selection_at_first(script, flags, tmp_pat
     flags = [*flags, '--distillation-type', 'none', '--epochs', 2, '--prune-warmup-epoch', 1, '--output_dir', tmp_path]
     script('main_levit', *flags)
     assert [line['selection'] for line in read_log(tmp_path)] == ['all patches', 'stage-wise']
-    moments = utils.read_checkpoint(tmp_path / 'checkpoint.pth')['optimizer']['state']
+    moments = weights.read_checkpoint(tmp_path / 'checkpoint.pth')['optimizer']['state']
     model = timm.create_model('EvoLeViT_128S', img_size=64, num_classes=4)
     assert len(moments) == len(list(model.parameters()))
 

@@ -36,7 +36,9 @@ import datasets
 import engine
 import main_deit
 import models
+import shapes
 import utils
+from models import weights
 from utils import InputError
 
 NANO = [
@@ -172,7 +174,7 @@ def differences(one: Path, two: Path) -> set[str]:
     """What differs between two runs: pieces of the last checkpoints, of the best ones, lines of the log."""
     found = set()
     for name in ('checkpoint.pth', 'best_checkpoint.pth'):
-        a, b = (utils.read_checkpoint(folder / name) for folder in (one, two))
+        a, b = (weights.read_checkpoint(folder / name) for folder in (one, two))
         for content in (a, b):
             content['args'] = {key: value for key, value in content['args'].items() if key not in checkpoint.FREE}
         found |= {f'{name}: {key}' for key in a | b if not same(a.get(key), b.get(key))}
@@ -202,7 +204,7 @@ def test_row_03_an_interrupted_run_ends_as_one_that_was_not(start, whole, tmp_pa
     places = {'edge': f'kill:{ranks - 1}:1:0', 'middle': f'kill:{ranks - 1}:1:{3 - ranks}'}
     runs = [start(*flags, tmp_path / name, ranks=ranks, fault=fault) for name, fault in places.items()]
     assert all(-signal.SIGKILL in run.end() for run in runs)
-    found = [utils.read_checkpoint(tmp_path / name / 'checkpoint.pth') for name in places]
+    found = [weights.read_checkpoint(tmp_path / name / 'checkpoint.pth') for name in places]
     assert [(c['epoch'] + 1, c['step']) for c in found] == [(1, 0), (1, 3 - ranks)]
     runs = [start(*flags, tmp_path / name, ranks=ranks) for name in places]
     assert [run.end() for run in runs] == [[0] * ranks] * 2, [run.printed for run in runs]
@@ -225,7 +227,7 @@ def resumed(script, image_folder, tmp_path):
     """Run a copy of a checkpoint to its end, changed by a function; returns the folder."""
 
     def run(source: Path, change, *flags) -> Path:
-        content = utils.read_checkpoint(source)
+        content = weights.read_checkpoint(source)
         change(content)
         folder = tmp_path / f'resumed{len(list(tmp_path.iterdir()))}'
         folder.mkdir()
@@ -266,7 +268,7 @@ def last_loss(folder: Path) -> float:
 
 
 def differences_of_last(one: Path, two: Path, but: str = '') -> bool:
-    one, two = (utils.read_checkpoint(folder / 'checkpoint.pth') for folder in (one, two))
+    one, two = (weights.read_checkpoint(folder / 'checkpoint.pth') for folder in (one, two))
     return not all(same(one[key], two[key]) for key in one if key not in ('args', but))
 
 
@@ -278,16 +280,16 @@ def test_row_04_the_schedule_counts_where_it_has_state(script, resumed, image_fo
     assert not differences_of_last(folder, resumed(source, lambda content: None, *plateau))
     change = resumed(source, lambda content: content['lr_scheduler'].update(best=100.0), *plateau)
     rates = [
-        utils.read_checkpoint(f / 'checkpoint.pth')['optimizer']['param_groups'][0]['lr'] for f in (folder, change)
+        weights.read_checkpoint(f / 'checkpoint.pth')['optimizer']['param_groups'][0]['lr'] for f in (folder, change)
     ]
     assert differences_of_last(folder, change) and rates[1] < rates[0]
 
 
 def write_for_ever(path: Path, durable: bool):
     write = utils.write_checkpoint if durable else lambda path, content: torch.save(content, path)
-    weights = torch.zeros(4_000_000)
+    values = torch.zeros(4_000_000)
     for i in itertools.count(1):
-        write(path, {'model': {'w': weights.fill_(i)}, 'number': i})
+        write(path, {'model': {'w': values.fill_(i)}, 'number': i})
 
 
 @pytest.mark.slow
@@ -303,7 +305,7 @@ def test_row_06_killed_while_saving(forks, tmp_path, durable):
         process.kill()
         process.join()
         try:
-            found = utils.read_checkpoint(path)
+            found = weights.read_checkpoint(path)
             assert bool((found['model']['w'] == found['number']).all())
         except InputError:
             damaged += 1
@@ -341,12 +343,12 @@ def test_row_08_damage_is_refused(tmp_path):
     ):
         path.write_bytes(bad)
         with pytest.raises(InputError, match=f'{path} .*damaged'):
-            utils.read_checkpoint(path)
+            weights.read_checkpoint(path)
     # A flipped bit anywhere is noticed, or is in none of the content.
     for place in rng.integers(0, len(good), 200):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1 << rng.integers(8)]) + good[place + 1 :])
         try:
-            assert same(utils.read_checkpoint(path), content), place
+            assert same(weights.read_checkpoint(path), content), place
         except InputError as error:
             assert str(path) in str(error)
 
@@ -382,7 +384,7 @@ def test_row_11_a_loss_that_is_not_finite_on_one_rank(start, tmp_path):
     assert run.end() == [2, 2]
     assert time.monotonic() - began < 10
     assert run.printed.count('the loss of rank 1 is nan in epoch 1, step 0, at rate') == 2
-    found = utils.read_checkpoint(tmp_path / 'run' / 'checkpoint.pth')
+    found = weights.read_checkpoint(tmp_path / 'run' / 'checkpoint.pth')
     assert found['epoch'] == 0
     assert all(bool(value.isfinite().all()) for value in [*found['model'].values(), *found['model_ema'].values()])
 
@@ -395,7 +397,7 @@ def test_row_11_infinity_too_and_that_it_matters(script, image_folder, tmp_path,
     monkeypatch.setattr(engine.StepGuard, 'check', lambda *args, **kwargs: None)
     monkeypatch.setenv('EVO_VIT_FAULT', 'nan:0:1:0')
     script('main_deit', *NANO, '--data-path', image_folder, '--output_dir', tmp_path)
-    assert not utils.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['head.weight'].isfinite().any()
+    assert not weights.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['head.weight'].isfinite().any()
 
 
 class Pinned:
@@ -461,7 +463,7 @@ def test_row_11_on_gpus_no_checkpoint_holds_a_bad_update(script, image_folder, t
         )  # fmt: skip
     written = sorted(tmp_path.glob('checkpoint-*.pth'))
     assert [path.name for path in written] == ['checkpoint-0000-000001.pth']
-    assert all(value.isfinite().all() for value in utils.read_checkpoint(written[0])['model'].values())
+    assert all(value.isfinite().all() for value in weights.read_checkpoint(written[0])['model'].values())
 
 
 def torchrun(*flags, restarts: int = 0, fault: str = ''):
@@ -534,9 +536,9 @@ def test_row_13_a_second_ctrl_c_ends_at_once(start):
 @pytest.mark.slow
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_row_13_ctrl_c_ends_an_evaluation_with_a_line(start, tmp_path, ranks):
-    weights = tmp_path / 'weights.pth'
-    torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=10).state_dict(), weights)
-    run = start(*NANO, '--eval', '--resume', weights, '--data-set', 'SHAPES', ranks=ranks)
+    path = tmp_path / 'weights.pth'
+    torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=10).state_dict(), path)
+    run = start(*NANO, '--eval', '--resume', path, '--data-set', 'SHAPES', ranks=ranks)
     run.wait_for('weights loaded')
     run.send(signal.SIGINT)
     assert run.end() == [130] * ranks, run.printed
@@ -553,7 +555,7 @@ def test_row_13_ctrl_c_ends_any_script_with_a_line(monkeypatch, capsys):
 
 def check_resume(start, folder: Path, whole):
     """A run of two processes that was asked to end goes on as if it had not been."""
-    found = utils.read_checkpoint(folder / 'checkpoint.pth')
+    found = weights.read_checkpoint(folder / 'checkpoint.pth')
     assert (found['epoch'] + 1, found['step']) < (2, 0), 'it came to its end'
     run = start(*WHOLE, '--num_workers', 2, '--output_dir', folder, '--auto-resume', ranks=2)
     assert run.end() == [0, 0], run.printed
@@ -687,7 +689,7 @@ def test_row_01_the_default_augmentation_never_raises(interpolation):
         ['--input-size', '32', '--train-interpolation', interpolation]
     )
     transform = datasets.build_transform(True, args)
-    image, _ = datasets.Shapes('train', 32)[0]
+    image, _ = shapes.Shapes('train', 32)[0]
     utils.seed_all(0)
     for _ in range(10_000):
         assert transform(image).shape == (3, 32, 32)
@@ -739,16 +741,16 @@ WRITERS = {
 @pytest.mark.parametrize('place', ['whole', 'args', 'namespace', 'weights'])
 def test_row_10_code_in_a_checkpoint_never_runs(tmp_path, kind, place):
     bad, path, proof = Malicious(tmp_path / 'ran'), tmp_path / 'bad.pth', tmp_path / 'ran'
-    weights = {'w': torch.ones(1)} if kind != 'raw' else {}
+    good = {'w': torch.ones(1)} if kind != 'raw' else {}
     content = {
         'whole': bad,
-        'args': {'model': weights, 'args': bad},
-        'namespace': {'model': weights, 'args': argparse.Namespace(x=[bad])},
-        'weights': {'model': weights | {'v': bad}},
+        'args': {'model': good, 'args': bad},
+        'namespace': {'model': good, 'args': argparse.Namespace(x=[bad])},
+        'weights': {'model': good | {'v': bad}},
     }[place]
     WRITERS[kind](content, path)
     with pytest.raises(InputError, match=str(path)) as error:
-        utils.read_checkpoint(path)
+        weights.read_checkpoint(path)
     assert not proof.exists() and 'weights_only' not in str(error.value)
     if kind != 'raw':
         torch.load(path, weights_only=False)
@@ -860,7 +862,7 @@ def test_row_24_one_line_says_what_a_file_is(tmp_path, kind):
         path.mkdir()
     word = {'zip': 'a zip file', 'page': 'web page'}.get(kind, kind)
     with pytest.raises(InputError, match=word) as error:
-        utils.read_checkpoint(path)
+        weights.read_checkpoint(path)
     message = str(error.value)
     assert '\n' not in message and 'weights_only' not in message and 'trust' not in message
 
@@ -1124,8 +1126,8 @@ def test_row_26_and_row_40_killed_between_the_files_of_an_epoch(tmp_path, monkey
     state.epoch = 2
     with pytest.raises(KeyboardInterrupt):
         engine.finish_epoch(args, state, {'epoch': 1, 'test_acc1': 60.0})
-    assert utils.read_checkpoint(tmp_path / 'best_checkpoint.pth')['best_acc1'] == 60
-    assert utils.read_checkpoint(tmp_path / 'checkpoint.pth')['best_acc1'] == 40
+    assert weights.read_checkpoint(tmp_path / 'best_checkpoint.pth')['best_acc1'] == 60
+    assert weights.read_checkpoint(tmp_path / 'checkpoint.pth')['best_acc1'] == 40
     assert [line['epoch'] for line in read_log(tmp_path)] == [0, 1]
 
 
@@ -1136,11 +1138,11 @@ def test_row_41_the_last_are_kept_and_the_best(tmp_path, monkeypatch, capsys):
     def save(epoch: int, best: bool = False) -> list[str]:
         state.epoch = epoch
         checkpoint.save(args, state, best)
-        assert utils.read_checkpoint(tmp_path / 'checkpoint.pth')['epoch'] == epoch - 1
+        assert weights.read_checkpoint(tmp_path / 'checkpoint.pth')['epoch'] == epoch - 1
         return sorted(int(p.name[11:15]) for p in tmp_path.glob('checkpoint-*.pth'))
 
     assert [save(1), save(2, best=True), save(3), save(4)] == [[1], [1, 2], [2, 3], [3, 4]]
-    assert utils.read_checkpoint(tmp_path / 'best_checkpoint.pth')['epoch'] == 1
+    assert weights.read_checkpoint(tmp_path / 'best_checkpoint.pth')['epoch'] == 1
     with monkeypatch.context() as patch:
         patch.setattr(os, 'link', lambda *args: (_ for _ in ()).throw(OSError('links are not allowed')))
         assert save(5) == [3, 4]

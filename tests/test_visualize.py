@@ -15,8 +15,9 @@ from torch import nn
 
 import datasets
 import models  # noqa: F401
-import utils
+import shapes
 import visualize
+from models import weights
 from models.evolution import Selection
 from utils import InputError
 
@@ -70,7 +71,7 @@ def checkpoint(tmp_path_factory):
 def test_pictures_show_the_golden_selection(schedule, tmp_path):
     description, golden = fill.load('evo_deit_tiny_patch16_224')
     model = timm.create_model('evo_deit_tiny_patch16_224').eval()
-    utils.load_weights(model, {'model': fill.published_state(description)})
+    weights.load_weights(model, {'model': fill.published_state(description)})
     model.set_schedule(schedule == 'stage')
     with torch.inference_mode():
         looks = visualize.look(model, fill.images('golden', 2, 224), [None, None])
@@ -188,7 +189,7 @@ def test_pictures_are_of_the_network_that_was_trained(script, checkpoint, tmp_pa
     torch.save(torch.load(path) | {'args': {'keep_ratio': [0.25], 'representative': True}}, tmp_path / 'a.pth')
     argv = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
     args = visualize.get_parser().parse_args([*argv, '--input-size', '32'])
-    model = visualize.load_model(args, utils.read_checkpoint(tmp_path / 'a.pth'))
+    model = visualize.load_model(args, weights.read_checkpoint(tmp_path / 'a.pth'))
     assert (model.keep_ratio, model.representative) == ((0.25, 0.25), True)
 
 
@@ -219,7 +220,10 @@ def test_a_plain_vit_is_shown_from_its_class_token(script, tmp_path):
     printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out')
     assert 'predicts from its class token' in printed and 'was not trained for' in printed
     args = visualize.get_parser().parse_args([str(flag) for flag in flags])
-    model, x = visualize.load_model(args, utils.read_checkpoint(tmp_path / 'w.safetensors')), torch.randn(2, 3, 32, 32)
+    model, x = (
+        visualize.load_model(args, weights.read_checkpoint(tmp_path / 'w.safetensors')),
+        torch.randn(2, 3, 32, 32),
+    )
     model.set_schedule(True, evolving=False)
     with torch.no_grad():
         seen, expected = visualize.look(model, x, [None, None]), plain(x).softmax(1)
@@ -231,7 +235,7 @@ def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
     torch.save(torch.load(path) | {'args': {'input_size': 16}}, tmp_path / 'a.pth')
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
     assert visualize.load_model(
-        visualize.get_parser().parse_args(flags), utils.read_checkpoint(tmp_path / 'a.pth')
+        visualize.get_parser().parse_args(flags), weights.read_checkpoint(tmp_path / 'a.pth')
     ).patch_embed.img_size == (16, 16)
 
 
@@ -324,7 +328,7 @@ class Chooser(nn.Module):
 
 
 def test_the_share_of_the_object():
-    dataset = datasets.Shapes('val', 32, length=150, transform=lambda _: torch.zeros(3, 32, 32))
+    dataset = shapes.Shapes('val', 32, length=150, transform=lambda _: torch.zeros(3, 32, 32))
 
     def covered(index: int) -> torch.Tensor:
         mask = torch.from_numpy(dataset.mask(index)).float()
@@ -341,7 +345,7 @@ def test_the_share_of_the_object():
 
 
 def test_score_is_printed_and_drawn(script, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(datasets.Shapes.LENGTHS, 'val', 20)
+    monkeypatch.setitem(shapes.Shapes.LENGTHS, 'val', 20)
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32', 10)]
     flags += ['--data-set', 'SHAPES', '--score', '--batch-size', 1, '--layer-wise-prune', '--output_dir', tmp_path]
     printed = script('visualize', *flags)
