@@ -59,7 +59,6 @@ import models
 import utils
 from checkpoint import State
 from losses import HALF
-from models import evo_deit
 from utils import InputError, say
 
 aten = torch.ops.aten
@@ -292,7 +291,7 @@ def make_case(
     if 'levit' in name.lower():
         defaults = main_levit.RECIPE | {'distillation_type': 'none'}  # its teacher would take most of the time
     else:
-        defaults = main_deit.RECIPE | ({} if dense_twin(name) else {'drop_path': None})
+        defaults = main_deit.RECIPE | ({} if models.dense_twin(name) else {'drop_path': None})
     parser = engine.get_parser('', defaults)
     case = parser.parse_args(recipe)
     if given := [name for name in RUN_FLAGS if getattr(case, name) != parser.get_default(name)]:
@@ -305,17 +304,6 @@ def make_case(
     if args.data_path and not isinstance(case.input_size, int):
         raise InputError(f'--data-path: the loader makes square images, not {size}; use --img_size')
     return case
-
-
-def dense_twin(name: str) -> tuple[str, dict] | None:
-    """timm's model of the same size as one of ours, and with what it is created; None for any other model."""
-    size = name.removeprefix('evo_deit_').removeprefix('EvoLeViT_').split('_')[0]
-    if name.startswith('evo_deit_nano'):
-        embed_dim, num_heads = evo_deit.SIZES[size]
-        return 'vit_tiny_patch16_224', dict(patch_size=4, embed_dim=embed_dim, num_heads=num_heads)
-    if name.startswith('evo_deit_'):
-        return f'deit_{size}_patch16_224', {}
-    return (f'levit_{size.lower()}', {}) if name.startswith('EvoLeViT_') else None
 
 
 def twin_label(twin: tuple[str, dict]) -> str:
@@ -348,7 +336,7 @@ def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict
         # From here on files come from memory, for all that are timed; one that is damaged ends the run.
         for _ in load():
             pass
-    twin = dense_twin(case.model)
+    twin = models.dense_twin(case.model)
     ratios = args.keep_ratio if twin and args.keep_ratio else [None]
     own = {'representative': case.representative} if twin else {}  # timm's models know no such argument
     contenders = [(case.model, case.model, own | {'keep_ratio': ratio}) for ratio in ratios]
@@ -659,7 +647,7 @@ def warn_of_spread(rows: list[dict]):
 
 def table_widths(args: Namespace, cases: list[Namespace]) -> dict[str, int]:
     """How wide the columns of the table must be whose longest cell depends on the flags."""
-    twins = [dense_twin(case.model) for case in cases]
+    twins = [models.dense_twin(case.model) for case in cases]
     names = [case.model for case in cases] + [twin_label(twin) for twin in twins if twin and args.compare]
     ratios = [','.join(f'{ratio:g}' for ratio in ratios) for ratios in args.keep_ratio or ()]
     return {'model': max(map(len, names)), 'keep_ratio': max(map(len, ratios), default=0)}

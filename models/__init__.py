@@ -1,4 +1,4 @@
-"""The networks. Importing this package registers them with timm: `import models; timm.create_model('EvoLeViT_128')`."""
+"""The networks. Importing this package registers them with timm: `timm.create_model('EvoLeViT_128')` then works."""
 
 import argparse
 import difflib
@@ -9,48 +9,75 @@ import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
-from . import evo_deit, evo_levit, vit  # noqa: F401
+from . import evo_deit, evo_levit, evolution
 from .vit import evolve
 from .weights import InputError, load_weights
 
-__all__ = ['InputError', 'add_arguments', 'create', 'evolve', 'load_weights']
+__all__ = ['InputError', 'add_arguments', 'build', 'create', 'dense_twin', 'evolve', 'load_weights']
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the network."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model', metavar='NAME', help='any Evo-ViT or timm model')
-    group.add_argument('--drop', type=float, default=0.0, metavar='RATE', help='dropout before the head')
-    group.add_argument('--drop-path', type=float, metavar='RATE', help="stochastic depth; without, the model's own")
-    group.add_argument(
-        '--keep-ratio', type=float, nargs='+', metavar='R', help='share of informative patches, one or one a stage'
-    )
-    group.add_argument(
+    add = group.add_argument
+    add('--model', metavar='NAME', help='any Evo-ViT or timm model')
+    add('--drop', type=float, default=0.0, metavar='RATE', help='dropout before the head')
+    add('--drop-path', type=float, metavar='RATE', help="stochastic depth; without, the model's own")
+    add('--evolve', action='store_true', help='give slow-fast evolution to a ViT of timm (models.evolve)')
+    add('--keep-ratio', type=float, nargs='+', metavar='R', help='share of informative patches, one or one a stage')
+    add('--stages', type=int, nargs='+', metavar='BLOCK', help='first block of each stage that evolves')
+    add(
         '--representative',
-        action=argparse.BooleanOptionalAction,
-        help='representative token and fast update of placeholders (default: as published for the family)',
+        nargs='?',
+        const='one',
+        choices=evolution.REPRESENTATIVES,
+        help='who represents placeholders (default: as published for the family; nearest with --evolve)',
     )
+    add('--no-representative', dest='representative', action='store_const', const='none', help='the same as none')
 
 
-def build(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build(args: argparse.Namespace, num_classes: int, input_size: int | None = None) -> nn.Module:
     """The model that the flags ask for, with random weights; InputError with the nearest names where there is none."""
-    own = {'keep_ratio': args.keep_ratio, 'representative': args.representative, 'drop_path_rate': args.drop_path}
-    own = {name: value for name, value in own.items() if value is not None}
-    return create(args.model, num_classes, args.input_size, drop_rate=args.drop, **own)
+    schedule = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}
+    schedule = {name: value for name, value in schedule.items() if value is not None}
+    options = {} if args.drop_path is None else {'drop_path_rate': args.drop_path}
+    if not args.evolve:
+        options |= schedule
+    model = create(args.model, num_classes, input_size or args.input_size, drop_rate=args.drop, **options)
+    if not args.evolve:
+        return model
+    try:
+        return evolve(model, **schedule)
+    except ValueError as error:
+        raise InputError(f'--evolve: {error}') from error
 
 
-def create(name: str, num_classes: int, input_size: int | None = None, **own) -> nn.Module:
+def create(name: str, num_classes: int, input_size: int | None = None, **options) -> nn.Module:
     """Any registered model for images of `input_size` px (None: its own); InputError if there is none, or none with
-    these arguments.
+    these options.
     """
     if published_cfg(name).fixed_input_size and input_size is not None:
-        own['img_size'] = input_size
+        options['img_size'] = input_size
     try:
-        model = timm.create_model(name, num_classes=num_classes, **own)
+        model = timm.create_model(name, num_classes=num_classes, **options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f'{name} cannot be built with {own}: {error}') from error
-    check_input_size(model, name, input_size)
+        raise InputError(f'{name} cannot be built with {options}: {error}') from error
+    if input_size is not None:
+        check_input_size(model, name, input_size)
     return model
+
+
+def dense_twin(name: str) -> tuple[str, dict] | None:
+    """timm's model of the same size as one of ours, and the options to create it with; None for any other model."""
+    size = name.removeprefix('evo_deit_').removeprefix('EvoLeViT_').split('_')[0]
+    if name.startswith('evo_deit_nano'):
+        embed_dim, num_heads = evo_deit.SIZES[size]
+        return 'vit_tiny_patch16_224', dict(patch_size=4, embed_dim=embed_dim, num_heads=num_heads)
+    if name.startswith('evo_deit_'):
+        return f'deit_{size}_patch16_224', {}
+    if name.startswith('EvoLeViT_') and size in evo_levit.SIZES:
+        return f'levit_{size.lower()}', {}
+    return None
 
 
 def check_input_size(model: nn.Module, name: str, input_size: int):

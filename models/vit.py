@@ -77,6 +77,16 @@ class Evolving:
         """Choose when to select."""
         self.stage_wise, self.evolving = stage_wise, evolving
 
+    def schedule(self) -> dict:
+        """All that says when, how much and how the model evolves, as plain data."""
+        return dict(
+            stage_wise=self.stage_wise,
+            evolving=self.evolving,
+            stages=list(self.first_blocks),
+            keep_ratio=list(self.keep_ratio),
+            representative=self.representative,
+        )
+
     def block_names(self) -> list[str]:
         """The names of all blocks, in order."""
         return [f'blocks.{i}' for i in range(len(self.blocks))]

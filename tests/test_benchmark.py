@@ -70,7 +70,7 @@ def test_arithmetic_is_that_of_the_published_models(name):
     size = timm.get_pretrained_cfg(name).input_size[-1]
     # The large ones without numbers: the same operators are called, nothing is computed.
     large = 'base' in name
-    for (maker, own), expected in zip(((name, {}), benchmark.dense_twin(name)), GMACS[name], strict=False):
+    for (maker, own), expected in zip(((name, {}), models.dense_twin(name)), GMACS[name], strict=False):
         with torch.device('meta') if large else nullcontext():
             model = build(maker, size, own)
         with FakeTensorMode(allow_non_fake_inputs=True) if large else nullcontext(), torch.inference_mode():
@@ -98,7 +98,7 @@ def closed_form(dim: int, evolving: bool) -> int:
 @pytest.mark.parametrize('name, dim', [('evo_deit_tiny_patch16_224', 192), ('evo_deit_small_patch16_224', 384)])
 def test_arithmetic_is_the_closed_form(name, dim):
     with torch.device('meta'):
-        candidates = [build(name, 224, {}), build(benchmark.dense_twin(name)[0], 224, {})]
+        candidates = [build(name, 224, {}), build(models.dense_twin(name)[0], 224, {})]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         for model, evolving in zip(candidates, (True, False), strict=True):
             counted = benchmark.count_gmacs(model.to_empty(device=CPU), [torch.randn(2, 3, 224, 224)])
@@ -154,7 +154,7 @@ def test_what_is_no_product_counts_nothing():
 def test_the_twin_is_the_same_network_without_selection(name):
     with torch.device('meta'):
         ours = build(name, 64, {})
-        twin_name, own = benchmark.dense_twin(name)
+        twin_name, own = models.dense_twin(name)
         twin = build(twin_name, 64, own)
     assert not hasattr(twin, 'set_schedule')
     if name.startswith('evo_deit'):
@@ -179,8 +179,8 @@ def test_every_model_of_ours_has_a_twin_and_no_other_has():
     ours = timm.list_models('evo_deit_*') + timm.list_models('EvoLeViT_*')
     assert len(ours) == 21
     for name in ours:
-        assert timm.is_model(benchmark.dense_twin(name)[0])
-    assert benchmark.dense_twin('levit_128s') is benchmark.dense_twin('deit_tiny_patch16_224') is None
+        assert timm.is_model(models.dense_twin(name)[0])
+    assert models.dense_twin('levit_128s') is models.dense_twin('deit_tiny_patch16_224') is None
 
 
 # --- modes
@@ -693,4 +693,4 @@ def test_detail_names_operators(bench):
 
 def test_twin_of_the_smallest_follows_the_variant_table(monkeypatch):
     monkeypatch.setitem(evo_deit.SIZES, 'nano', (96, 3))
-    assert benchmark.dense_twin(NANO[1])[1] == dict(patch_size=4, embed_dim=96, num_heads=3)
+    assert models.dense_twin(NANO[1])[1] == dict(patch_size=4, embed_dim=96, num_heads=3)
