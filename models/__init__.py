@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 
 import timm
+from timm.layers import to_2tuple
 from timm.models import PretrainedCfg
 from torch import nn
 
@@ -80,7 +81,7 @@ def dense_twin(name: str) -> tuple[str, dict] | None:
     return None
 
 
-def check_input_size(model: nn.Module, name: str, input_size: int):
+def check_input_size(model: nn.Module, name: str, input_size: int | tuple[int, int]):
     """InputError if the model would cut off the edges of such images without a word.
 
     Convolutions whose windows neither overlap nor are padded do that: patches, and the stem of ConvNeXt.
@@ -92,12 +93,13 @@ def check_input_size(model: nn.Module, name: str, input_size: int):
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size != conv.stride or conv.padding != (0, 0):
         return
     patch = math.lcm(*conv.stride)
-    if cut := input_size % patch:
-        sizes = [size for size in (input_size - cut, input_size - cut + patch) if size]
-        raise InputError(
-            f'input size: expected a multiple of {patch}, the patch of {name}, found {input_size}: {cut} pixels of '
-            f'each row and column would be cut off. Nearest: {" and ".join(map(str, sizes))}'
-        )
+    for pixels in to_2tuple(input_size):
+        if cut := pixels % patch:
+            sizes = [size for size in (pixels - cut, pixels - cut + patch) if size]
+            raise InputError(
+                f'input size: expected a multiple of {patch}, the patch of {name}, found {pixels}: {cut} pixels of '
+                f'each row and column would be cut off. Nearest: {" and ".join(map(str, sizes))}'
+            )
 
 
 def published_cfg(name: str) -> PretrainedCfg:

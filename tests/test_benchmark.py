@@ -434,7 +434,7 @@ def test_out_of_memory_of_the_twin_leaves_the_model_its_row(bench, monkeypatch):
 
 
 def test_any_other_error_ends_a_row_and_the_run_with_1(bench, tmp_path):
-    """BatchNorm in training needs two images; one ratio too few for the stages of LeViT."""
+    """BatchNorm in training needs two images; one ratio too many for the stages of LeViT."""
     plotted, flags = tmp_path / 'plot.png', ('--no-compare', '--num_bench_iter', 1, '--img_size', 32)
     with pytest.raises(SystemExit) as end:
         bench('--model', 'EvoLeViT_128S', '--bench', 'train', '-b', 1, 2, '--plot', plotted, *flags)
@@ -443,7 +443,7 @@ def test_any_other_error_ends_a_row_and_the_run_with_1(bench, tmp_path):
     assert rows[0]['error'].startswith('ValueError: Expected more than 1 value per channel')
     assert rows[0]['ms'] is rows[1]['error'] is None and rows[1]['ms'] > 0
     plotted.unlink()
-    ratios = '--keep-ratio', '0.7,0.5', '--plot', plotted
+    ratios = '--keep-ratio', '0.7,0.5,0.5', '--plot', plotted
     with pytest.raises(SystemExit):
         bench('--model', 'EvoLeViT_128S', '--bench', 'inference', '-b', 1, *ratios, *flags)
     assert plotted.exists()  # without a single row that could be drawn

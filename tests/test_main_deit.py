@@ -467,7 +467,7 @@ def test_the_advice_at_the_end_of_a_run_works(script, flags, tmp_path):
 
 def test_the_size_of_the_training_is_recalled(capsys):
     saved = {'args': {'keep_ratio': [0.25], 'representative': True, 'input_size': 48}}
-    args = Namespace(resume='c.pth', keep_ratio=None, representative=None, input_size=None)
+    args = engine.get_parser('', {}).parse_args(['--resume', 'c.pth'])
     checkpoint.recall_model(args, saved)
     assert (args.keep_ratio, args.representative, args.input_size) == ([0.25], True, 48)
     args.input_size = 32

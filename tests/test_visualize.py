@@ -190,7 +190,7 @@ def test_pictures_are_of_the_network_that_was_trained(script, checkpoint, tmp_pa
     argv = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
     args = visualize.get_parser().parse_args([*argv, '--input-size', '32'])
     model = visualize.load_model(args, weights.read_checkpoint(tmp_path / 'a.pth'))
-    assert (model.keep_ratio, model.representative) == ((0.25, 0.25), True)
+    assert (model.keep_ratio, model.representative) == ((0.25, 0.25), 'one')
 
 
 def test_predictions_have_the_names_of_the_checkpoint(script, checkpoint, tmp_path):
