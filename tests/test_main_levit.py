@@ -1,7 +1,6 @@
 """main_levit.py as its users run it, and that it needs nothing of its own."""
 
 import json
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
@@ -93,17 +92,3 @@ def test_a_missing_teacher_says_where_it_is(script, flags, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r'--teacher-path \./regnety_160-a5fe301d.pth: .*is not a file.*https://'):
         script('main_levit', *flags[:10], '--data-path', flags[-3])
-
-
-def test_families_share_one_engine():
-    for name in ('engine', 'losses', 'datasets', 'samplers'):
-        text = (
-            (ROOT / f'{name}.py')
-            .read_text()
-            .lower()
-            .replace('fbaipublicfiles.com/deit/', '')
-            .replace('main_deit.py --model', '')
-        )
-        assert 'deit' not in text and 'levit' not in text, name
-    one, two = ((ROOT / f'main_{name}.py').read_text().splitlines() for name in ('deit', 'levit'))
-    assert SequenceMatcher(None, one, two, autojunk=False).find_longest_match().size < 8
