@@ -31,7 +31,7 @@ from torchvision.transforms import InterpolationMode
 import models
 from samplers import REPEATS, RepeatedAugSampler, eval_shard
 from shapes import Shapes
-from utils import InputError, say, seed_all
+from utils import InputError, at_least, say, seed_all
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -54,6 +54,10 @@ MAX_PIXELS = 2**26
 MAX_ASPECT = 100
 
 
+# Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
+MAY_CHANGE = dict.fromkeys(('data_path', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
+
+
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of data, augmentation and loading."""
     group = parser.add_argument_group('data')
@@ -63,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         help='IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program',
     )  # fmt: skip
     group.add_argument('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
-    group.add_argument('--batch-size', type=int, default=64, help='images of one process in one step')
+    group.add_argument('--batch-size', type=at_least(1), default=64, help='images of one process in one step')
     group.add_argument('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
     group.add_argument('--pin-mem', action=argparse.BooleanOptionalAction, default=True, help='used with CUDA alone')
     group.add_argument(
@@ -364,12 +368,12 @@ class DataConfig(NamedTuple):
     interpolation: str
 
 
-def data_config(args: argparse.Namespace) -> DataConfig:
+def data_config(args: argparse.Namespace, model_name: str) -> DataConfig:
     """The data configuration of the model of the flags, with what other flags say in its place.
 
     Raises InputError for values that make no sense, and models that do not take square images with three channels.
     """
-    cfg = models.published_cfg(args.model)
+    cfg = models.published_cfg(model_name)
     flags = {name: getattr(args, name) for name in DataConfig._fields}
     _check_config(flags)
     if flags['input_size'] is not None:
@@ -378,9 +382,9 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     channels, rows, columns = found['input_size']
     if cfg.input_size[0] != 3 or channels != 3 or rows != columns:
         size = ' x '.join(map(str, cfg.input_size))
-        raise InputError(f'{args.model} takes images of {size}; expected 3 channels and a square (--input-size)')
+        raise InputError(f'{model_name} takes images of {size}; expected 3 channels and a square (--input-size)')
     if found['crop_mode'] not in CROP_MODES:
-        raise InputError(f'{args.model} has crop_mode {found["crop_mode"]}; expected one of {", ".join(CROP_MODES)}')
+        raise InputError(f'{model_name} has crop_mode {found["crop_mode"]}; expected one of {", ".join(CROP_MODES)}')
     if args.crop_pct is None and rows <= SMALL:
         found['crop_pct'] = 1.0
     return DataConfig(**found | {'input_size': rows})
@@ -398,17 +402,12 @@ def _check_config(flags: dict):
         raise InputError(f'--input-size: expected 1 or more, found {flags["input_size"]}')
 
 
-def fix_data_config(args: argparse.Namespace):
-    """Write the data configuration that holds into the flags, and print it with what is not the model's own."""
-    unset = argparse.Namespace(model=args.model, **dict.fromkeys(DataConfig._fields))
-    own, config = data_config(unset), data_config(args)
-    vars(args).update(config._asdict())
-    changed = [name for name in DataConfig._fields if getattr(own, name) != getattr(config, name)]
+def describe(config: DataConfig) -> str:
+    """A line about the data configuration."""
     mean, std = (' '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
-    say(
+    return (
         f'images: {config.input_size} px, evaluated at crop_pct {config.crop_pct:g} ({config.crop_mode}), '
-        f'{config.interpolation}, mean {mean}, std {std} '
-        f"(the model's own{', but for ' + ', '.join(changed) if changed else ''})"
+        f'{config.interpolation}, mean {mean}, std {std}'
     )
 
 
@@ -424,9 +423,8 @@ class ToTensor:
         return pixels.div_(255).sub_(self.mean).div_(self.std)
 
 
-def build_transform(train: bool, args: argparse.Namespace) -> Callable[[Image.Image], torch.Tensor]:
+def build_transform(train: bool, args: argparse.Namespace, config: DataConfig) -> Callable[[Image.Image], torch.Tensor]:
     """RGB image of any size to a normalised tensor (3, input size, input size), augmented for training."""
-    config = data_config(args)
     if train:
         return train_transform(config, args)
     steps = create_transform(**config._asdict()).transforms
@@ -458,7 +456,11 @@ def train_transform(config: DataConfig, args: argparse.Namespace) -> transforms.
 
 
 def build_dataset(
-    train: bool, args: argparse.Namespace, classes: list[str] | None = None, num_classes: int | None = None
+    args: argparse.Namespace,
+    config: DataConfig,
+    train: bool,
+    classes: list[str] | None = None,
+    num_classes: int | None = None,
 ) -> Dataset:
     """Data set of the flags, transformed.
 
@@ -466,8 +468,8 @@ def build_dataset(
     Raises InputError where the data set has others.
     """
     root, split = Path(args.data_path).expanduser(), 'train' if train else 'val'
-    transform, read = build_transform(train, args), load_image
-    size = data_config(args).input_size
+    transform, read = build_transform(train, args, config), load_image
+    size = config.input_size
     files = args.data_set in ('IMNET', 'INAT', 'INAT19')
     if files and train and args.fast_decode and size > SMALL:
         read = partial(load_image, decode=DecodeCrop(transform.transforms.pop(0)))
@@ -532,10 +534,12 @@ class Seeded(Dataset):
 
 def build_loaders(
     args: argparse.Namespace,
+    config: DataConfig,
     rank: int = 0,
     world_size: int = 1,
     classes: list[str] | None = None,
     num_classes: int | None = None,
+    train: bool = True,
 ) -> tuple[DataLoader | None, DataLoader]:
     """Loaders of this process: training (None with --eval, which reads no training image) and validation.
 
@@ -554,23 +558,23 @@ def build_loaders(
     )
     # Each loader has a generator of its own: otherwise evaluating would shift the random numbers of training.
     train_loader = None
-    if not args.eval:
-        train = build_dataset(True, args)
-        classes = train.classes
-        sampler = RepeatedAugSampler(len(train), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
+    if train:
+        data = build_dataset(args, config, True)
+        classes = data.classes
+        sampler = RepeatedAugSampler(len(data), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
         if len(sampler) < args.batch_size:
             raise InputError(
-                f'{len(train)} training images give each of {world_size} processes {len(sampler)} an epoch, '
+                f'{len(data)} training images give each of {world_size} processes {len(sampler)} an epoch, '
                 f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
             )
         train_loader = DataLoader(
-            Seeded(train, args.seed, args.max_broken_images),
+            Seeded(data, args.seed, args.max_broken_images),
             sampler=sampler,
             drop_last=True,
             generator=torch.Generator(),
             **common,
         )
-    val = build_dataset(False, args, classes, num_classes)
+    val = build_dataset(args, config, False, classes, num_classes)
     if not len(val):
         raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
     shard = eval_shard(len(val), rank, world_size)
