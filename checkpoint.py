@@ -143,14 +143,10 @@ class State:
             print_rank0(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its learning rate')
             return
         # Checked here, because AdamW takes moments of any shape and fails, or worse, does not, in the first step.
-        parameters = [p for group in self.optimizer.param_groups for p in group['params']]
+        shapes = [((), p.shape) for group in self.optimizer.param_groups for p in group['params']]
+        moments = [(int(i), value) for i, values in saved['state'].items() for value in values.values()]
         counts = [[len(group['params']) for group in state['param_groups']] for state in (saved, new)]
-        if counts[0] != counts[1] or not all(
-            value.shape in ((), parameters[int(i)].shape)
-            for i, moments in saved['state'].items()
-            for value in moments.values()
-            if torch.is_tensor(value)
-        ):
+        if counts[0] != counts[1] or any(torch.is_tensor(v) and v.shape not in shapes[i] for i, v in moments):
             raise InputError(
                 f'{source}: its optimizer state is of other parameters; --finetune takes the weights alone'
             )
@@ -303,15 +299,10 @@ def saved_classes(content: dict) -> list[str] | None:
     return names if named else None
 
 
-def find_classes(
-    content: dict, source: str, model_name: str, use_ema: bool = False
-) -> tuple[list[str] | None, int | None]:
+def find_classes(content: dict, model_name: str, use_ema: bool = False) -> tuple[list[str] | None, int | None]:
     """Names of the classes of a model's checkpoint, and their number; None where it does not tell."""
     names = saved_classes(content)
-    try:
-        state = weights.find_weights(content, use_ema)
-    except InputError as error:
-        raise InputError(f'{source}: {error}') from error
+    state = weights.find_weights(content, use_ema)
     classifier = models.published_cfg(model_name).classifier or ()
     heads = (classifier,) if isinstance(classifier, str) else classifier
     outputs = [len(state[f'{head}.weight']) for head in heads if f'{head}.weight' in state]
@@ -319,7 +310,7 @@ def find_classes(
     outputs += [len(value) for key, value in state.items() if key.startswith('head.') and value.ndim == 2]
     num_classes = outputs[0] if outputs else None
     if names and num_classes not in (None, len(names)):
-        raise InputError(f'{source} names {len(names)} classes, but its head has {num_classes} outputs')
+        raise InputError(f'the checkpoint names {len(names)} classes, but its head has {num_classes} outputs')
     return names, num_classes
 
 
@@ -361,7 +352,10 @@ def load_for_evaluation(args: argparse.Namespace, content: dict, model: nn.Modul
 
 
 class RunFolder(NamedTuple):
-    """Where a run writes: `path` (None: nowhere), how many checkpoints stay, and files of an earlier run to remove."""
+    """Where a run writes: `path`, how many checkpoints stay, and files of an earlier run, to be removed.
+
+    Without a path, as on all processes but the first, nothing is written.
+    """
 
     path: Path | None = None
     keep: int = 2
@@ -373,8 +367,8 @@ class RunFolder(NamedTuple):
             path.unlink()
 
     def save(self, state: State, best: bool = False):
-        """On the first process write `checkpoint.pth`, keep the last ones beside it, and the best."""
-        if not self.path or utils.rank() > 0:
+        """Write `checkpoint.pth`, keep the last ones beside it, and the best."""
+        if not self.path:
             return
         newest, write = self.path / 'checkpoint.pth', partial(torch.save, state.state_dict())
         # The best first: its accuracy must not be on record in the newest before its weights are there.
@@ -395,10 +389,8 @@ class RunFolder(NamedTuple):
             print_rank0(f'warning: older checkpoints in {self.path} could not be kept or removed: {error}')
 
     def write_log(self, record: dict):
-        """On the first process put a line of JSON for an epoch into `log.txt`, which drops lines of this epoch or later
-        and torn ones.
-        """
-        if not self.path or utils.rank() > 0:
+        """Put a line of JSON for an epoch into `log.txt`; lines of this epoch or later go, and torn ones."""
+        if not self.path:
             return
         path, lines = self.path / 'log.txt', []
         for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
@@ -414,29 +406,27 @@ class RunFolder(NamedTuple):
 
 def prepare_output_dir(args: argparse.Namespace) -> RunFolder:
     """Make --output_dir; InputError where it cannot be written to, or holds another run, but for --overwrite."""
-    if not args.output_dir or args.eval:
+    if not args.output_dir or args.eval or int(os.environ.get('RANK', 0)) > 0:
         return RunFolder()
-    folder = RunFolder(Path(args.output_dir), args.keep_checkpoints)
-    if int(os.environ.get('RANK', 0)) > 0:
-        return folder
+    path = Path(args.output_dir)
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder.path).close()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise InputError(f'--output_dir {folder.path.absolute()} cannot be written to: {error}') from error
-    existing = (*list_checkpoints(folder.path), *folder.path.glob('best_checkpoint.pth'), *folder.path.glob('log.txt'))
+        raise InputError(f'--output_dir {path.absolute()} cannot be written to: {error}') from error
+    existing = (*list_checkpoints(path), *path.glob('best_checkpoint.pth'), *path.glob('log.txt'))
     if not existing or args.resume or args.auto_resume:
-        return folder
+        return RunFolder(path, args.keep_checkpoints)
     # What a launcher starts again must not remove what it wrote itself.
-    if not args.overwrite or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+    if not args.overwrite or utils.restarts():
         raise InputError(
-            f'--output_dir {folder.path} holds a run ({", ".join(p.name for p in existing)}): '
+            f'--output_dir {path} holds a run ({", ".join(file.name for file in existing)}): '
             '--resume or --auto-resume goes on with it, --overwrite starts over'
         )
-    for source in filter(None, (args.finetune, getattr(args, 'teacher_path', ''))):
-        if Path(source).exists() and any(path.samefile(source) for path in existing):
+    for source in filter(None, (args.finetune, args.teacher_path)):
+        if Path(source).exists() and any(file.samefile(source) for file in existing):
             raise InputError(f'{source} is of the run that --overwrite removes; move it to another folder first')
-    return folder._replace(stale=existing)
+    return RunFolder(path, args.keep_checkpoints, existing)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

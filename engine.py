@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -150,13 +149,6 @@ def pick_precision(precision: str | None, device: torch.device, amp: bool = True
     return 'tf32' if has_tf32 and not amp else 'fp32'
 
 
-def set_precision(precision: str | None, device: torch.device, amp: bool = True) -> str:
-    """Pick the precision, set PyTorch's switches to it, and return it."""
-    precision = pick_precision(precision, device, amp)
-    set_backends(precision, device)
-    return precision
-
-
 def set_backends(precision: str, device: torch.device):
     """PyTorch's global switches: TF32 in products of float32, or not; cuDNN tries which convolution is the fastest."""
     # By their older names: after the newer `fp32_precision`, torch.compile, which still reads these, raises an error.
@@ -189,7 +181,7 @@ class StepGuard:
         self.delayed = device.type == 'cuda'
         self.received = 0  # the signal that asked this process to stop
         self.stop_signal = 0  # the same of any process, known to all of them after the same step
-        self.pending: tuple[Tensor, torch.cuda.Event, str] | None = None
+        self.pending: tuple[Tensor, torch.cuda.Event | None, str] | None = None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._receive)
@@ -204,21 +196,21 @@ class StepGuard:
     def check(self, loss: Tensor, place: str):
         """Take the loss of a step; InputError, in all processes, where that of one is not finite."""
         self.check_last()
-        reports = utils.all_gather(torch.stack([loss, torch.full_like(loss, self.received)]))
+        reports, copied = utils.all_gather(torch.stack([loss, torch.full_like(loss, self.received)])), None
         if self.delayed:
-            host = torch.empty_like(reports, device='cpu', pin_memory=True).copy_(reports, non_blocking=True)
-            self.pending = host, torch.cuda.current_stream().record_event(), place
-        else:
-            self._read(reports, place)
+            reports = torch.empty_like(reports, device='cpu', pin_memory=True).copy_(reports, non_blocking=True)
+            copied = torch.cuda.current_stream().record_event()
+        self.pending = reports, copied, place
+        if not self.delayed:
+            self.check_last()
 
     def check_last(self):
-        """Read what a GPU has gathered in the last step; on a CPU that was done at once."""
-        if self.pending:
-            (reports, copied, place), self.pending = self.pending, None
+        """Read what was gathered in the last step, where that has not been done."""
+        if self.pending is None:
+            return
+        (reports, copied, place), self.pending = self.pending, None
+        if copied:
             copied.synchronize()
-            self._read(reports, place)
-
-    def _read(self, reports: Tensor, place: str):
         losses, signals = reports.T.tolist()  # (processes, 2)
         self.stop_signal = self.stop_signal or int(max(signals))
         if bad := [(rank, loss) for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
@@ -289,7 +281,7 @@ class Progress:
     """Loss and speed of an epoch. The sums stay on the device, so that only `report` and `total_loss` wait for it."""
 
     def __init__(self, state: State, steps: int, images: int, device: torch.device):
-        self.state, self.steps, self.images, self.device = state, steps, images, device
+        self.state, self.steps, self.images = state, steps, images
         # Of the whole epoch, and since the last report; what is done of the epoch already counts once, on rank 0.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.sums[0] = state.loss_sum if utils.rank() == 0 else 0.0
@@ -305,12 +297,11 @@ class Progress:
         step, steps, now = self.state.step, self.steps, time.perf_counter()
         loss = utils.all_sum(self.sums.clone())[1].item() / utils.world_size() / (step - self.last)
         left = timedelta(seconds=round((now - self.started) / (step - self.first) * (steps - step)))
-        memory = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == 'cuda' else 0
+        memory = f'  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB' if self.sums.is_cuda else ''
         print_rank0(
             f'Epoch: [{self.state.epoch}/{epochs}]  [{step:>{len(str(steps))}}/{steps}]  '
             f'loss: {loss:.4f}  lr: {learning_rate(self.state):.3g}  '
-            f'{self.images * (step - self.last) / (now - self.last_time):.1f} img/s  eta: {left}'
-            + (f'  max mem: {memory:.0f} MiB' if memory else '')
+            f'{self.images * (step - self.last) / (now - self.last_time):.1f} img/s  eta: {left}{memory}'
         )
         self.sums[1], self.last, self.last_time = 0.0, step, now
 
@@ -318,85 +309,80 @@ class Progress:
         """What the log has of the epoch."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         return {
+            'epoch': self.state.epoch,
             'train_loss': self.total_loss() / utils.world_size() / self.steps,
             'train_lr': learning_rate(self.state),
             'train_images_per_second': (self.steps - self.first) * self.images / seconds,
+            'global_batch': self.images,
         }
 
 
-@dataclass
-class Loop:
-    """What all epochs of a run share besides its state: data, loss, and the numbers that say how a step is made."""
+def train_one_epoch(
+    state: State,
+    train_on: Callable,
+    prepare: Callable,
+    loader: DataLoader,
+    guard: StepGuard,
+    folder: RunFolder,
+    accumulate: int,
+    epochs: int,
+    print_freq: int,
+    save_interval: int = 0,
+) -> dict[str, float]:
+    """Train on the batches of an epoch from `state.step` on; returns what the log has of it.
 
-    net: nn.Module  # the model as it is called, perhaps in DistributedDataParallel
-    criterion: nn.Module
-    loader: DataLoader
-    mixup: Mixup | None
-    autocast: Callable
-    guard: StepGuard
-    folder: RunFolder
-    epochs: int
-    accumulate: int  # batches of a process in a step
-    clip_grad: float | None
-    clip_mode: str
-    print_freq: int
-    save_interval: int  # steps; 0: epochs only
-    seed: int
-    memory_format: torch.memory_format
-
-
-def train_one_epoch(state: State, loop: Loop) -> dict[str, float]:
-    """Train on the batches of an epoch from `state.step` on; returns the mean loss, the rate and images a second.
-
-    Saves on the way where the flags ask for it. Where a process was asked to stop, all of them save and raise
-    SystemExit, with 128 and the signal.
+    `prepare` gives batches on the device, see `prepare_batches`, and `train_on` makes a step of `accumulate` of them,
+    see `train_step`. Saves every `save_interval` steps (0: never). Where a process was asked to stop, all of them save
+    and raise SystemExit with 128 and the signal.
     """
-    loop.net.train()
-    device, batch_size = next(state.model.parameters()).device, loop.loader.batch_size
-    steps = len(loop.loader) // loop.accumulate
-    progress = Progress(state, steps, global_batch(batch_size, loop.accumulate), device)
-    loop.loader.sampler.set_epoch(state.epoch, start=state.step * loop.accumulate * batch_size)
-    batches = iter(loop.loader)
+    device, steps = next(state.model.parameters()).device, len(loader) // accumulate
+    progress = Progress(state, steps, global_batch(loader.batch_size, accumulate), device)
+    loader.sampler.set_epoch(state.epoch, start=state.step * accumulate * loader.batch_size)
+    state.model.train()
+    batches = iter(loader)
     for step in range(state.step, steps):
         place = f'in epoch {state.epoch}, step {step}, at rate {learning_rate(state):.3g}'
-        key = loop.seed, state.epoch, step, 1 + utils.rank()
-        inputs = prepare(islice(batches, loop.accumulate), loop.mixup, device, key, loop.memory_format)
-        progress.sums += train_step(
-            state, loop.net, loop.criterion, inputs, loop.accumulate, loop.autocast, loop.clip_grad, loop.clip_mode,
-            accept=partial(loop.guard.check, place=place),
-        )  # fmt: skip
+        inputs = prepare(islice(batches, accumulate), key=(state.epoch, step))
+        progress.sums += train_on(inputs, accumulate, accept=partial(guard.check, place=place))
         state.step = step + 1
-        save_now = loop.save_interval and state.step % loop.save_interval == 0 and state.step < steps
-        if loop.guard.stop_signal or save_now:
-            loop.guard.check_last()
+        save_now = save_interval and state.step % save_interval == 0 and state.step < steps
+        if guard.stop_signal or save_now:
+            guard.check_last()
             state.loss_sum = progress.total_loss()
-            loop.folder.save(state)
-        if loop.guard.stop_signal:
-            print_rank0(
-                f'asked to stop: stopped {place}' + (f'; saved in {loop.folder.path}' if loop.folder.path else '')
-            )
-            raise SystemExit(128 + loop.guard.stop_signal)
-        if state.step % loop.print_freq == 0 or state.step == steps:
-            progress.report(loop.epochs)
-    loop.guard.check_last()
-    return progress.summary()
+            folder.save(state)
+        if guard.stop_signal:
+            print_rank0(f'asked to stop: stopped {place}' + (f'; saved in {folder.path}' if folder.path else ''))
+            raise SystemExit(128 + guard.stop_signal)
+        if state.step % print_freq == 0 or state.step == steps:
+            progress.report(epochs)
+    guard.check_last()
+    return progress.summary() | count_broken_images(loader, device)
 
 
-def prepare(
+def count_broken_images(loader: DataLoader, device: torch.device) -> dict[str, int]:
+    """Images that --max-broken-images has let pass in any process, where it allows some."""
+    if not loader.dataset.max_broken:
+        return {}
+    broken = utils.all_sum(loader.dataset.broken.to(device, torch.int32))
+    return {'train_broken_images': int(broken.count_nonzero())}
+
+
+def prepare_batches(
     batches: Iterable[tuple[Tensor, Tensor]],
     mixup: Mixup | None,
     device: torch.device,
-    key: tuple[int, ...],
-    memory_format: torch.memory_format,
+    layout: torch.memory_format,
+    seed: int,
+    key: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches on the device, mixed.
 
-    Mixup and stochastic depth are functions of `key`, the place in the run, as the data set's augmentation is.
+    Mixup and stochastic depth are functions of `key`, (epoch, step), as the augmentation of an image is of its place.
     """
     for i, (images, targets) in enumerate(batches):
-        utils.seed_all(*key, i)
+        utils.seed_all(seed, *key, 1 + utils.rank(), i)
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        images = images.contiguous(memory_format=memory_format)
+        images = images.contiguous(memory_format=layout)
         yield mixup(images, targets) if mixup else (images, targets)
 
 
@@ -440,9 +426,10 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> dict[
     """Evaluate the checkpoint of --resume as it was trained, but for flags that are given."""
     content = weights.read_checkpoint(args.resume, print_rank0)
     args = checkpoint.restore_model_args(args, content)
-    precision = set_precision(args.precision, device, args.amp)
+    precision = pick_precision(args.precision, device, args.amp)
+    set_backends(precision, device)
     config = datasets.data_config(args, args.model)
-    classes, count = checkpoint.find_classes(content, args.resume, args.model, args.eval_ema)
+    classes, count = checkpoint.find_classes(content, args.model, args.eval_ema)
     _, loader = datasets.build_loaders(args, config, utils.rank(), utils.world_size(), classes, count, train=False)
     model = models.build(args, len(loader.dataset.classes), config.input_size).to(device)
     print_rank0(f'{datasets.describe(config)}\n{describe(args.model, model, precision)}')
@@ -500,11 +487,16 @@ def build_state(
     `precision` and `config` are what holds where the flags leave it open; checkpoints keep them, and `classes`.
     """
     device = next(model.parameters()).device
-    model.to(memory_format=memory_format(args.channels_last))  # first: EMA and moments take it over
+    model.to(memory_format=layout(args.channels_last))  # first: EMA and moments take it over
     ema = None
     if args.model_ema:
         ema = ModelEma(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
-    rate = args.lr * global_batch(batch_size, args.grad_accum_steps) / 512
+    images = global_batch(batch_size, args.grad_accum_steps)
+    rate = args.lr * images / 512
+    print_rank0(
+        f'batch {batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = {images} images '
+        f'a step (published: 1024 to 2048), learning rate {args.lr:g} * {images} / 512 = {rate:.3g}'
+    )
     # One kernel for all parameters, where the optimizer has one.
     fused = {'fused': True} if args.opt.lower() in ('adam', 'adamw') else {}
     try:
@@ -521,7 +513,7 @@ def build_state(
     return State(model, ema, optimizer, scheduler, scaler, flags, list(classes), epoch=args.start_epoch)
 
 
-def memory_format(channels_last: bool) -> torch.memory_format:
+def layout(channels_last: bool) -> torch.memory_format:
     """The order in memory of images and of the weights of convolutions."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -548,68 +540,59 @@ def train(
     folder: RunFolder,
 ) -> dict[str, float]:
     """Train for all epochs, evaluating, saving and logging on the way; returns the last evaluation."""
-    model, ema = state.model, state.ema.module if state.ema else None
-    device = next(model.parameters()).device
-    steps = len(train_loader) // args.grad_accum_steps
-    if steps == 0:
-        raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {len(train_loader)} batches')
-    stage_epoch = first_stage_wise_epoch(args)
-    images = global_batch(train_loader.batch_size, args.grad_accum_steps)
+    count, stage_epoch, first = args.grad_accum_steps, first_stage_wise_epoch(args), state.epoch
+    if len(train_loader) < count:
+        raise InputError(f'--grad-accum-steps {count}: an epoch has only {len(train_loader)} batches')
     print_rank0(
-        f'batch {train_loader.batch_size} x {args.grad_accum_steps} accumulated x {utils.world_size()} processes = '
-        f'{images} images a step (published: 1024 to 2048), learning rate {args.lr:g} * {images} / 512 = '
-        f'{args.lr * images / 512:.3g}, {steps} steps an epoch, epochs {state.epoch} to {args.epochs - 1}, '
-        f'stage-wise from epoch {stage_epoch}'
+        f'{len(train_loader) // count} steps an epoch, epochs {first} to {args.epochs - 1}, stage-wise from epoch '
+        f'{stage_epoch}'
+        if first < args.epochs
+        else f'all {args.epochs} epochs are done already; to go on, give a larger --epochs and --accept-changes'
     )
     folder.clear()
-    if args.channels_last:
-        criterion.to(memory_format=torch.channels_last)
-    if args.compile:
-        model.compile()
-        if criterion.teacher is not None:
-            criterion.teacher.compile()
-    net = model
-    if utils.world_size() > 1:
-        net = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
-    autocast = make_autocast(state.flags['precision'], device)
-    loop = Loop(
-        net, criterion, train_loader, mixup, autocast, StepGuard(device), folder, args.epochs, args.grad_accum_steps,
-        args.clip_grad, args.clip_mode, args.print_freq, args.save_interval_steps, args.seed,
-        memory_format(args.channels_last),
-    )  # fmt: skip
-
-    if state.epoch >= args.epochs:
-        print_rank0(
-            f'all {args.epochs} epochs are done already; to train on, give a larger --epochs and --accept-changes'
-        )
-    test, started, first = {}, time.perf_counter(), state.epoch
+    model, ema, device = state.model, state.ema.module if state.ema else None, next(state.model.parameters()).device
+    autocast, net = make_autocast(state.flags['precision'], device), wrap(model, criterion, args.compile)
+    clip = dict(clip_grad=args.clip_grad, clip_mode=args.clip_mode)
+    step = partial(train_step, state, net, criterion, autocast=autocast, **clip)
+    prepare = partial(prepare_batches, mixup=mixup, device=device, layout=layout(args.channels_last), seed=args.seed)
+    guard, started, test = StepGuard(device), time.perf_counter(), {}
     for epoch in range(first, args.epochs):
         if hasattr(model, 'set_schedule'):
             model.set_schedule(epoch >= stage_epoch, epoch >= args.prune_warmup_epoch)
-        record = train_one_epoch(state, loop)
-        if args.max_broken_images:
-            broken = utils.all_sum(train_loader.dataset.broken.to(device, torch.int32))
-            record['train_broken_images'] = int(broken.count_nonzero())
-        for network in (model, ema) if ema else (model,):  # rank 0 writes the files: its BatchNorm statistics count
-            if utils.world_size() > 1:
+        record = train_one_epoch(
+            state, step, prepare, train_loader, guard, folder, count, args.epochs, args.print_freq,
+            args.save_interval_steps,
+        )  # fmt: skip
+        for network in (model, ema) if ema else (model,):
+            if utils.world_size() > 1:  # the first process writes the files: its BatchNorm statistics count
                 distribute_bn(network, utils.world_size())
         if (epoch + 1) % args.eval_interval == 0 or epoch >= args.epochs - args.eval_interval:
             test = evaluate(model, val_loader, autocast)
             record |= {f'test_{key}': value for key, value in test.items()}
             if args.eval_ema and ema:
-                averaged = evaluate(ema, val_loader, autocast, 'Test of the EMA')
-                record |= {f'test_ema_{key}': value for key, value in averaged.items()}
+                results = evaluate(ema, val_loader, autocast, 'Test of the EMA')
+                record |= {f'test_ema_{key}': value for key, value in results.items()}
         # As published: the rate of epoch e is the schedule's at e - 1, so epochs 0 and 1 both have the warm-up rate.
         state.scheduler.step(epoch, record.get('test_acc1', state.best_acc1))
         state.epoch, state.step, state.loss_sum = epoch + 1, 0, 0.0
-        finish_epoch(state, folder, record | {'precision': state.flags['precision'], 'global_batch': images})
-        left = (time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
-        print_rank0(
-            f'Epoch {epoch} done, best Acc@1 {state.best_acc1:.3f}, time left {timedelta(seconds=round(left))}\n'
-        )
-    if folder.path and first < args.epochs:
+        finish_epoch(state, folder, record)
+        left = round((time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1))
+        print_rank0(f'Epoch {epoch} done, best Acc@1 {state.best_acc1:.3f}, time left {timedelta(seconds=left)}\n')
+    if folder.path:
         print_rank0(f'written: {", ".join(str(path) for path in sorted(folder.path.glob("*")))}')
     return test
+
+
+def wrap(model: nn.Module, criterion: nn.Module, compiled: bool) -> nn.Module:
+    """The model as training calls it, with several processes in DistributedDataParallel; compiles the teacher too."""
+    if compiled:
+        model.compile()
+        if criterion.teacher is not None:
+            criterion.teacher.compile()
+    if utils.world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
 
 def first_stage_wise_epoch(args: argparse.Namespace) -> int:
@@ -624,14 +607,12 @@ def finish_epoch(state: State, folder: RunFolder, record: dict):
     improved = (record.get('test_acc1') or 0.0) > state.best_acc1  # False for NaN
     if improved:
         state.best_acc1 = record['test_acc1']
+    record |= {
+        'precision': state.flags['precision'],
+        'best_acc1': state.best_acc1,
+        'n_parameters': count_parameters(state.model),
+        'selection': describe_schedule(state.model),
+    }
     # The log first: once the checkpoint is there, a run goes on with the next epoch, and would never write this line.
-    folder.write_log(
-        record
-        | {
-            'epoch': state.epoch - 1,
-            'best_acc1': state.best_acc1,
-            'n_parameters': count_parameters(state.model),
-            'selection': describe_schedule(state.model),
-        }
-    )
+    folder.write_log(record)
     folder.save(state, improved)

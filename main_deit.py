@@ -34,7 +34,8 @@ def main() -> dict[str, float]:
     device = utils.set_up_processes(args)
     if args.eval:
         return engine.evaluate_checkpoint(args, device)
-    precision = engine.set_precision(args.precision, device, args.amp)
+    precision = engine.pick_precision(args.precision, device, args.amp)
+    engine.set_backends(precision, device)
     config = datasets.data_config(args, args.model)
     train_loader, val_loader = datasets.build_loaders(args, config, utils.rank(), utils.world_size())
     classes = val_loader.dataset.classes

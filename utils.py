@@ -180,17 +180,22 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
     """
     device = pick_device(args.device, int(os.environ.get('LOCAL_RANK', max(args.local_rank, 0))))
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
-        # gloo too on GPUs: an average that is kept on the CPU lives on the host.
-        dist.init_process_group(
-            'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-            init_method=args.dist_url,
-            rank=int(os.environ['RANK']),
-            world_size=int(os.environ['WORLD_SIZE']),
-            timeout=timedelta(seconds=args.dist_timeout),
-        )
+        timeout = timedelta(seconds=args.dist_timeout)
+        place = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        store, number, count = next(dist.rendezvous(args.dist_url, *place, timeout=timeout))
+        # After a restart the store still has the addresses of the processes that died, and gloo would connect to them.
+        store = dist.PrefixStore(f'start{restarts()}', store)
+        # gloo too on GPUs: an EMA that is kept on the CPU lives on the host.
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     check_versions()
     seed_all(args.seed)
     return device
+
+
+def restarts() -> int:
+    """How often the launcher started this job again after a failure."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def pick_device(name: str | None, local_rank: int) -> torch.device:

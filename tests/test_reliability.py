@@ -983,7 +983,7 @@ def test_row_29_another_number_of_processes(whole, script, image_folder, tmp_pat
     flags = [*WHOLE, '--data-path', image_folder, '--output_dir', folder]
     printed = script('main_deit', *flags, '--resume', folder / 'checkpoint-0001-000001.pth')
     assert 'world_size was 2, now 1: training goes on, but not exactly' in printed
-    assert 'the epoch starts again' in printed and 'Epoch 1 done' in printed
+    assert 'the epoch starts over' in printed and 'Epoch 1 done' in printed
     assert re.search(r'Epoch: \[1/2\]  \[(\d+)/', printed)[1] == '1'
     assert [line['epoch'] for line in read_log(folder)] == [0, 1]
 
@@ -1118,7 +1118,7 @@ def test_row_26_and_row_40_killed_between_the_files_of_an_epoch(tmp_path, monkey
     """The newest checkpoint comes last: until it is there, a run does the epoch again, and with it the other files."""
     state, folder = build_state(arguments()), checkpoint.RunFolder(tmp_path)
     state.epoch = 1
-    engine.finish_epoch(state, folder, {'test_acc1': 40.0})
+    engine.finish_epoch(state, folder, {'epoch': 0, 'test_acc1': 40.0})
     real = utils.atomic_write
 
     def killed(path, write):
@@ -1129,7 +1129,7 @@ def test_row_26_and_row_40_killed_between_the_files_of_an_epoch(tmp_path, monkey
     monkeypatch.setattr(utils, 'atomic_write', killed)
     state.epoch = 2
     with pytest.raises(KeyboardInterrupt):
-        engine.finish_epoch(state, folder, {'test_acc1': 60.0})
+        engine.finish_epoch(state, folder, {'epoch': 1, 'test_acc1': 60.0})
     assert weights.read_checkpoint(tmp_path / 'best_checkpoint.pth')['best_acc1'] == 60
     assert weights.read_checkpoint(tmp_path / 'checkpoint.pth')['best_acc1'] == 40
     assert [line['epoch'] for line in read_log(tmp_path)] == [0, 1]
