@@ -51,15 +51,21 @@ def add_arguments(parser: ArgumentParser):
     """Flags of data, augmentation and loading."""
     add = parser.add_argument_group('data').add_argument
     add('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
-    add('--data-set', default='IMNET', choices=DATA_SETS, help='IMNET has folders train/CLASS/ and val/CLASS/')
+    add(
+        '--data-set', default='IMNET', choices=DATA_SETS,
+        help='IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program',
+    )  # fmt: skip
     add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
     add('--batch-size', type=int, default=64, help='images of one process in one step')
     add('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
     add('--pin-mem', action=BooleanOptionalAction, default=True, help='used with CUDA alone')
-    add('--max-broken-images', type=int, default=0, metavar='N', help='replace up to N in training, in each process')
+    add(
+        '--max-broken-images', type=int, default=0, metavar='N',
+        help='unreadable training images that each process may replace by others; in evaluation there may be none',
+    )  # fmt: skip
     add('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
 
-    group = parser.add_argument_group('preprocessing', "Without a flag, the model's own; the start prints it.")
+    group = parser.add_argument_group('preprocessing', "Defaults are the model's own; the start prints what holds.")
     add = group.add_argument
     add('--input-size', type=int, metavar='PX', help='side of the images')
     add('--mean', type=float, nargs='+', metavar='M', help='of pixels from 0 to 1, one or one a channel')
@@ -73,7 +79,10 @@ def add_arguments(parser: ArgumentParser):
     add('--color-jitter', type=float, default=0.4, help='strength, where --aa is off')
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's policy, rand-..., original, ...; '' is off")
     add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of crops')
-    add('--fast-decode', action=BooleanOptionalAction, default=True, help='faster, in training; pixels differ a little')
+    add(
+        '--fast-decode', action=BooleanOptionalAction, default=True,
+        help='decode, crop and resize JPEGs in faster ways; off, training sees the exact pixels, as evaluation always',
+    )  # fmt: skip
     add('--reprob', type=float, default=0.25, help='probability of erasing a rectangle')
     add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what fills it')
     add('--recount', type=int, default=1, help='most rectangles in an image')
@@ -112,7 +121,7 @@ class DataConfig(NamedTuple):
 
 
 def data_config(args: Namespace, model_name: str) -> DataConfig:
-    """The data configuration of a model, with what the flags of preprocessing say in its place.
+    """The data configuration that a model was published with, but for what the flags of preprocessing say.
 
     Raises InputError for values that make no sense, and models that do not take square images with three channels.
     """
@@ -130,10 +139,12 @@ def data_config(args: Namespace, model_name: str) -> DataConfig:
     cfg = models.published_cfg(model_name)
     size = given['input_size'] and (3, given['input_size'], given['input_size'])
     config = resolve_data_config(given | {'input_size': size}, cfg.to_dict())
-    channels, rows, columns = config['input_size']
-    if cfg.input_size[0] != 3 or channels != 3 or rows != columns:
-        expected = ' x '.join(map(str, cfg.input_size))
-        raise InputError(f'{model_name} takes images of {expected}; expected 3 channels and a square (--input-size)')
+    _, rows, columns = config['input_size']
+    if cfg.input_size[0] != 3 or rows != columns:
+        published_size = ' x '.join(map(str, cfg.input_size))
+        raise InputError(
+            f'{model_name} takes images of {published_size}; expected 3 channels and a square (--input-size)'
+        )
     if config['crop_mode'] not in CROP_MODES:
         raise InputError(f'{model_name} has crop_mode {config["crop_mode"]}; expected one of {", ".join(CROP_MODES)}')
     if given['crop_pct'] is None and rows <= SMALL:
@@ -163,10 +174,10 @@ class ToTensor:
 
 
 def build_transform(config: DataConfig, augment: dict | None = None) -> transforms.Compose:
-    """RGB image of any size to a normalised tensor (3, input_size, input_size), as timm makes it.
+    """timm's transform of an RGB image of any size to a normalised tensor (3, input_size, input_size).
 
-    In evaluation; with `augment`, arguments for timm's `create_transform`, in training, where a random crop comes
-    first.
+    Without `augment` that of evaluation, else of training, whose first step is the random crop. `augment` holds
+    arguments of `create_transform`.
     """
     if augment is None:
         resize_and_crop = create_transform(**config._asdict()).transforms[:-2]  # without timm's ToTensor and Normalize
@@ -181,7 +192,7 @@ def build_transform(config: DataConfig, augment: dict | None = None) -> transfor
 
 
 def augmentation(args: Namespace) -> dict:
-    """What the flags of augmentation are called by timm's `create_transform`."""
+    """The flags of augmentation, by the names that `create_transform` has for them."""
     names = {'color_jitter': 'color_jitter', 'aa': 'auto_augment', 'train_interpolation': 'interpolation'}
     names |= {'reprob': 're_prob', 'remode': 're_mode', 'recount': 're_count'}
     return {name: getattr(args, flag) for flag, name in names.items()}
@@ -384,13 +395,16 @@ def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
     unknown = sorted(set(folders) - set(synsets))
     if num_classes == len(synsets) and not unknown:
         return synsets
-    message = f'the checkpoint does not name its {num_classes} classes, {root} holds {len(folders)} class folders'
     if num_classes == len(folders):
-        print_rank0(f'{message}; taken for these, in sorted order')
+        print_rank0(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in order')
         return folders
+    reason = ''
     if num_classes == len(synsets):
-        message += f'; {len(unknown)} folders are not named by an ImageNet synset: {_abbreviate(unknown)}'
-    raise InputError(message)
+        reason = f'; {len(unknown)} folders are not named by an ImageNet synset: {_abbreviate(unknown)}'
+    raise InputError(
+        f'the checkpoint has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
+        + reason
+    )
 
 
 def compare_classes(trained: Sequence[str], current: Sequence[str]) -> str:
@@ -567,7 +581,7 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
     if args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax:
         return None
     if args.batch_size % 2:
-        raise InputError(f'--batch-size {args.batch_size} is odd, but images are mixed in pairs (--mixup, --cutmix)')
+        raise InputError(f'--batch-size {args.batch_size} is odd, images are mixed in pairs; off: --mixup 0 --cutmix 0')
     return Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
