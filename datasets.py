@@ -43,8 +43,8 @@ except ImportError:  # it is deprecated, for a package of its own; without it Pi
 DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
 INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 CROP_MODES = ('center', 'squash', 'border')
-# Flags that may differ between a run and its continuation.
-MAY_CHANGE = {'data_path', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'}
+# Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
+MAY_CHANGE = dict.fromkeys(('data_path', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
 
 
 def add_arguments(parser: ArgumentParser):
@@ -229,6 +229,7 @@ def open_image(path: str | Path) -> Image.Image:
     with _reading(path):
         image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
+            image.close()
             limits = f'at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
             raise ValueError(f'{image.width} x {image.height} pixels; {limits}')
         return image
@@ -374,12 +375,9 @@ def image_folder(
         raise InputError(f'{root} holds {len(unknown)} classes that training lacks: {_abbreviate(unknown)}')
     if absent := sorted(set(classes) - set(folders)):
         print_rank0(f'{root}: no images of {len(absent)} of {len(classes)} classes: {_abbreviate(absent)}')
-
-    def is_image(path: str) -> bool:
-        return path.lower().endswith(IMG_EXTENSIONS) and f'{os.sep}.' not in path[len(str(root)) :]
-
     labels = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(root, labels, is_valid_file=is_image, allow_empty=True)
+    samples = make_dataset(root, labels, IMG_EXTENSIONS, allow_empty=True)
+    samples = [sample for sample in samples if f'{os.sep}.' not in sample[0].removeprefix(str(root))]
     if empty := sorted(set(folders) - {classes[label] for _, label in samples}):
         content = _abbreviate(os.listdir(root / empty[0]))
         raise InputError(f'{root}: no images in {_abbreviate(empty)}; {root / empty[0]} holds {content}')

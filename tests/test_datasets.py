@@ -246,11 +246,11 @@ def test_tensors_have_the_bits_of_torchvisions(tmp_path):
         assert torch.equal(ours(image), exact)
 
 
-@pytest.mark.parametrize('kind', ['png', 'bmp', 'webp', 'tiff', 'jpg'])
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+KINDS = [(mode, kind) for mode in ('RGB', 'L') for kind in ('png', 'bmp', 'webp', 'tiff', 'jpg')]
+
+
+@pytest.mark.parametrize('mode, kind', [*KINDS, ('CMYK', 'tiff'), ('CMYK', 'jpg')])
 def test_any_file_is_cropped_the_fast_way(tmp_path, kind, mode):
-    if mode == 'CMYK' and kind not in ('jpg', 'tiff'):
-        return
     path = tmp_path / f'a.{kind}'
     picture(400, 300).convert(mode).save(path)
     for interpolation in ('bicubic', 'bilinear', 'random'):
@@ -659,7 +659,7 @@ def test_small_training_images_are_cropped_from_a_padded_border():
     transform = make_transform(True, flags('--input-size', 32, '--aa', '', '--color-jitter', 0, '--reprob', 0))
     image = Image.new('RGB', (32, 32), 'white')
     black = torch.stack([(transform(image)[0] < 0).float().mean() for _ in range(60)])
-    assert black.min() == 0 or black.min() < 0.1  # hardly moved
+    assert black.min() < 0.1  # hardly moved
     assert 0.1 < black.max() <= 1 - (28 / 32) ** 2  # moved by four pixels both ways
 
 
