@@ -13,7 +13,7 @@ import threading
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -106,16 +106,12 @@ PADDING = 4
 
 
 class DataConfig(NamedTuple):
-    """What a model expects of its images; the names are those of the flags and of timm.
+    """What a model expects of its images; the names are those of the flags and of timm."""
 
-    Images are square, `input_size` pixels a side. Pixels of 0 to 1 are normalised by `mean` and `std`. Evaluation
-    resizes to input_size / crop_pct by `interpolation`, and crops; `crop_mode` is timm's.
-    """
-
-    input_size: int
-    mean: tuple[float, ...]
+    input_size: int  # pixels a side
+    mean: tuple[float, ...]  # of pixels from 0 to 1
     std: tuple[float, ...]
-    crop_pct: float
+    crop_pct: float  # evaluation resizes to input_size / crop_pct, and crops
     crop_mode: str
     interpolation: str
 
@@ -125,17 +121,15 @@ def data_config(args: Namespace, model_name: str) -> DataConfig:
 
     Raises InputError for values that make no sense, and models that do not take square images with three channels.
     """
-    checks = (
+    given = {name: getattr(args, name) for name in DataConfig._fields}
+    for name, expected, is_valid in (
         ('mean', 'one number or three', lambda mean: len(mean) in (1, 3)),
         ('std', 'one number or three, above 0', lambda std: len(std) in (1, 3) and min(std) > 0),
-        ('crop-pct', 'a share above 0 and up to 1', lambda share: 0 < share <= 1),
-        ('input-size', '1 or more', lambda side: side >= 1),
-    )
-    given = {name: getattr(args, name) for name in DataConfig._fields}
-    for flag, expected, is_valid in checks:
-        value = given[flag.replace('-', '_')]
-        if value is not None and not is_valid(value):
-            raise InputError(f'--{flag}: expected {expected}, found {value}')
+        ('crop_pct', 'a share above 0 and up to 1', lambda share: 0 < share <= 1),
+        ('input_size', '1 or more', lambda side: side >= 1),
+    ):
+        if given[name] is not None and not is_valid(given[name]):
+            raise InputError(f'--{name.replace("_", "-")}: expected {expected}, found {given[name]}')
     cfg = models.published_cfg(model_name)
     size = given['input_size'] and (3, given['input_size'], given['input_size'])
     config = resolve_data_config(given | {'input_size': size}, cfg.to_dict())
@@ -274,7 +268,6 @@ class CropLoader:
             # timm rounds a crop of an image of a few pixels down to nothing.
             top, left = min(top, image.height - 1), min(left, image.width - 1)
             height, width = max(height, 1), max(width, 1)
-
             full_width, (rows, columns) = image.width, self.crop.size
             reduction = min(height // rows, width // columns)
             if reduction > 1:
@@ -393,25 +386,21 @@ def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
     unknown = sorted(set(folders) - set(synsets))
     if num_classes == len(synsets) and not unknown:
         return synsets
-    if num_classes == len(folders):
-        print_rank0(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in order')
-        return folders
-    reason = ''
-    if num_classes == len(synsets):
-        reason = f'; {len(unknown)} folders are not named by an ImageNet synset: {_abbreviate(unknown)}'
-    raise InputError(
-        f'the checkpoint has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
-        + reason
-    )
+    if num_classes != len(folders):
+        message = f'the checkpoint has {num_classes} classes and does not name them, '
+        message += f'{root} holds {len(folders)} class folders'
+        if num_classes == len(synsets):
+            message += f', {len(unknown)} not named by an ImageNet synset: {_abbreviate(unknown)}'
+        raise InputError(message)
+    print_rank0(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in order')
+    return folders
 
 
 def compare_classes(trained: Sequence[str], current: Sequence[str]) -> str:
     """How the classes of a dataset differ from those of training, in words; '' where they are the same."""
-    if list(trained) == list(current):
-        return ''
     lacking, new = sorted(set(trained) - set(current)), sorted(set(current) - set(trained))
     if not lacking and not new:
-        return 'the same names in another order'
+        return '' if list(trained) == list(current) else 'the same names in another order'
     return f'the data lacks {len(lacking)} ({_abbreviate(lacking)}) and has {len(new)} others ({_abbreviate(new)})'
 
 
@@ -433,7 +422,7 @@ def inaturalist(root: Path, split: str, year: int, level: str, transform: Callab
     category_of = {annotation['image_id']: annotation['category_id'] for annotation in listing['annotations']}
     samples = []
     for image in listing['images']:
-        path, category = PurePosixPath(image['file_name']), category_of.get(image['id'])
+        path, category = Path(image['file_name']), category_of.get(image['id'])
         if path.is_absolute() or '..' in path.parts:
             raise InputError(f'{list_path} names a path outside {root}: {path}')
         if category not in name_of:
@@ -492,19 +481,14 @@ class Seeded(Dataset):
             try:
                 return self.dataset[index]
             except InputError as error:
-                self._mark_broken(index, error)
+                is_new, self.broken[index] = not self.broken[index], 1
+                count = int(self.broken.sum())
+                if count > self.max_broken:
+                    limit = f'{count} broken training images, --max-broken-images allows {self.max_broken}'
+                    raise InputError(f'{error}\n{limit}') from error
+                if is_new:
+                    print(f'warning: {error}; the next image takes its place ({count} so far)', flush=True)
                 index = (index + 1) % len(self)
-
-    def _mark_broken(self, index: int, error: InputError):
-        """Warn of an unreadable image, the first time; InputError where there are too many."""
-        is_new = not self.broken[index]
-        self.broken[index] = 1
-        count = int(self.broken.sum())
-        if count > self.max_broken:
-            limit = f'{count} broken training images, --max-broken-images allows {self.max_broken}'
-            raise InputError(f'{error}\n{limit}') from error
-        if is_new:
-            print(f'warning: {error}; the next image takes its place ({count} so far)', flush=True)
 
 
 def build_loaders(
@@ -580,13 +564,6 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
         return None
     if args.batch_size % 2:
         raise InputError(f'--batch-size {args.batch_size} is odd, images are mixed in pairs; off: --mixup 0 --cutmix 0')
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
+    probabilities = dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode)
+    labels = dict(label_smoothing=args.smoothing, num_classes=num_classes)
+    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, **probabilities, **labels)
