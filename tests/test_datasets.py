@@ -620,7 +620,7 @@ def test_flags_stand_in_for_the_configuration_and_the_start_says_so():
 
 
 @pytest.mark.parametrize(
-    'wrong, says',
+    'wrong, message',
     [
         (['--mean', 0.1, 0.2], r'--mean: expected one number or three, found \[0.1, 0.2\]'),
         (['--std', 0], r'--std: expected one number or three, above 0, found \[0.0\]'),
@@ -629,8 +629,8 @@ def test_flags_stand_in_for_the_configuration_and_the_start_says_so():
         (['--model', 'vit_base_patch16_sapiens2'], 'takes images of 3 x 1024 x 768; expected 3 channels and a square'),
     ],
 )
-def test_preprocessing_that_makes_no_sense_is_refused(wrong, says):
-    with pytest.raises(InputError, match=says):
+def test_preprocessing_that_makes_no_sense_is_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
         config(flags(*wrong))
 
 
