@@ -694,7 +694,7 @@ def test_row_01_the_default_augmentation_never_raises(interpolation):
     args = engine.get_parser('', main_deit.RECIPE).parse_args(
         ['--input-size', '32', '--train-interpolation', interpolation]
     )
-    transform = datasets.build_transform(True, args, datasets.data_config(args, args.model))
+    transform = datasets.build_transform(datasets.data_config(args, args.model), datasets.augmentation(args))
     image, _ = shapes.Shapes('train', 32)[0]
     utils.seed_all(0)
     for _ in range(10_000):
