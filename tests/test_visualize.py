@@ -33,15 +33,15 @@ def unfaded(image: np.ndarray, copy: np.ndarray, rows: int) -> list[int]:
     All others must be 30 % image on 70 % veil, which is white but for grey lines, both in each patch.
     """
     edges = [-(-len(image) * i // rows) for i in range(rows + 1)]
-    found = []
+    patches = []
     for i in range(rows * rows):
         y, x = (slice(edges[at], edges[at + 1]) for at in divmod(i, rows))
         if np.array_equal(copy[y, x], image[y, x]):
-            found.append(i)
+            patches.append(i)
         else:
             white, grey = (np.abs(copy[y, x] - (0.3 * image[y, x] + 0.7 * v)).max(2) <= 0.51 for v in (255, 128))
             assert (white | grey).all() and white.any() and grey.any()
-    return found
+    return patches
 
 
 def read(path) -> np.ndarray:
@@ -67,6 +67,13 @@ def checkpoint(tmp_path_factory):
     return make
 
 
+def load_model(*flags) -> nn.Module:
+    """The model that the script would draw."""
+    args = visualize.get_parser().parse_args([str(flag) for flag in flags])
+    content = weights.read_checkpoint(args.resume)
+    return visualize.load_model(visualize.restore_args(args, content), content)
+
+
 @pytest.mark.parametrize('schedule', ['stage', 'layer'])
 def test_pictures_show_the_golden_selection(schedule, tmp_path):
     description, golden = fill.load('evo_deit_tiny_patch16_224')
@@ -74,9 +81,9 @@ def test_pictures_show_the_golden_selection(schedule, tmp_path):
     weights.load_weights(model, {'model': fill.published_state(description)})
     model.set_schedule(schedule == 'stage')
     with torch.inference_mode():
-        looks = visualize.look(model, fill.images('golden', 2, 224), [None, None])
-    for i, seen in enumerate(looks):
-        visualize.write_copies(tmp_path, str(i), seen)
+        predictions = visualize.predict(model, fill.images('golden', 2, 224), [None, None])
+    for i, prediction in enumerate(predictions):
+        visualize.write_copies(tmp_path, str(i), prediction)
         image = read(tmp_path / f'{i}.png')
         for block in (4, 8) if schedule == 'stage' else range(4, 12):
             copy = read(tmp_path / f'{i}_block{block}.png')
@@ -99,13 +106,13 @@ def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
     side = kwargs.get('img_size', model.default_cfg['input_size'][1])
     images = torch.randn(2, 3, side, side)
     with torch.inference_mode():
-        looks = visualize.look(model, images, [0, 1])
+        predictions = visualize.predict(model, images, [0, 1])
         logits, selections = model.forward_with_selection(images)
-    for i, seen in enumerate(looks):
-        np.testing.assert_allclose(seen.probabilities, logits[i].softmax(0), atol=1e-6)
+    for i, prediction in enumerate(predictions):
+        np.testing.assert_allclose(prediction.probabilities, logits[i].softmax(0), atol=1e-6)
         for (selection, kept), rows in zip(selections.items(), grids, strict=True):
-            shown, score = seen.selections[selection]
-            assert unfaded(seen.image, visualize.fade(seen.image, shown), rows) == kept[i].tolist()
+            shown, score, _ = prediction.selections[selection]
+            assert unfaded(prediction.image, visualize.fade(prediction.image, shown), rows) == kept[i].tolist()
             assert score[shown].min(initial=np.inf) >= score[~shown].max() and score.mean() == pytest.approx(
                 1, abs=1e-3
             )
@@ -187,9 +194,7 @@ def test_formats(script, checkpoint, tmp_path):
 def test_pictures_are_of_the_network_that_was_trained(script, checkpoint, tmp_path, image_folder):
     path = checkpoint('evo_deit_nano_patch4_32')
     torch.save(torch.load(path) | {'args': {'keep_ratio': [0.25], 'representative': True}}, tmp_path / 'a.pth')
-    argv = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
-    args = visualize.get_parser().parse_args([*argv, '--input-size', '32'])
-    model = visualize.load_model(args, weights.read_checkpoint(tmp_path / 'a.pth'))
+    model = load_model('--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth', '--input-size', 32)
     assert (model.keep_ratio, model.representative) == ((0.25, 0.25), 'one')
 
 
@@ -219,24 +224,18 @@ def test_a_plain_vit_is_shown_from_its_class_token(script, tmp_path):
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'w.safetensors', '--keep-ratio', 0.9]
     printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out')
     assert 'predicts from its class token' in printed and 'was not trained for' in printed
-    args = visualize.get_parser().parse_args([str(flag) for flag in flags])
-    model, x = (
-        visualize.load_model(args, weights.read_checkpoint(tmp_path / 'w.safetensors')),
-        torch.randn(2, 3, 32, 32),
-    )
+    model, x = load_model(*flags), torch.randn(2, 3, 32, 32)
     model.set_schedule(True, evolving=False)
     with torch.no_grad():
-        seen, expected = visualize.look(model, x, [None, None]), plain(x).softmax(1)
-    np.testing.assert_allclose([each.probabilities for each in seen], expected, atol=1e-6)
+        predictions, expected = visualize.predict(model, x, [None, None]), plain(x).softmax(1)
+    np.testing.assert_allclose([p.probabilities for p in predictions], expected, atol=1e-6)
 
 
 def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
     path = checkpoint('evo_deit_nano_patch4_32', num_classes=5, img_size=16)
     torch.save(torch.load(path) | {'args': {'input_size': 16}}, tmp_path / 'a.pth')
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
-    assert visualize.load_model(
-        visualize.get_parser().parse_args(flags), weights.read_checkpoint(tmp_path / 'a.pth')
-    ).patch_embed.img_size == (16, 16)
+    model = load_model('--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth')
+    assert model.patch_embed.img_size == (16, 16)
 
 
 def test_layers_and_animation(script, checkpoint, tmp_path):
@@ -279,6 +278,7 @@ def test_any_photograph(script, checkpoint, tmp_path):
         ['a.jpg', 'a.png', 'a_1.jpg'],
         ['a.jpg', 'A.png'],
         ['a.jpg', 'a_block4.jpg'],
+        ['a.jpg', 'a_block4_clusters.jpg'],
         ['a.jpg', 'a_Sheet.jpg'],
         ['a.jpg', 'contact1.jpg'],
     ],
@@ -296,8 +296,8 @@ def test_no_picture_takes_the_name_of_another(files, script, checkpoint, tmp_pat
 
 def test_names_are_those_of_the_files_where_they_can_be():
     files = [Path('x/IMG_1.jpg'), Path('x/IMG_12.png'), Path('y/IMG.jpg')]
-    assert visualize.picture_names('p_', files) == ['p_IMG_1', 'p_IMG_12', 'p_IMG']
-    assert visualize.picture_names('p_', [*files, Path('z/IMG.jpg')]) == [
+    assert visualize.picture_names(files, 'p_') == ['p_IMG_1', 'p_IMG_12', 'p_IMG']
+    assert visualize.picture_names([*files, Path('z/IMG.jpg')], 'p_') == [
         'p_1_IMG_1',
         'p_2_IMG_12',
         'p_3_IMG',
@@ -371,7 +371,7 @@ def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, i
         ({'--img-path': tmp_path / 'none.jpg'}, 'none.jpg does not exist'),
         ({'--img-path': tmp_path / 'empty'}, 'no images there'),
         ({'--img-path': tmp_path / 'torn.jpg'}, 'torn.jpg'),
-        ({'--img-path': None}, 'nothing to look at'),
+        ({'--img-path': None}, 'no images: expected'),
         ({'--img-path': None, '--data-path': tmp_path / 'none'}, 'none/val does not exist'),
         ({'--data-set': 'SHAPES'}, '4 classes, the data set 10'),
         ({'--data-path': image_folder, '--score': None}, 'only SHAPES'),
