@@ -30,7 +30,7 @@ several images has a contact sheet.
 import argparse
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -56,41 +56,38 @@ import models
 import shapes
 import utils
 from models import weights
+from models.evolution import Selection
 from models.vit import Evolving
 from utils import InputError, say
 
 FADED = 0.3  # share of a placeholder's own colour, as published; the rest is white, or the grey of the hatching
 HATCH_GREY = 128
 LINE = 0.45  # share of black or white in the outline of a cluster
-BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '#B0B0B0'  # told apart by colour-blind eyes
+BLUE, ORANGE = '#0072B2', '#D55E00'  # told apart by colour-blind eyes
 MARKS, COLOURS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
-DPI = 150
 MAX_COLUMNS = 5  # selections side by side in a sheet
-FRAME_MS = 900
-
-# Name of the pictures, normalised image (3, height, width), label or None.
-Sample = tuple[str, Tensor, int | None]
-
-
-class GridSelection(NamedTuple):
-    """One selection in one image, on its grid of patches (rows, columns).
-
-    kept: which patches are informative, bool. score: what it chose by, divided by its mean. cluster: the number of
-    the informative patch that represents each patch; None unless the representative is 'nearest'.
-    """
-
-    kept: np.ndarray
-    score: np.ndarray
-    cluster: np.ndarray | None = None
 
 
 class Prediction(NamedTuple):
-    """An image (height, width, 3), uint8, as a model sees it, its class probabilities, and selections by name."""
+    """An image (height, width, 3), uint8, as a model sees it, its class probabilities, and selections by name.
+
+    The parts of a selection are grids (rows, columns): `kept` says which patches are informative, `score` is relative
+    to its mean, `cluster` is the informative patch that represents each patch, None unless it is the nearest.
+    """
 
     image: np.ndarray
     label: int | None
     probabilities: np.ndarray
-    selections: dict[str, GridSelection]
+    selections: dict[str, Selection]
+
+
+class View(NamedTuple):
+    """A picture of an image or of a selection: the end of its file's name, a title, pixels, the patches to outline."""
+
+    ending: str
+    title: str
+    pixels: np.ndarray
+    kept: np.ndarray | None = None
 
 
 def get_parser() -> utils.Parser:
@@ -119,29 +116,30 @@ def main():
     device = utils.set_up_processes(args)
     content = weights.read_checkpoint(args.resume, say)
     args = restore_args(args, content)
-    model = load_model(args, content).to(device)
-    known = checkpoint.find_classes(content, args)
-    dataset = datasets.build_dataset(False, args, *known) if args.data_path or args.data_set == 'SHAPES' else None
-    classes = class_names(dataset.classes if dataset else known[0], model.num_classes)
+    config = datasets.data_config(args)
+    names, num_classes = checkpoint.find_classes(content, args)
+    model = load_model(args, content, num_classes or 1000, config.input_size).to(device)
     say(f'{args.model}: computed in fp32, whatever the precision of its training')
 
+    from_dataset = args.data_path or args.data_set == 'SHAPES'
+    dataset = datasets.build_dataset(False, args, names, num_classes) if from_dataset else None
+    classes = class_names(dataset.classes if dataset else names, model.num_classes)
     prefix = f'{args.save_name}_' if args.save_name else ''
     if args.score:
         shares = object_shares(model, dataset, args.batch_size)
-        report_shares(shares)
-        write_figure(output, f'{prefix}score', draw_shares(shares), args.format)
+        write_figure(output, f'{prefix}score', report_shares(shares), args.format)
     if files:
-        names = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
-        batches = load_photos(files, names, datasets.build_transform(False, args), args.batch_size)
+        titles = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
+        batches = load_photos(files, titles, datasets.build_transform(False, args), args.batch_size)
     else:
         batches = [random_samples(dataset, classes, args.batch_size, args.seed, prefix)]
     for number, batch in enumerate(batches, 1):
-        names, images, labels = zip(*batch, strict=True)
-        predictions = predict(model, torch.stack(images).to(device), labels, args.mean, args.std)
-        write_pictures(output, names, predictions, classes, args.format, args.animate)
+        titles, images, labels = zip(*batch, strict=True)
+        predictions = predict(model, torch.stack(images).to(device), labels, config.mean, config.std)
+        write_pictures(output, titles, predictions, classes, args.format, args.animate)
         if len(predictions) > 1:
-            name = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
-            write_figure(output, name, draw_contact(predictions, classes), args.format)
+            title = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
+            write_figure(output, title, draw_contact(predictions, classes), args.format)
 
 
 # --- input
@@ -197,9 +195,9 @@ def restore_args(args: argparse.Namespace, content: dict) -> argparse.Namespace:
     return restored
 
 
-def load_model(args: argparse.Namespace, content: dict) -> nn.Module:
-    """The model with the checkpoint's weights, classes and schedule; InputError if it does not fit or never selects."""
-    model = models.build(args, checkpoint.find_classes(content, args)[1] or 1000)
+def load_model(args: argparse.Namespace, content: dict, num_classes: int, input_size: int) -> nn.Module:
+    """The model with the checkpoint's weights and schedule; InputError if it does not fit or never selects."""
+    model = models.build(args, num_classes, input_size)
     if not isinstance(model, Evolving):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT, an Evo-LeViT, or --evolve')
     try:
@@ -222,8 +220,8 @@ def class_names(names: list[str] | None, count: int) -> list[str]:
     return [descriptions.get(name, name).split(',')[0] for name in names]
 
 
-def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, prefix: str = '') -> list[Sample]:
-    """Up to `count` samples of a dataset, chosen by the seed."""
+def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, prefix: str) -> list[tuple]:
+    """Up to `count` random ones of a dataset: name of the pictures, normalised image (3, height, width), label."""
     samples = []
     for index in np.random.default_rng(seed).permutation(len(dataset))[:count].tolist():
         image, label = dataset[index]
@@ -232,8 +230,8 @@ def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, 
     return samples
 
 
-def load_photos(files: Sequence[Path], names: Sequence[str], transform, batch_size: int) -> Iterator[list[Sample]]:
-    """Batches of photographs, without labels."""
+def load_photos(files: list[Path], names: list[str], transform: Callable, batch_size: int) -> Iterator[list[tuple]]:
+    """Batches of photographs, as those of `random_samples`, with None for the label."""
     for start in range(0, len(files), batch_size):
         part = slice(start, start + batch_size)
         yield [(name, transform(load_upright(f)), None) for name, f in zip(names[part], files[part], strict=True)]
@@ -286,14 +284,14 @@ def predict(
         parts = kept, score / score.mean(1, keepdim=True), cluster
         parts = [None if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
         for i, prediction in enumerate(predictions):
-            prediction.selections[name] = GridSelection(*(None if part is None else part[i] for part in parts))
+            prediction.selections[name] = Selection(*(None if part is None else part[i] for part in parts))
     return predictions
 
 
 def grid_shape(patches: int, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of the grid whose patches are nearest to squares."""
-    rows = [n for n in range(1, patches + 1) if patches % n == 0]
-    rows = min(rows, key=lambda n: abs(math.log(n * n * width / (patches * height))))
+    divisors = [n for n in range(1, patches + 1) if patches % n == 0]
+    rows = min(divisors, key=lambda n: abs(math.log(n * n * width / (patches * height))))
     return rows, patches // rows
 
 
@@ -337,37 +335,55 @@ def describe(prediction: Prediction, classes: list[str]) -> tuple[str, str]:
     return 'wrong', f'{text} (true: {classes[true]} {prediction.probabilities[true]:.0%})'
 
 
-def report_shares(shares: dict[str, tuple[np.ndarray, float]]):
-    """Print how much of the object each selection keeps beside what chance would keep."""
-    for name, (share, chance) in shares.items():
-        kept = f'{100 * share.mean():.1f} +- {100 * interval(share):.1f} % of the object, chance {100 * chance:.1f} %'
-        say(f'{label(name):<16} keeps {kept}, more in {(share > chance).mean():.0%} of the images')
+def likely_classes(prediction: Prediction, classes: list[str]) -> str:
+    """A line for each of the three most likely classes, and for the true one."""
+    shown = prediction.probabilities.argsort()[::-1][:3].tolist()
+    shown += [] if prediction.label in (None, *shown) else [prediction.label]
+    marks = [' (true)' if c == prediction.label else '' for c in shown]
+    return '\n'.join(
+        f'{classes[c]} {prediction.probabilities[c]:.0%}{mark}' for c, mark in zip(shown, marks, strict=True)
+    )
+
+
+def report_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
+    """Print and draw how much of the object each selection keeps beside what chance would keep."""
+    names = [label(name) for name in shares]
+    means = [100 * share.mean() for share, _ in shares.values()]
+    intervals = [196 * share.std() / math.sqrt(len(share)) for share, _ in shares.values()]
+    for name, mean, interval, (share, chance) in zip(names, means, intervals, shares.values(), strict=True):
+        kept = f'keeps {mean:.1f} +- {interval:.1f} % of the object, chance {100 * chance:.1f} %'
+        say(f'{name:<16} {kept}, more in {(share > chance).mean():.0%} of the images')
     say(f'(mean share of its area over {len(share)} images, with the 95 % interval of the mean)')
-
-
-def interval(values: np.ndarray) -> float:
-    """Half of the 95 % interval of the mean."""
-    return 1.96 * values.std() / math.sqrt(len(values))
+    figure = Figure((max(4.0, 0.8 * len(names) + 2), 3), layout='constrained')
+    axes = figure.subplots()
+    chances = [100 * chance for _, chance in shares.values()]
+    axes.errorbar(names, means, intervals, color=BLUE, marker='o', capsize=3, label='of the object')
+    axes.plot(names, chances, '--s', color=ORANGE, label='by chance')
+    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='share kept (%)')
+    axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
+    axes.legend(frameon=False, loc='lower right')
+    return figure
 
 
 # --- pixels
 
 
-def pixel_patches(side: int, patches: int) -> np.ndarray:
-    """For each pixel of a side, the patch that it is in.
+def pixel_patches(image: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row and each column of the pixels, the row and the column of patches that it is in.
 
     Every grid covers the image evenly. A patch of Evo-LeViT's coarser grids takes the place of one of the finer grid
     (every second), and so covers it, also where 7 rows become 4.
     """
-    return np.arange(side) * patches // side
+    rows, columns = (np.arange(image.shape[i]) * grid.shape[i] // image.shape[i] for i in (0, 1))
+    return rows, columns
 
 
 def fade(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """The image (height, width, 3) with all patches faded and hatched but those kept (rows, columns)."""
-    y, x = (pixel_patches(side, patches) for side, patches in zip(image.shape, kept.shape, strict=False))
+    y, x = pixel_patches(image, kept)
     # White alone would not show on pale images, nor grey on grey ones: diagonal lines on white do on all.
-    short = min(image.shape[:2])
-    period = max(2, min(max(4, short // 28), min(np.divide(image.shape[:2], kept.shape).astype(int))))
+    patch = min(len(y) // kept.shape[0], len(x) // kept.shape[1])
+    period = max(2, min(max(4, min(len(y), len(x)) // 28), patch))
     lines = np.add.outer(np.arange(len(y)), np.arange(len(x))) % period < max(1, period // 4)
     veil = np.where(lines, HATCH_GREY, 255)[:, :, None]
     faded = np.rint(FADED * image + (1 - FADED) * veil).astype(np.uint8)
@@ -380,7 +396,7 @@ def mosaic(image: np.ndarray, kept: np.ndarray, cluster: np.ndarray) -> np.ndarr
     An outline inside the placeholders parts them from other clusters; it is darker than a light fill and lighter than
     a dark one, so that it shows on any image.
     """
-    y, x = (pixel_patches(side, patches) for side, patches in zip(image.shape, kept.shape, strict=False))
+    y, x = pixel_patches(image, kept)
     labels = cluster[y][:, x]
     sums = [np.bincount(labels.ravel(), channel.ravel()) for channel in np.moveaxis(image, 2, 0)]
     mean = np.stack(sums, 1) / np.bincount(labels.ravel())[:, None]
@@ -394,69 +410,67 @@ def mosaic(image: np.ndarray, kept: np.ndarray, cluster: np.ndarray) -> np.ndarr
     return np.where(kept[y][:, x, None], image, np.rint(filled).astype(np.uint8))
 
 
-class View(NamedTuple):
-    """A picture of an image or a selection: the end of its file's name, a title, pixels, the patches to outline."""
-
-    ending: str
-    title: str
-    pixels: np.ndarray
-    kept: np.ndarray | None = None
-
-
-def views(prediction: Prediction, names: Sequence[str] | None = None) -> list[View]:
-    """The image, and for each selection (or those of `names`) what it keeps, and its clusters if there are any."""
-    image, found = prediction.image, [View('', 'image', prediction.image)]
-    for name in prediction.selections if names is None else names:
+def views(prediction: Prediction, names: Sequence[str]) -> list[View]:
+    """The image, and for each of the selections `names` what it keeps, and its clusters if there are any."""
+    image, result = prediction.image, [View('', 'image', prediction.image)]
+    for name in names:
         kept, _, cluster = prediction.selections[name]
         title = f'{label(name)}\nkeeps {kept.sum()}\nof {kept.size}'
-        found.append(View(f'_{slug(name)}', title, fade(image, kept), kept))
+        result.append(View(f'_{slug(name)}', title, fade(image, kept), kept))
         if cluster is not None:
             title = f'{kept.sum()} patches\nrepresent\nall {kept.size}'
-            found.append(View(f'_{slug(name)}_clusters', title, mosaic(image, kept, cluster)))
-    return found
+            result.append(View(f'_{slug(name)}_clusters', title, mosaic(image, kept, cluster)))
+    return result
 
 
 # --- drawing
 
 
-def draw_image(axes: Axes, pixels: np.ndarray, kept: np.ndarray | None = None, top: float = 0.0):
-    """Draw an image, 1 wide, down from `top`, with an outline around it or around the patches that are kept."""
-    height, kept = pixels.shape[0] / pixels.shape[1], np.ones((1, 1), bool) if kept is None else kept
-    axes.imshow(pixels, extent=(0, 1, top + height, top))
+def blank_axes(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure of a size in inches, and its axes (rows, columns), without frames."""
+    figure = Figure((width, height), layout='constrained')
+    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 0.98))  # a margin, for pages that are dark
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
+        each.set_axis_off()
+    return figure, axes
+
+
+def draw_view(axes: Axes, view: View):
+    """Draw the pixels, with an outline around them or around the patches that are kept."""
+    height, kept = (
+        view.pixels.shape[0] / view.pixels.shape[1],
+        np.ones((1, 1), bool) if view.kept is None else view.kept,
+    )
+    axes.imshow(view.pixels, extent=(0, 1, height, 0))
     lines = []
     for turn, grid in ((slice(None), kept), (slice(None, None, -1), kept.T)):
         for i, j in np.argwhere(np.diff(np.pad(grid, ((1, 1), (0, 0))).astype(int), axis=0)):
-            lines.append(np.array([(j, i), (j + 1, i)])[:, turn] / kept.shape[::-1] * (1, height) + (0, top))
-    axes.add_collection(LineCollection(lines, colors='black', linewidths=min(0.8, 8 / len(kept))))
+            lines.append(np.array([(j, i), (j + 1, i)])[:, turn] / kept.shape[::-1] * (1, height))
+    width = min(0.8, 8 / len(kept))
+    axes.add_collection(LineCollection(lines, colors='black', linewidths=width, clip_on=False))
 
 
 def draw_sheet(prediction: Prediction, classes: list[str]) -> Figure:
-    """One image; for each selection what is kept, the clusters if there are any, and the score that it chose by."""
-    image, _, _, selections = prediction
-    clusters = any(selection.cluster is not None for selection in selections.values())
-    bands, rows = math.ceil(len(selections) / MAX_COLUMNS), 3 if clusters else 2
-    columns = math.ceil(len(selections) / bands)
-    figure = Figure((2.1 * (columns + 1), 2.3 * rows * bands + 0.9), layout='constrained')
-    axes = figure.subplots(rows * bands, columns + 1, squeeze=False)
-    for each in axes.flat:
-        each.set_axis_off()
-    draw_image(axes[0, 0], image)
-    axes[0, 0].set_title('image', fontsize=9)
-    if clusters:
-        text = 'Placeholders have the mean colour\nof their cluster: all that the same\ninformative patch represents.'
-        axes[1, 0].text(0, 0.5, text, fontsize=8, va='center')
-    draw_classes(axes[rows - 1, 0], prediction, classes)
-    highest = max(np.quantile(selection.score, 0.99) for selection in selections.values())
-    for i, (name, (kept, score, cluster)) in enumerate(selections.items()):
-        band, column = divmod(i, columns)
-        upper, *middle, lower = axes[rows * band : rows * (band + 1), column + 1]
-        draw_image(upper, fade(image, kept), kept)
-        upper.set_title(f'before {label(name)}\n{kept.sum()} of {kept.size} patches', fontsize=9)
-        if cluster is not None:
-            draw_image(middle[0], mosaic(image, kept, cluster))
+    """One image; for each selection what it keeps, its clusters if there are any, and the score that it chose by."""
+    image, *columns = [views(prediction, [name] if name else []) for name in ('', *prediction.selections)]
+    scores = [selection.score for selection in prediction.selections.values()]
+    bands, rows = math.ceil(len(columns) / MAX_COLUMNS), len(columns[0])
+    width = math.ceil(len(columns) / bands)
+    figure, axes = blank_axes(2.1 * (width + 1), 2.3 * rows * bands + 0.9, rows * bands, width + 1)
+    draw_view(axes[0, 0], *image)
+    axes[rows - 1, 0].text(
+        0, 0.5, likely_classes(prediction, classes), va='center', fontsize=9, linespacing=2, parse_math=False
+    )
+    highest = max(np.quantile(score, 0.99) for score in scores)
+    for i, ((_, *column), score) in enumerate(zip(columns, scores, strict=True)):
+        *upper, lowest = axes[rows * (i // width) :, i % width + 1][:rows]
+        for each, view in zip(upper, column, strict=True):
+            draw_view(each, view)
+            each.set_title(view.title.replace('\n', ' '), fontsize=8)
         # By the root, so that a few bright patches do not leave the others black.
-        extent = (0, 1, image.shape[0] / image.shape[1], 0)
-        heat = lower.imshow(score, 'cividis', PowerNorm(0.5, 0, highest, clip=True), extent=extent)
+        extent = (0, 1, prediction.image.shape[0] / prediction.image.shape[1], 0)
+        heat = lowest.imshow(score, 'cividis', PowerNorm(0.5, 0, highest, clip=True), extent=extent)
     bar = figure.colorbar(heat, ax=axes[-1, 1:].tolist(), location='bottom', aspect=40, extend='max')
     bar.set_ticks([tick for tick in (0, 1, 2, 4, 8, 16, 32, 64, 128) if tick <= highest])
     bar.set_label('global class attention so far, 1 = mean', fontsize=8)
@@ -466,65 +480,28 @@ def draw_sheet(prediction: Prediction, classes: list[str]) -> Figure:
     return figure
 
 
-def draw_classes(axes: Axes, prediction: Prediction, classes: list[str]):
-    """Bars of the three most likely classes, and of the true one."""
-    order = prediction.probabilities.argsort()[::-1][:3].tolist()
-    if prediction.label is not None and prediction.label not in order:
-        order.append(prediction.label)
-    for i, c in enumerate(order):
-        true = c == prediction.label
-        axes.barh(i, prediction.probabilities[c], height=0.35, color=BLUE if true else GREY)
-        text = f'{classes[c]} {prediction.probabilities[c]:.0%}{" (true)" if true else ""}'
-        axes.text(0, i - 0.28, text, fontsize=9, parse_math=False)
-    axes.set(xlim=(0, 1), ylim=(3.6, -0.9))
-
-
-def contact_column(prediction: Prediction) -> list[View]:
-    """The image, its first, middle and last selection, and the last one's clusters if there are any."""
-    names = list(prediction.selections)
-    column = views(prediction, [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})])
-    return [view for view in column if view.kept is not None or view is column[0] or view is column[-1]]
-
-
 def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figure:
-    """A column for each image, with its prediction below."""
-    columns = [contact_column(prediction) for prediction in predictions]
-    bands = math.ceil(len(columns) / math.ceil(math.sqrt(len(columns) * len(columns[0]))))
+    """A column for each image: the image, its first, middle and last selection, the last one's clusters if there are
+    any, and the prediction.
+    """
+    names = list(predictions[0].selections)
+    names = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
+    columns = [views(prediction, names) for prediction in predictions]
+    # Of the clusters, the last ones alone.
+    shown = [i for i, view in enumerate(columns[0]) if view.kept is not None or i in (0, len(columns[0]) - 1)]
+    columns, rows = [[column[i] for i in shown] for column in columns], len(shown)
+    bands = math.ceil(len(columns) / math.ceil(math.sqrt(len(columns) * rows)))
     width = math.ceil(len(columns) / bands)
-    verdicts, texts = zip(*(describe(prediction, classes) for prediction in predictions), strict=True)
-    texts = [fill(MARKS[verdict] + text, 22) for verdict, text in zip(verdicts, texts, strict=True)]
-    step = predictions[0].image.shape[0] / predictions[0].image.shape[1] + 0.05
-    height = step * len(columns[0])
-    lowest = height + 0.12 * max(text.count('\n') + 1 for text in texts)
-    figure = Figure((1.42 * width + 0.9, (1.4 * lowest + 0.05) * bands), layout='constrained')
-    axes = figure.subplots(bands, width, squeeze=False).ravel()
-    for each in axes:
-        each.set_axis_off()
-    for i, each in enumerate(axes[: len(columns)]):
-        for row, view in enumerate(columns[i]):
-            draw_image(each, view.pixels, view.kept, row * step)
+    figure, axes = blank_axes(1.42 * width + 0.9, (1.42 * rows + 0.3) * bands, rows * bands, width)
+    for i, (column, prediction) in enumerate(zip(columns, predictions, strict=True)):
+        cells = axes[rows * (i // width) :, i % width][:rows]
+        for each, view in zip(cells, column, strict=True):
+            draw_view(each, view)
             if i % width == 0:
-                each.text(-0.06, (row + 0.5) * step, view.title, fontsize=9, ha='right', va='center')
-        each.set(xlim=(-0.01, 1.01), ylim=(lowest, -0.01))
-        style = dict(color=COLOURS[verdicts[i]], fontsize=9, ha='center', va='top', parse_math=False)
-        each.text(0.5, height - 0.02, texts[i], **style)
-    return figure
-
-
-def draw_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
-    """How much of the object each selection keeps beside what chance would keep."""
-    names = [label(name) for name in shares]
-    means = [100 * share.mean() for share, _ in shares.values()]
-    errors = [100 * interval(share) for share, _ in shares.values()]
-    figure = Figure((max(4.0, 0.8 * len(names) + 2), 3), layout='constrained')
-    axes = figure.subplots()
-    axes.errorbar(names, means, errors, color=BLUE, marker='o', capsize=3, label='of the object')
-    chances = [100 * chance for _, chance in shares.values()]
-    axes.plot(names, chances, color=ORANGE, marker='s', linestyle='--', label='by chance')
-    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='share kept (%)')
-    axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, loc='lower right')
+                each.text(-0.06, 0.5, view.title, fontsize=9, ha='right', va='center', transform=each.transAxes)
+        verdict, text = describe(prediction, classes)
+        style = dict(color=COLOURS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
+        cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 22), transform=cells[-1].transAxes, **style)
     return figure
 
 
@@ -547,7 +524,7 @@ def write_pictures(
 
 def write_copies(output: Path, name: str, prediction: Prediction):
     """Write the image, and copies for each selection, pixel by pixel: NAME.png, NAME_block4.png, ..."""
-    for view in views(prediction):
+    for view in views(prediction, prediction.selections):
         save = partial(Image.fromarray(view.pixels).save, format='PNG')
         utils.write_whole(output / f'{name}{view.ending}.png', save)
 
@@ -555,21 +532,19 @@ def write_copies(output: Path, name: str, prediction: Prediction):
 def save_gif(prediction: Prediction, file: BinaryIO):
     """The image, then each selection."""
     frames = []
-    for view in views(prediction):
-        figure, frame = Figure((2.4, 2.6), layout='constrained'), BytesIO()
-        axes = figure.subplots()
-        axes.set_axis_off()
-        draw_image(axes, view.pixels, view.kept)
-        axes.set_title(view.title.replace('\n', ' '), fontsize=9)
-        figure.savefig(frame)
+    for view in views(prediction, prediction.selections):
+        figure, axes = blank_axes(2.4, 2.6, 1, 1)
+        draw_view(axes[0, 0], view)
+        axes[0, 0].set_title(view.title.replace('\n', ' '), fontsize=9)
+        figure.savefig(frame := BytesIO())
         frames.append(Image.open(frame).convert('RGB'))
-    frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+    frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=900, loop=0)
 
 
 def write_figure(output: Path, name: str, figure: Figure, kind: str):
     """Write NAME.png, NAME.jpg or NAME.pdf."""
     options = {'pil_kwargs': {'quality': 85}} if kind == 'jpg' else {}
-    utils.write_whole(output / f'{name}.{kind}', partial(figure.savefig, format=kind, dpi=DPI, **options))
+    utils.write_whole(output / f'{name}.{kind}', partial(figure.savefig, format=kind, dpi=150, **options))
 
 
 if __name__ == '__main__':

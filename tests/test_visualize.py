@@ -14,9 +14,10 @@ from timm.models import VisionTransformer
 from torch import nn
 
 import datasets
-import models  # noqa: F401
+import models
 import shapes
 import visualize
+from checkpoint import find_classes
 from models import weights
 from models.evolution import Selection
 from utils import InputError
@@ -71,7 +72,8 @@ def load_model(*flags) -> nn.Module:
     """The model that the script would draw."""
     args = visualize.get_parser().parse_args([str(flag) for flag in flags])
     content = weights.read_checkpoint(args.resume)
-    return visualize.load_model(visualize.restore_args(args, content), content)
+    args = visualize.restore_args(args, content)
+    return visualize.load_model(args, content, find_classes(content, args)[1], args.input_size)
 
 
 @pytest.mark.parametrize('schedule', ['stage', 'layer'])
@@ -144,6 +146,126 @@ def test_a_coarser_patch_covers_the_one_it_comes_from(rows):
         fine, kept = np.zeros((rows, rows), bool), np.zeros((coarse, coarse), bool)
         fine[2 * i, 0] = kept[i, 0] = True
         assert (visualize.fade(image, kept)[visualize.fade(image, fine) == 0] == 0).all()
+
+
+NEAREST = {
+    'evo_deit_nano_patch4_32': {},
+    'EvoLeViT_128': {},
+    'evolved': dict(img_size=(32, 64), patch_size=4, embed_dim=64, depth=6, num_heads=2),
+}
+
+
+@pytest.mark.parametrize('name', NEAREST)
+def test_clusters_are_those_of_the_model(name):
+    """Also on grids that are not square: kept patches as they are, the others in the mean colour of their cluster."""
+    torch.manual_seed(0)
+    if name == 'evolved':
+        model = models.evolve(VisionTransformer(num_classes=4, **NEAREST[name])).eval()
+    else:
+        model = timm.create_model(name, num_classes=4, representative='nearest').eval()
+    height, width = getattr(model, 'img_size', None) or model.patch_embed.img_size
+    images = torch.randn(2, 3, height, width)
+    with torch.inference_mode():
+        predictions, selections = visualize.predict(model, images, [None, None]), model.evolve(images)[1]
+        expected = model(images).softmax(1)
+    for i, prediction in enumerate(predictions):
+        np.testing.assert_allclose(prediction.probabilities, expected[i], atol=1e-6)
+        for selection, (kept, _, cluster) in selections.items():
+            shown = prediction.selections[selection]
+            rows, columns = shown.kept.shape
+            assert np.flatnonzero(shown.kept).tolist() == kept[i].sort().values.tolist()
+            picture = visualize.mosaic(prediction.image, shown.kept, shown.cluster)
+            y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
+            labels, informative = cluster[i].reshape(rows, columns).numpy()[y][:, x], shown.kept[y][:, x]
+            np.testing.assert_array_equal(picture[informative], prediction.image[informative])
+            for number in np.unique(labels[~informative]):
+                mean = prediction.image[labels == number].mean(0)
+                inner = picture[(labels == number) & ~informative]
+                # Pixels have the mean colour or, at the edge, a darker or lighter one.
+                filled = (np.abs(inner - mean) <= 0.51).all(1)
+                line = 0.55 * mean + (0.45 * 255 if mean @ (0.299, 0.587, 0.114) < 128 else 0)
+                assert filled.any() and (filled | (np.abs(inner - line) <= 0.51).all(1)).all()
+
+
+@pytest.mark.parametrize('side, rows', [(32, 8), (224, 14), (224, 4), (384, 24)])
+def test_clusters_are_told_apart_on_any_image(side, rows):
+    """Seen in grey too: a visible line parts each placeholder from its neighbours in other clusters."""
+    cluster = np.arange(rows * rows).reshape(rows, rows)
+    cluster[:, 1] = cluster[:, 0]  # pairs side by side
+    cluster = np.unique(cluster, return_inverse=True)[1].reshape(rows, rows)
+    kept = np.zeros((rows, rows), bool)
+    y = x = np.arange(side) * rows // side
+    labels = cluster[y][:, x]
+    for rgb in (*np.ndindex(2, 2, 2), *((level / 16,) * 3 for level in range(17))):
+        image = np.broadcast_to(np.rint(255 * np.array(rgb)), (side, side, 3)).astype(np.uint8)
+        picture = visualize.mosaic(image, kept, cluster)
+        grey = np.asarray(Image.fromarray(picture).convert('L')).astype(int)
+        plain = int(Image.fromarray(image[:1, :1]).convert('L').getpixel((0, 0)))
+        for pixels, numbers in ((grey, labels), (grey.T, labels.T)):
+            parted = numbers[1:] != numbers[:-1]
+            assert np.abs(pixels[1:] - plain)[parted].min() >= 50 and np.abs(pixels[:-1] - plain)[parted].min() >= 50
+        together = labels[:, 1:] == labels[:, :-1]
+        inner = np.ones_like(labels, bool)
+        inner[:, 1:] &= together
+        inner[:, :-1] &= together
+        inner[1:] &= labels[1:] == labels[:-1]
+        inner[:-1] &= labels[1:] == labels[:-1]
+        assert (np.abs(grey - plain)[inner] <= 1).all() and inner.any()
+
+
+@pytest.mark.parametrize(
+    'patches, height, width, grid',
+    [(196, 224, 224, (14, 14)), (336, 224, 384, (14, 24)), (24, 224, 384, (4, 6)), (16, 224, 224, (4, 4))],
+)
+def test_grids_have_the_shape_of_the_image(patches, height, width, grid):
+    assert visualize.grid_shape(patches, height, width) == grid
+    assert visualize.grid_shape(patches, width, height) == grid[::-1]
+
+
+def test_grids_that_are_not_square_are_outlined_in_place():
+    """The kept patch of a 2 x 4 grid, and the line around it."""
+    kept = np.zeros((2, 4), bool)
+    kept[1, 2] = True
+    axes = Figure().subplots()
+    visualize.draw_view(axes, visualize.View('', '', visualize.fade(np.zeros((32, 64, 3), np.uint8), kept), kept))
+    corners = {tuple(point) for line in axes.collections[0].get_segments() for point in line}
+    assert corners == {(0.5, 0.25), (0.75, 0.25), (0.5, 0.5), (0.75, 0.5)}
+    assert axes.images[0].get_extent() == [0, 1, 0.5, 0]
+    assert len(axes.collections[0].get_segments()) == 4
+
+
+def test_any_vit_of_timm_is_evolved(script, tmp_path):
+    """From a plain state dict, with the flags of the schedule; without --evolve it is refused."""
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=4, img_size=64).eval()
+    save_file(model.state_dict(), tmp_path / 'w.safetensors')
+    photograph(80, 64).save(tmp_path / 'a.png')
+    flags = ['--model', 'vit_tiny_patch16_224', '--input-size', 64, '--resume', tmp_path / 'w.safetensors']
+    flags += ['--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out']
+    with pytest.raises(InputError, match='or --evolve'):
+        script('visualize', *flags)
+    assert not list((tmp_path / 'out').iterdir())
+    script('visualize', *flags, '--evolve', '--keep-ratio', 0.75, 0.25, '--stages', 3, 6)
+    names = {'a_sheet.png', 'a.png', *(f'a_block{i}{end}.png' for i in (3, 6) for end in ('', '_clusters'))}
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == names
+    image = read(tmp_path / 'out' / 'a.png')
+    assert [len(unfaded(image, read(tmp_path / f'out/a_block{i}.png'), 4)) for i in (3, 6)] == [12, 4]
+    script('visualize', *flags, '--evolve', '--representative', 'none', '--save-name', 'b')
+    assert not list((tmp_path / 'out').glob('b*clusters*')) and (tmp_path / 'out' / 'b_block4.png').exists()
+
+
+def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
+    prediction = visualize.Prediction(np.zeros((32, 32, 3), np.uint8), None, np.array([0.2, 0.8]), {})
+    for block in range(4):
+        kept = np.arange(16).reshape(4, 4) < 8
+        prediction.selections[f'blocks.{block}'] = Selection(kept, np.ones((4, 4)), np.arange(16).reshape(4, 4) % 8)
+    figure = visualize.draw_contact([prediction] * 7, ['ant', 'bee'])
+    drawn = [axes for axes in figure.axes if axes.images]
+    texts = [text.get_text() for axes in drawn for text in axes.texts]
+    assert len(drawn) == 7 * 5 and texts.count('bee 80%') == 7
+    bands = texts.count('image')
+    titles = ['block 0\nkeeps 8\nof 16', 'block 2\nkeeps 8\nof 16', 'block 3\nkeeps 8\nof 16']
+    assert bands >= 1 and [texts.count(title) for title in (*titles, '8 patches\nrepresent\nall 16')] == [bands] * 4
 
 
 def test_the_commands_of_the_readme(script, checkpoint, tmp_path):
