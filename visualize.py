@@ -501,7 +501,7 @@ def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figur
                 each.text(-0.06, 0.5, view.title, fontsize=9, ha='right', va='center', transform=each.transAxes)
         verdict, text = describe(prediction, classes)
         style = dict(color=COLOURS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
-        cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 22), transform=cells[-1].transAxes, **style)
+        cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 20), transform=cells[-1].transAxes, **style)
     return figure
 
 
