@@ -118,7 +118,7 @@ def main():
     args = restore_args(args, content)
     config = datasets.data_config(args)
     names, num_classes = checkpoint.find_classes(content, args)
-    model = load_model(args, content, num_classes or 1000, config.input_size).to(device)
+    model = load_model(args, content, num_classes or 0, config.input_size).to(device)
     say(f'{args.model}: computed in fp32, whatever the precision of its training')
 
     from_dataset = args.data_path or args.data_set == 'SHAPES'
@@ -274,7 +274,8 @@ def predict(
 ) -> list[Prediction]:
     """Predictions and selections for images (B, 3, height, width) that are normalised by `mean` and `std`."""
     tokens, selections, _ = model.evolve(images)
-    probabilities = model.forward_head(model.norm_tokens(tokens)).float().softmax(1).cpu().numpy()
+    logits = model.forward_head(model.norm_tokens(tokens))[:, : model.num_classes]  # none without a head
+    probabilities = logits.float().softmax(1).cpu().numpy()
     mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     pixels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     predictions = [Prediction(*parts, {}) for parts in zip(pixels, labels, probabilities, strict=True)]
@@ -327,7 +328,9 @@ def label(selection: str) -> str:
 
 
 def describe(prediction: Prediction, classes: list[str]) -> tuple[str, str]:
-    """Whether a prediction is 'right' or 'wrong' ('' without a label), and the prediction in words."""
+    """Whether a prediction is 'right' or 'wrong' ('' without a label), and a text ('' for a model without a head)."""
+    if not prediction.probabilities.size:
+        return '', ''
     best, true = prediction.probabilities.argmax(), prediction.label
     text = f'{classes[best]} {prediction.probabilities[best]:.0%}'
     if true in (None, best):
@@ -337,12 +340,10 @@ def describe(prediction: Prediction, classes: list[str]) -> tuple[str, str]:
 
 def likely_classes(prediction: Prediction, classes: list[str]) -> str:
     """A line for each of the three most likely classes, and for the true one."""
-    shown = prediction.probabilities.argsort()[::-1][:3].tolist()
-    shown += [] if prediction.label in (None, *shown) else [prediction.label]
-    marks = [' (true)' if c == prediction.label else '' for c in shown]
-    return '\n'.join(
-        f'{classes[c]} {prediction.probabilities[c]:.0%}{mark}' for c, mark in zip(shown, marks, strict=True)
-    )
+    order, true = prediction.probabilities.argsort()[::-1].tolist(), prediction.label
+    shown = order[:3] + [c for c in order[3:] if c == true]
+    lines = [f'{classes[c]} {prediction.probabilities[c]:.0%}{" (true)" if c == true else ""}' for c in shown]
+    return '\n'.join(lines)
 
 
 def report_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
@@ -438,10 +439,8 @@ def blank_axes(width: float, height: float, rows: int, columns: int) -> tuple[Fi
 
 def draw_view(axes: Axes, view: View):
     """Draw the pixels, with an outline around them or around the patches that are kept."""
-    height, kept = (
-        view.pixels.shape[0] / view.pixels.shape[1],
-        np.ones((1, 1), bool) if view.kept is None else view.kept,
-    )
+    height = view.pixels.shape[0] / view.pixels.shape[1]
+    kept = np.ones((1, 1), bool) if view.kept is None else view.kept
     axes.imshow(view.pixels, extent=(0, 1, height, 0))
     lines = []
     for turn, grid in ((slice(None), kept), (slice(None, None, -1), kept.T)):
@@ -453,19 +452,18 @@ def draw_view(axes: Axes, view: View):
 
 def draw_sheet(prediction: Prediction, classes: list[str]) -> Figure:
     """One image; for each selection what it keeps, its clusters if there are any, and the score that it chose by."""
-    image, *columns = [views(prediction, [name] if name else []) for name in ('', *prediction.selections)]
+    columns = [views(prediction, [name])[1:] for name in prediction.selections]
     scores = [selection.score for selection in prediction.selections.values()]
-    bands, rows = math.ceil(len(columns) / MAX_COLUMNS), len(columns[0])
+    bands, rows = math.ceil(len(columns) / MAX_COLUMNS), max(map(len, columns)) + 1
     width = math.ceil(len(columns) / bands)
     figure, axes = blank_axes(2.1 * (width + 1), 2.3 * rows * bands + 0.9, rows * bands, width + 1)
-    draw_view(axes[0, 0], *image)
-    axes[rows - 1, 0].text(
-        0, 0.5, likely_classes(prediction, classes), va='center', fontsize=9, linespacing=2, parse_math=False
-    )
+    draw_view(axes[0, 0], *views(prediction, []))
+    style = dict(va='center', fontsize=9, linespacing=2, parse_math=False)
+    axes[rows - 1, 0].text(0, 0.5, likely_classes(prediction, classes), **style)
     highest = max(np.quantile(score, 0.99) for score in scores)
-    for i, ((_, *column), score) in enumerate(zip(columns, scores, strict=True)):
+    for i, (column, score) in enumerate(zip(columns, scores, strict=True)):
         *upper, lowest = axes[rows * (i // width) :, i % width + 1][:rows]
-        for each, view in zip(upper, column, strict=True):
+        for each, view in zip(upper, column, strict=False):  # a grid of one patch has no clusters
             draw_view(each, view)
             each.set_title(view.title.replace('\n', ' '), fontsize=8)
         # By the root, so that a few bright patches do not leave the others black.

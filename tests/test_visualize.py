@@ -254,6 +254,27 @@ def test_any_vit_of_timm_is_evolved(script, tmp_path):
     assert not list((tmp_path / 'out').glob('b*clusters*')) and (tmp_path / 'out' / 'b_block4.png').exists()
 
 
+def test_a_sheet_of_a_grid_without_clusters():
+    """Where the only patch of a grid is a placeholder, nobody represents it."""
+    model = timm.create_model('EvoLeViT_128', num_classes=2, img_size=32, representative='nearest').eval()
+    with torch.inference_mode():
+        (prediction,) = visualize.predict(model, torch.randn(1, 3, 32, 32), [1])
+    clusters = [selection.cluster is not None for selection in prediction.selections.values()]
+    figure = visualize.draw_sheet(prediction, ['ant', 'bee'])
+    # The image, three selections with their scores, and the clusters of one.
+    assert clusters == [True, False, False] and sum(bool(axes.images) for axes in figure.axes) == 1 + 2 * 3 + 1
+
+
+def test_a_backbone_without_a_head_is_shown(script, tmp_path, image_folder):
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=32)
+    save_file(model.state_dict(), tmp_path / 'w.safetensors')
+    flags = ['--model', 'vit_tiny_patch16_224', '--input-size', 32, '--resume', tmp_path / 'w.safetensors', '--evolve']
+    flags += ['--stages', 6, '--keep-ratio', 0.5, '--data-path', image_folder, '--batch-size', 2]
+    printed = script('visualize', *flags, '--output_dir', tmp_path / 'out')
+    assert '[2/2]' in printed and '%' not in printed
+    assert len(list((tmp_path / 'out').iterdir())) == 2 * 4 + 1
+
+
 def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
     prediction = visualize.Prediction(np.zeros((32, 32, 3), np.uint8), None, np.array([0.2, 0.8]), {})
     for block in range(4):
