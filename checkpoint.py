@@ -332,20 +332,18 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
     return argparse.Namespace(**vars(args) | restored | {'amp': False})
 
 
-def load_for_evaluation(args: argparse.Namespace, content: dict, model: nn.Module):
+def load_for_evaluation(model: nn.Module, content: dict, source: str, use_ema: bool = False):
     """Load the weights of a checkpoint, with the selection that they were saved with."""
-    loaded = load_strict(model, content, args.resume, args.eval_ema, training=False)
-    print_rank0(f'{args.resume}: {"averaged weights" if args.eval_ema else "weights"} loaded')
-    if not hasattr(model, 'set_schedule') or '_extra_state' in weights.find_weights(content, args.eval_ema):
+    loaded = load_strict(model, content, source, use_ema, training=False)
+    print_rank0(f'{source}: {"averaged weights" if use_ema else "weights"} loaded')
+    if not hasattr(model, 'set_schedule') or '_extra_state' in weights.find_weights(content, use_ema):
         return
     if schedule := content.get('schedule'):
         model.set_schedule(schedule['stage_wise'], schedule['evolving'])
-    elif loaded.filled or args.evolve:
-        print_rank0(f'{args.resume} holds a plain vision transformer: it was not trained for this selection')
+    elif loaded.filled or '_extra_state' not in model.state_dict():
+        print_rank0(f'{source} holds a plain vision transformer, which was not trained for this selection')
     else:
-        print_rank0(
-            f'{args.resume} does not say whether it is stage-wise or layer-wise; it is taken for a finished model'
-        )
+        print_rank0(f'{source} does not say whether it is stage-wise or layer-wise; it is taken for a finished model')
 
 
 # --- the output folder

@@ -433,7 +433,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> dict[
     _, loader = datasets.build_loaders(args, config, utils.rank(), utils.world_size(), classes, count, train=False)
     model = models.build(args, len(loader.dataset.classes), config.input_size).to(device)
     print_rank0(f'{datasets.describe(config)}\n{describe(args.model, model, precision)}')
-    checkpoint.load_for_evaluation(args, content, model)
+    checkpoint.load_for_evaluation(model, content, args.resume, args.eval_ema)
     print_rank0(f'{args.resume}: {describe_schedule(model)}')
     if args.fuse:
         fuse(model)

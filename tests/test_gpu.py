@@ -363,9 +363,9 @@ def test_pictures_are_those_of_a_cpu(name):
     model = build(name).eval()
     images, labels = batch(name, 4)
     with torch.inference_mode():
-        there = visualize.look(model, images, labels.tolist())
-        here = visualize.look(model.cpu(), images.cpu(), labels.tolist())
-    for one, two in zip(there, here, strict=True):
+        on_gpu = visualize.predict(model, images, labels.tolist())
+        on_cpu = visualize.predict(model.cpu(), images.cpu(), labels.tolist())
+    for one, two in zip(on_gpu, on_cpu, strict=True):
         np.testing.assert_array_equal(one.image, two.image)
         np.testing.assert_allclose(one.probabilities, two.probabilities, rtol=0, atol=1e-4)
         assert list(one.selections) == list(two.selections)

@@ -415,7 +415,7 @@ def test_a_plain_vit_is_evaluated_from_its_class_token(script, flags, tmp_path, 
     monkeypatch.setattr(engine, 'evaluate', lambda model, *_: evaluated.append(model.eval()) or {})
     for name, more in (('plain.pth', []), ('plain.safetensors', []), ('plain.pth', ['--fuse'])):
         printed = script('main_deit', *flags, '--keep-ratio', 1, '--eval', '--resume', tmp_path / name, *more)
-        assert 'predicts from its class token' in printed and 'it was not trained for this selection' in printed
+        assert 'predicts from its class token' in printed and 'which was not trained for this selection' in printed
         assert 'taken for a finished model' not in printed
         with torch.no_grad():
             torch.testing.assert_close(evaluated.pop()(x), plain(x))
