@@ -128,6 +128,8 @@ def main():
         for size in args.img_size
         for batch in ([1] if mode == 'latency' else args.batch_size)
     ]
+    if args.keep_ratio and not any(case.twin for case in cases):
+        raise InputError('--keep-ratio: none of these models evolves; add --evolve for ViTs of timm')
     common = results.describe_machine(device) | dict(precision=args.precision, channels_last=args.channels_last)
     say(', '.join(f'{key} {value}' for key, value in (common | {'compile': args.compile}).items()))
     for warning in results.warn_if_busy(load, torch.get_num_threads() if device.type == 'cpu' else 1):
@@ -173,10 +175,7 @@ def resolve_args(args: Namespace, device: torch.device) -> Namespace:
     results.check_file(args.plot, ('.png', '.svg', '.pdf'))
     precision, amp = (None, True) if args.precision == 'amp' else (args.precision, args.amp)
     if amp and precision not in (None, *HALF):
-        raise InputError(
-            f'--amp is autocast to half precision, found --precision {precision} beside it; '
-            'use --precision fp16 or bf16, or leave one of the two flags out'
-        )
+        raise InputError(f'--amp is autocast to half precision, found --precision {precision} beside it; leave one out')
     precision = engine.pick_precision(Namespace(precision=precision, eval=False, recipe_precision=None), device)
     batch, calls, warm_up_calls = (32, 10, 2) if device.type == 'cpu' else (256, 40, 10)
     resolved = dict(
@@ -396,7 +395,10 @@ def make_step(case: Namespace, model: nn.Module, num_classes: int, device: torch
             flags = Namespace(**vars(case) | vars(unused.parse_args([])))
             state = engine.start(flags, model, case.precision, steps=1)
         averaged = [*state.ema.module.parameters(), *state.ema.module.buffers()] if state.ema else []
-        step = lambda *batch: engine.train_step(state, model, criterion, [batch], 1, autocast, case)  # noqa: E731
+
+        def step(images: Tensor, targets: Tensor):
+            engine.train_step(state, model, criterion, [(images, targets)], 1, autocast, case)
+
         return step, [kept, averaged, state.optimizer.state]
 
     @torch.inference_mode()
