@@ -40,7 +40,6 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-import checkpoint
 import datasets
 import engine
 import losses
@@ -51,7 +50,7 @@ import results
 import utils
 from costs import count_gmacs, peak_memory
 from losses import HALF
-from utils import InputError, say
+from utils import InputError, print_rank0
 
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
@@ -131,28 +130,28 @@ def main():
     if args.keep_ratio and not any(case.twin for case in cases):
         raise InputError('--keep-ratio: none of these models evolves; add --evolve for ViTs of timm')
     common = results.describe_machine(device) | dict(precision=args.precision, channels_last=args.channels_last)
-    say(', '.join(f'{key} {value}' for key, value in (common | {'compile': args.compile}).items()))
+    print_rank0(', '.join(f'{key} {value}' for key, value in (common | {'compile': args.compile}).items()))
     for warning in results.warn_if_busy(load, torch.get_num_threads() if device.type == 'cpu' else 1):
-        say(warning)
+        print_rank0(warning)
     widths = {'model': max(len(label) for case in cases for label, _ in list_models(args, case))}
-    say(results.table_line(results.COLUMNS, widths))
+    print_rank0(results.table_line(results.COLUMNS, widths))
     rows = []
     for i, case in enumerate(cases, 1):
         progress = f'[{i}/{len(cases)}] {case.mode}, {case.model}, {case.input_size} px, batch {case.batch_size}'
         print(progress, file=sys.stderr, flush=True)
         for row in measure(args, case, device):
             rows.append(common | row)
-            say(results.table_line(row, widths))
+            print_rank0(results.table_line(row, widths))
             if args.results_file:
                 results.write_row(rows[-1], args.results_file)
         torch.compiler.reset()  # compiled code belongs to a class: that of earlier cases would count as recompilation
         free_memory(device)
     for warning in results.warn_of_spread(rows):
-        say(warning)
+        print_rank0(warning)
     if args.plot:
         x = 'image_size' if len(args.img_size) > 1 else 'batch' if len(args.batch_size) > 1 else 'gmacs'
         results.plot(rows, x, args.plot)
-        say(f'written: {args.plot}')
+        print_rank0(f'written: {args.plot}')
     failed = sum(row.get('error', OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows)
     if failed:
         print(f'{failed} of {len(rows)} rows could not be measured: the end of each says why', file=sys.stderr)
@@ -176,7 +175,7 @@ def resolve_args(args: Namespace, device: torch.device) -> Namespace:
     precision, amp = (None, True) if args.precision == 'amp' else (args.precision, args.amp)
     if amp and precision not in (None, *HALF):
         raise InputError(f'--amp is autocast to half precision, found --precision {precision} beside it; leave one out')
-    precision = engine.pick_precision(Namespace(precision=precision, eval=False, recipe_precision=None), device)
+    precision = engine.pick_precision(precision, device)
     batch, calls, warm_up_calls = (32, 10, 2) if device.type == 'cpu' else (256, 40, 10)
     resolved = dict(
         bench=[mode for mode in MODES if mode in args.bench or ('both' in args.bench and mode != 'latency')],
@@ -249,7 +248,7 @@ def make_case(
     schedule = {} if twin else dict(stages=None, representative=None)  # which other models do not know
     case = dict(
         mode=mode, model=name, twin=twin, evolve=evolve, input_size=size, batch_size=batch, seed=args.seed,
-        eval=mode != 'train', autocast=mode == 'train' or args.amp, precision=args.precision, compile=args.compile,
+        autocast=mode == 'train' or args.amp, precision=args.precision, compile=args.compile,
         channels_last=args.channels_last, data_path=args.data_path,
     )  # fmt: skip
     return Namespace(**vars(flags) | schedule | case)
@@ -317,7 +316,8 @@ def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict
 
 def build_loader(case: Namespace, count: int, device: torch.device) -> tuple[Callable[[], Iterable], int]:
     """A function that loads `count` batches (or all there are) to the device, and the number of classes."""
-    train_loader, val_loader = datasets.build_loaders(case)
+    config, train = datasets.data_config(case, case.model), case.mode == 'train'
+    train_loader, val_loader = datasets.build_loaders(case, config, train=train)
     loader, num_classes = train_loader or val_loader, len(val_loader.dataset.classes)
     mixup = datasets.build_mixup(case, num_classes) if train_loader else None
     count = min(count, len(loader.sampler) // case.batch_size)  # whole batches: shapes are static
@@ -379,7 +379,7 @@ def prepare(
         with torch.profiler.profile() as profiler:
             candidate.step(*batch)
         operators = profiler.key_averages().table(f'self_{device.type}_time_total', row_limit=15)
-        say(f'{case.mode}, {row["model"]}, one call:\n{operators}')
+        print_rank0(f'{case.mode}, {row["model"]}, one call:\n{operators}')
     candidate.batches = lambda: [batch]
 
 
@@ -388,16 +388,15 @@ def make_step(case: Namespace, model: nn.Module, num_classes: int, device: torch
     autocast = engine.make_autocast(case.precision if case.autocast else 'fp32', device)
     kept = [*model.parameters(), *model.buffers()]
     if case.mode == 'train':
-        criterion = losses.build_criterion(case, num_classes, device)
-        unused = utils.Parser('')
-        checkpoint.add_arguments(unused)
+        config = None if case.distillation_type == 'none' else datasets.data_config(case, case.model)
+        criterion = losses.build_criterion(case, config, num_classes, device, case.smoothing)
         with redirect_stdout(sys.stderr):
-            flags = Namespace(**vars(case) | vars(unused.parse_args([])))
-            state = engine.start(flags, model, case.precision, steps=1)
+            state = engine.build_state(case, model, case.precision, case.batch_size)
         averaged = [*state.ema.module.parameters(), *state.ema.module.buffers()] if state.ema else []
 
         def step(images: Tensor, targets: Tensor):
-            engine.train_step(state, model, criterion, [(images, targets)], 1, autocast, case)
+            batches = [(images, targets)]
+            engine.train_step(state, model, criterion, batches, 1, autocast, case.clip_grad, case.clip_mode)
 
         return step, [kept, averaged, state.optimizer.state]
 
