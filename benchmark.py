@@ -32,7 +32,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from timm.layers import to_2tuple
@@ -50,7 +49,7 @@ import results
 import utils
 from costs import count_gmacs, peak_memory
 from losses import HALF
-from utils import InputError, print_rank0
+from utils import InputError, at_least, print_rank0
 
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
@@ -63,17 +62,18 @@ OUT_OF_MEMORY = 'out of memory'
 def get_parser() -> utils.Parser:
     """Flags of measuring; those of the model and of training are left for the parser of the scripts."""
     parser = utils.Parser(__doc__)
+    count = at_least(1)
     add = parser.add_argument_group('what is measured').add_argument
     add('--model', '-m', nargs='+', default=MODELS, metavar='NAME', help="ours or timm's; a pattern with * is several")
     add('--model_list', metavar='FILE', help='file of names, in place of --model')
     add('--bench', nargs='+', default=MODES[:2], choices=[*MODES, 'both'], help='both: inference and train')
     add('--compare', action=BooleanOptionalAction, default=True, help='measure the dense twins too')
-    add('--batch-size', '-b', type=int, nargs='+', metavar='N', help='one or a sweep (default: 256, on a CPU 32)')
-    add('--img_size', type=int, nargs='+', metavar='PX', help="one side or a sweep (default: the model's)")
-    add('--input_size', type=int, nargs=3, metavar=('C', 'H', 'W'), help='for images that are not square')
+    add('--batch-size', '-b', type=count, nargs='+', metavar='N', help='one or a sweep (default: 256, on a CPU 32)')
+    add('--img_size', type=count, nargs='+', metavar='PX', help="one side or a sweep (default: the model's)")
+    add('--input_size', type=count, nargs=3, metavar=('C', 'H', 'W'), help='for images that are not square')
     add('--keep-ratio', type=keep_ratios, nargs='+', metavar='R', help='one or a sweep; one for each stage is 0.7,0.3')
     add('--layer-wise', action='store_true', help='select before each layer (default: before each stage)')
-    add('--num_classes', type=int, metavar='N', help="outputs (default: 1000, or the dataset's)")
+    add('--num_classes', type=count, metavar='N', help="outputs (default: 1000, or the dataset's)")
     add('--data-path', metavar='PATH', help='measure end to end, with the loader (default: the model alone, on noise)')
 
     add = parser.add_argument_group('how it runs').add_argument
@@ -85,12 +85,12 @@ def get_parser() -> utils.Parser:
     add('--freeze', action='store_true', help='in inference: compile, with the weights as constants')
     add('--channels-last', action='store_true', help='memory format of images and convolutions')
     add('--fuse', action=BooleanOptionalAction, default=True, help='in inference: fold BatchNorms, drop training heads')
-    add('--threads', type=int, metavar='N', help="on a CPU (default: PyTorch's choice)")
+    add('--threads', type=count, metavar='N', help="on a CPU (default: PyTorch's choice)")
 
     add = parser.add_argument_group('how it is measured').add_argument
-    add('--num_warm_iter', type=int, metavar='N', help='calls before timing (default: 10, on a CPU 2)')
+    add('--num_warm_iter', type=count, metavar='N', help='calls before timing (default: 10, on a CPU 2)')
     about = f'latency: {LATENCY_CALLS} times as many; end to end: batches in each of {PASSES} passes'
-    add('--num_bench_iter', type=int, metavar='N', help=f'calls that are timed (default: 40, on a CPU 10); {about}')
+    add('--num_bench_iter', type=count, metavar='N', help=f'calls that are timed (default: 40, on a CPU 10); {about}')
     add('--detail', action='store_true', help='print the operators on which a call spends its time')
     add('--results_file', metavar='PATH', help='add rows to a .csv, or to a .jsonl of JSON lines')
     add('--plot', metavar='PATH', help='draw img/s against GMACs, or against sizes or batches where they are several')
@@ -163,10 +163,6 @@ def main():
 
 def resolve_args(args: Namespace, device: torch.device) -> Namespace:
     """The flags with the defaults of the device filled in; InputError for what would fail late."""
-    for name in ('num_warm_iter', 'num_bench_iter', 'threads', 'num_classes', 'batch_size', 'img_size', 'input_size'):
-        value = getattr(args, name)
-        if value is not None and min(np.atleast_1d(value)) < 1:
-            raise InputError(f'--{name.replace("_", "-")}: expected 1 or more, found {value}')
     channels, *size = args.input_size or (3, None, None)
     if channels != 3:
         raise InputError(f'--input_size: expected 3 channels, found {channels}')

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from utils import InputError
+from utils import InputError, atomic_write
 
 # The columns of a file, each with its heading in the table, if it is shown there.
 COLUMNS = {
@@ -144,7 +144,7 @@ def plot(rows: list[dict], x: str, path: str):
             axis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 8 * low else (2, 3, 5)))
             axis.set_major_formatter('{x:g}')
             axis.set_minor_formatter('{x:g}')
-    figure.savefig(path)
+    atomic_write(Path(path), lambda file: figure.savefig(file, format=Path(path).suffix[1:]))
 
 
 def draw_lines(panel: Axes, rows: list[dict], x: str):

@@ -458,9 +458,10 @@ def test_representative_is_for_models_that_evolve(bench):
 @pytest.mark.parametrize(
     'flag', ['num_warm_iter', 'num_bench_iter', 'threads', 'num_classes', 'batch-size', 'img_size']
 )
-def test_zero_is_refused(flag):
-    with pytest.raises(InputError, match=f'--{flag.replace("_", "-")}: expected 1 or more, found'):
+def test_zero_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
         parse(f'--{flag}', 0)
+    assert re.search(f'--{flag}.*: expected 1 or more, found 0', capsys.readouterr().err)
 
 
 def test_a_tag_that_timm_does_not_know():
