@@ -113,6 +113,7 @@ def test_what_else_was_swept_is_in_the_label(monkeypatch, tmp_path):
         for size in (64, 32) for batch in (1, 3) for ratio in ('0.5', '0.3')
     ]  # fmt: skip
     panel = draw(monkeypatch, tmp_path, rows, 'image_size').axes[0]
+    assert [text.get_text() for text in panel.get_xticklabels()] == ['32', '64']
     labels = {container.get_label() for container in panel.containers}
     assert labels == {f'm, keep {ratio}, batch {batch}' for ratio in ('0.3', '0.5') for batch in (1, 3)}
     assert all(container.lines[0].get_xdata().tolist() == [32, 64] for container in panel.containers)
