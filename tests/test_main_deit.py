@@ -446,6 +446,44 @@ def test_a_dense_vit_is_finetuned_to_other_classes_at_another_size(script, flags
     assert 'Epoch 0 done' in printed
 
 
+def test_an_evolved_vit_is_finetuned_resumed_and_evaluated(script, flags, tmp_path, monkeypatch):
+    evaluate, results = engine.evaluate, []
+    monkeypatch.setattr(engine, 'evaluate', lambda *args: results.append(evaluate(*args)) or results[-1])
+    small = [*flags, '--model', 'vit_tiny_patch16_224', '--lr', 0.02, '--warmup-epochs', 0]
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=48, num_classes=7)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    evolved = [*small, '--evolve', '--stages', 3, 9, '--keep-ratio', 0.5, 0.25, '--epochs', 2]
+    for name, schedule, more in (('a', 'stage-wise', []), ('b', 'layer-wise', ['--stage-epoch', 2])):
+        path = tmp_path / name / 'checkpoint.pth'
+        run = [*evolved, *more, '--output_dir', tmp_path / name]
+        stop_after(1, script, *run, '--finetune', tmp_path / 'w.pth')
+        script('main_deit', *run, '--resume', path)
+        log = read_log(tmp_path / name)
+        assert [line['selection'] for line in log] == [schedule] * 2
+        saved = weights.read_checkpoint(path)['schedule']
+        assert (saved['stages'], saved['keep_ratio'], saved['stage_wise']) == ([3, 9], [0.5, 0.25], name == 'a')
+        # Neither --evolve nor the rest of the schedule has to be given again.
+        printed = script('main_deit', *small, '--eval', '--resume', path)
+        assert f'{schedule}\n' in printed and 'plain' not in printed
+        assert results[-1]['loss'] == log[1]['test_loss'] and results[-1]['acc1'] == log[1]['test_acc1']
+        script('main_deit', *small, '--eval', '--resume', path, '--keep-ratio', 1)
+        assert results[-1]['loss'] != log[1]['test_loss']
+
+
+def test_a_plain_vit_is_evaluated_evolved(script, flags, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=4).state_dict(), tmp_path / 'w.pth')
+    evaluate = [*flags, '--model', 'vit_tiny_patch16_224', '--eval', '--resume', tmp_path / 'w.pth']
+    plain = re.search(r'Acc@1 .*', script('main_deit', *evaluate))[0]
+    printed = script('main_deit', *evaluate, '--evolve', '--keep-ratio', 1)
+    assert 'holds a plain vision transformer' in printed and plain in printed
+    printed = script('main_deit', *evaluate, '--evolve')
+    assert 'stage-wise' in printed and plain not in printed
+
+
 def test_weights_alone_in_safetensors_start_training_and_are_evaluated(script, flags, tmp_path):
     torch.manual_seed(0)
     save_file(timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict(), tmp_path / 'w.safetensors')
@@ -543,6 +581,19 @@ def test_accumulated_batches_are_one_large_batch(script, flags, tmp_path):
     one, two = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('one', 'two'))
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_weights(script, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, 'evaluate', lambda *_: {})  # a second graph, which takes as long
+    one_step = ['--epochs', 1, '--batch-size', 64, '--opt', 'sgd', '--lr', 1, '--warmup-lr', 0.1, '--no-model-ema']
+    model = ['--model', 'test_vit', '--evolve', '--stages', 1, '--keep-ratio', 0.5, '--drop-path', 0]
+    for name, more in (('compiled', ['--compile']), ('eager', [])):
+        script('main_deit', *flags, *model, *one_step, *more, '--output_dir', tmp_path / name)
+    one, two = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('compiled', 'eager'))
+    assert list(one) == list(two), 'names are those of the model that is not compiled'
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])

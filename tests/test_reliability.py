@@ -32,11 +32,13 @@ from conftest import ROOT, accuracy, free_port, launch, read_log
 from faults import faulty_step
 from PIL import Image
 from timm.utils import ModelEmaV3
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import checkpoint
 import datasets
 import engine
+import losses
 import main_deit
 import models
 import shapes
@@ -608,6 +610,48 @@ def test_row_15_an_exception_on_one_rank(image_folder):
     assert running.wait(60) != 0 and time.monotonic() - began < 10
     summary = printed.split('Root Cause')[1]
     assert 'rank      : 1' in summary and 'RuntimeError: injected fault' in summary and 'inject_fault' in summary
+
+
+# --- several processes
+
+
+def accumulate_rank(rank: int, ranks: int, port: int, out: Path):
+    """A training step of two batches; writes how often gradients were exchanged, and what became of the weights."""
+    store = dist.TCPStore('127.0.0.1', port, ranks, rank == 0)
+    dist.init_process_group('gloo', store=store, rank=rank, world_size=ranks)
+    data, model = images_and_model(4 * ranks)
+    state = engine.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 128)
+    net, exchanges = torch.nn.parallel.DistributedDataParallel(model), []
+
+    def count(_, bucket):
+        exchanges.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    net.register_comm_hook(None, count)
+    images, labels = (tensor[4 * rank : 4 * rank + 4] for tensor in data.tensors)
+    batches = zip(images.split(2), labels.split(2), strict=True)
+    engine.train_step(state, net, losses.Criterion(), batches, 2, engine.make_autocast('fp32', torch.device('cpu')))
+    torch.save({'exchanges': exchanges, 'weight': model[1].weight.data}, out / f'{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_exchanged_once(forks, tmp_path):
+    port = free_port()
+    processes = [forks.Process(target=accumulate_rank, args=(rank, 2, port, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    one, two = (torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1))
+    assert one['exchanges'] == two['exchanges'] == [48 * 7]
+    assert torch.equal(one['weight'], two['weight'])
+    # All images in one batch of one process.
+    data, model = images_and_model(8)
+    state = engine.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 256)
+    autocast = engine.make_autocast('fp32', torch.device('cpu'))
+    engine.train_step(state, model, losses.Criterion(), [data.tensors], 1, autocast)
+    torch.testing.assert_close(model[1].weight.data, one['weight'])
 
 
 # --- evaluation
