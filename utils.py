@@ -280,7 +280,3 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]):
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-# The names of before, until the other rooms have the new ones.
-say, write_whole = print_rank0, atomic_write
