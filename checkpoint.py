@@ -301,17 +301,13 @@ def saved_classes(content: dict) -> list[str] | None:
 
 def find_classes(content: dict, model_name: str, use_ema: bool = False) -> tuple[list[str] | None, int | None]:
     """Names of the classes of a model's checkpoint, and their number; None where it does not tell."""
-    names = saved_classes(content)
     state = weights.find_weights(content, use_ema)
     classifier = models.published_cfg(model_name).classifier or ()
     heads = (classifier,) if isinstance(classifier, str) else classifier
     outputs = [len(state[f'{head}.weight']) for head in heads if f'{head}.weight' in state]
     # The published Evo-LeViT has head.l where ours has head.linear.
     outputs += [len(value) for key, value in state.items() if key.startswith('head.') and value.ndim == 2]
-    num_classes = outputs[0] if outputs else None
-    if names and num_classes not in (None, len(names)):
-        raise InputError(f'the checkpoint names {len(names)} classes, but its head has {num_classes} outputs')
-    return names, num_classes
+    return saved_classes(content), outputs[0] if outputs else None
 
 
 def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Namespace:

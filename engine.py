@@ -86,10 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--opt-eps', type=float, default=1e-8, help='epsilon of the optimizer')
     add('--opt-betas', type=float, nargs=2, help="default: the optimizer's own")
     add('--clip-grad', type=float, metavar='NORM', help='clip gradients (default: not)')
-    add(
-        '--clip-mode', choices=['norm', 'value', 'agc'], default='norm',
-        help='clip the norm, each value, or adaptively (AGC)',
-    )  # fmt: skip
+    add('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='the norm, each value, or adaptive (AGC)')
     add('--momentum', type=float, default=0.9, help='of optimizers that have one')
     add('--weight-decay', type=float, default=0.05, help='not on biases, norms, positions')
     add('--grad-accum-steps', type=at_least(1), default=1, metavar='N', help='batches a process adds up for one step')
@@ -146,7 +143,7 @@ def pick_precision(precision: str | None, device: torch.device, amp: bool = True
         return precision
     if amp and device.type == 'cuda':
         return utils.half_precision(device)
-    return 'tf32' if has_tf32 and not amp else 'fp32'
+    return 'tf32' if has_tf32 else 'fp32'
 
 
 def set_backends(precision: str, device: torch.device):
@@ -543,12 +540,10 @@ def train(
     count, stage_epoch, first = args.grad_accum_steps, first_stage_wise_epoch(args), state.epoch
     if len(train_loader) < count:
         raise InputError(f'--grad-accum-steps {count}: an epoch has only {len(train_loader)} batches')
-    print_rank0(
-        f'{len(train_loader) // count} steps an epoch, epochs {first} to {args.epochs - 1}, stage-wise from epoch '
-        f'{stage_epoch}'
-        if first < args.epochs
-        else f'all {args.epochs} epochs are done already; to go on, give a larger --epochs and --accept-changes'
-    )
+    plan = f'epochs {first} to {args.epochs - 1}, stage-wise from epoch {stage_epoch}'
+    if first >= args.epochs:
+        plan = f'all {args.epochs} epochs are done already; to train on, give a larger --epochs and --accept-changes'
+    print_rank0(f'{len(train_loader) // count} steps an epoch, {plan}')
     folder.clear()
     model, ema, device = state.model, state.ema.module if state.ema else None, next(state.model.parameters()).device
     autocast, net = make_autocast(state.flags['precision'], device), wrap(model, criterion, args.compile)

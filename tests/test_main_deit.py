@@ -678,26 +678,10 @@ def test_a_wrong_flag_ends_a_script_without_a_traceback(tmp_path):
 # --- launchers
 
 
-@pytest.mark.parametrize(
-    'launcher',
-    [
-        ['torch.distributed.launch', '--nproc_per_node=2', '--use_env'],
-        ['torch.distributed.launch', '--nproc_per_node=2'],
-        ['torch.distributed.run', '--nproc_per_node=2'],
-    ],
-    ids=['launch with use_env', 'launch', 'torchrun'],
-)
-def test_launchers(launcher, script, flags, tmp_path):
-    command = [
-        *launcher,
-        f'--master_port={free_port()}',
-        'main_deit.py',
-        *flags,
-        '--epochs',
-        1,
-        '--output_dir',
-        tmp_path,
-    ]
+def test_a_launcher(script, flags, tmp_path):
+    """With --use_env; without it: test_two_nodes; torchrun: row 13 of test_reliability.py."""
+    command = ['torch.distributed.launch', '--nproc_per_node=2', '--use_env', f'--master_port={free_port()}']
+    command += ['main_deit.py', *flags, '--epochs', 1, '--output_dir', tmp_path]
     printed, _ = (running := launch(*command)).communicate(timeout=240)
     assert running.returncode == 0, printed
     assert '2 process(es)' in printed and '16 x 1 accumulated x 2 processes = 32 images' in printed
