@@ -36,14 +36,15 @@ from checkpoint import RunFolder, State
 from models import weights
 from utils import InputError, at_least, print_rank0
 
-MODULES = models, datasets, losses, checkpoint, utils  # those that have flags, besides this one
 # Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
 MAY_CHANGE = {
     **dict.fromkeys(('print_freq', 'eval_interval', 'fuse', 'start_epoch', 'model_ema_force_cpu', 'amp'), True),
     **dict.fromkeys(('precision', 'channels_last', 'compile'), False),
+    **utils.MAY_CHANGE,
+    **checkpoint.MAY_CHANGE,
+    **datasets.MAY_CHANGE,
+    **losses.MAY_CHANGE,
 }
-for module in MODULES:
-    MAY_CHANGE |= getattr(module, 'MAY_CHANGE', {})
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -112,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def get_parser(description: str, recipe: dict) -> utils.Parser:
     """Parser with the flags of all modules; `recipe` holds the defaults in which a script differs from the others."""
     parser = utils.Parser(description)
-    for module in MODULES:
+    for module in (models, datasets, losses, checkpoint, utils):
         module.add_arguments(parser)
     add_arguments(parser)
     parser.set_defaults(**recipe)

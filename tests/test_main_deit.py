@@ -69,6 +69,12 @@ def test_every_published_flag_is_accepted():
     assert args.lr_noise == [0.4, 0.6] and args.local_rank == -1
 
 
+def test_what_may_change_in_a_resumed_run_is_flags():
+    flags = vars(engine.get_parser('', main_deit.RECIPE).parse_args([]))
+    assert set(flags) >= set(engine.MAY_CHANGE)
+    assert not {'model', 'lr', 'epochs', 'seed', 'batch_size', 'mixup', 'evolve'} & set(engine.MAY_CHANGE)
+
+
 def test_the_recipe_is_the_published_one():
     args = engine.get_parser('', main_deit.RECIPE).parse_args([])
     expected = dict(
