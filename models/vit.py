@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, AttentionRope, PatchEmbed, apply_rot_embed_cat
 from timm.models import Eva, VisionTransformer, register_model
 from timm.models._features import feature_take_indices
@@ -383,6 +384,22 @@ class EvolvedEva(EvolvingViT, Eva):
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         tokens, rope = self._pos_embed(self.patch_embed(images))
         return self.norm_pre(tokens), rope
+
+
+def default_cfg(size: int, **names: str | tuple[str, ...]) -> dict:
+    """timm's configuration of a published network for images of `size` px, with the names of some of its layers."""
+    return {
+        'url': '',
+        'num_classes': 1000,
+        'input_size': (3, size, size),
+        'pool_size': None,
+        'crop_pct': 224 / 256,
+        'interpolation': 'bicubic',
+        'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        **names,
+    }
 
 
 def register_variants(create: Callable, variants: Iterable[str]):
