@@ -325,7 +325,8 @@ class EvolvingViT(Evolving):
 
     def tradeoffs(self) -> list[float]:
         # Nothing accumulates in the dense blocks: the first score is the attention of the last of them.
-        return [1.0 if i < self.first_blocks[0] else 0.5 for i in range(len(self.blocks))]
+        first = min(self.first_blocks, default=len(self.blocks))
+        return [1.0 if i < first else 0.5 for i in range(len(self.blocks))]
 
     def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
         """Images (B, channels, height, width) to tokens (B, P + N, C), and the blocks as functions of slow tokens."""
