@@ -162,8 +162,7 @@ def apply(
         keep_ratio: drop, fuse: the share of the patches still there that goes on, at each of the stages (EViT: 0.7).
             random: as in `models.evolve`.
         r: merge: how many patches each block merges away.
-        stages: drop, fuse: the first blocks after which patches are gone; by default a quarter, half and three quarters
-            of the depth.
+        stages: drop, fuse: the blocks before which patches leave; by default 4, 7 and 10 of 12, and in proportion.
 
     Raises ValueError, with the reason, for another method or a model that cannot be evolved.
     """
@@ -177,7 +176,8 @@ def apply(
     if method == 'random':
         model = evolve(model, keep_ratio, stages)
     else:
-        stages = sorted({depth * i // 4 for i in (1, 2, 3)} - {0}) if stages is None else stages
+        # EViT drops after the attention of its blocks 3, 6 and 9 of 12: before the next block begins.
+        stages = sorted({depth * i // 4 + 1 for i in (1, 2, 3)}) if stages is None else stages
         ratios = [keep_ratio ** (i + 1) for i in range(len(stages))]
         model = evolve(model, ratios, stages, representative='none')
     model.update_group = METHODS[method]
