@@ -361,7 +361,8 @@ def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict
 
 def build_loader(args: Namespace, case: Namespace, device: torch.device) -> tuple[Callable[[], Iterable], int]:
     """A function that loads --num_bench_iter batches (or all there are) to the device, and the number of classes."""
-    train_loader, val_loader = datasets.build_loaders(case)
+    config = datasets.data_config(case, case.model)
+    train_loader, val_loader = datasets.build_loaders(case, config, train=case.mode == 'train')
     loader, num_classes = train_loader or val_loader, len(val_loader.dataset.classes)
     mixup = datasets.build_mixup(case, num_classes) if train_loader else None
     count = min(args.num_bench_iter, len(loader.sampler) // case.batch_size)  # whole batches: shapes are static

@@ -1,37 +1,39 @@
-"""Images, from files or drawn by the program, to batches: data sets, transforms, loaders, mixup.
+"""From image files, or images that the program draws, to batches: datasets, transforms, loaders, mixup.
 
-A data set gives (image, label) for an index and has `classes`, a list of names. Training asks for (epoch, position,
+A dataset gives (image, label) for an index and has `classes`, a list of names. Training asks for (epoch, position,
 index) instead; its augmentation is a function of (seed, epoch, position), so any number of workers gives the same bits.
 """
 
-import argparse
 import json
+import math
 import os
 import random
 import signal
 import threading
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageNetInfo, Mixup, create_transform, resolve_data_config
-from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resized_crop
 
 import models
 from samplers import REPEATS, RepeatedAugSampler, eval_shard
 from shapes import Shapes
-from utils import InputError, say, seed_all
+from utils import InputError, seed_all
+from utils import say as print_rank0
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -39,13 +41,158 @@ except ImportError:  # it is deprecated, for a package of its own; without it Pi
     decode_jpeg = None
 
 DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
-INTERPOLATIONS = ('random', 'bilinear', 'bicubic')
 INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
+CROP_MODES = ('center', 'squash', 'border')
+# Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
+MAY_CHANGE = dict.fromkeys(('data_path', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
+
+
+def add_arguments(parser: ArgumentParser):
+    """Flags of data, augmentation and loading."""
+    add = parser.add_argument_group('data').add_argument
+    add('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
+    add(
+        '--data-set', default='IMNET', choices=DATA_SETS,
+        help='IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program',
+    )  # fmt: skip
+    add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
+    add('--batch-size', type=int, default=64, help='images of one process in one step')
+    add('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
+    add('--pin-mem', action=BooleanOptionalAction, default=True, help='used with CUDA alone')
+    add(
+        '--max-broken-images', type=int, default=0, metavar='N',
+        help='unreadable training images that each process may replace by others; in evaluation there may be none',
+    )  # fmt: skip
+    add('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
+
+    group = parser.add_argument_group('preprocessing', "Defaults are the model's own; the start prints what holds.")
+    add = group.add_argument
+    add('--input-size', type=int, metavar='PX', help='side of the images')
+    add('--mean', type=float, nargs='+', metavar='M', help='of pixels from 0 to 1, one or one a channel')
+    add('--std', type=float, nargs='+', metavar='S', help='of pixels, one or one a channel')
+    add('--crop-pct', type=float, metavar='P', help='evaluation crops this share of a resized side (1 up to 32 px)')
+    add('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
+    add('--interpolation', choices=('bilinear', 'bicubic'), help='of evaluation')
+
+    add = parser.add_argument_group('augmentation').add_argument
+    add('--repeated-aug', action=BooleanOptionalAction, default=True, help='three times each')
+    add('--color-jitter', type=float, default=0.4, help='strength, where --aa is off')
+    add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's policy, rand-..., original, ...; '' is off")
+    add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of crops')
+    add(
+        '--fast-decode', action=BooleanOptionalAction, default=True,
+        help='decode, crop and resize JPEGs in faster ways; off, training sees the exact pixels, as evaluation always',
+    )  # fmt: skip
+    add('--reprob', type=float, default=0.25, help='probability of erasing a rectangle')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what fills it')
+    add('--recount', type=int, default=1, help='most rectangles in an image')
+    add('--resplit', action='store_true', help='accepted; there are no augmentation splits')
+
+    add = parser.add_argument_group('mixing of images and labels').add_argument
+    add('--mixup', type=float, default=0.8, help='alpha of mixup, 0 is off')
+    add('--cutmix', type=float, default=1.0, help='alpha of cutmix, 0 is off')
+    add('--cutmix-minmax', type=float, nargs=2, metavar='RATIO', help='sides; replaces --cutmix')
+    add('--mixup-prob', type=float, default=1.0, help='probability of either')
+    add('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixture')
+    add('--smoothing', type=float, default=0.1, help='label smoothing')
+
+
+# --- preprocessing and augmentation
 
 # Up to this size images are small already: training crops them from a padded border, and evaluation takes them whole.
 SMALL = 32
 PADDING = 4
-CROP_MODES = ('center', 'squash', 'border')
+
+
+class DataConfig(NamedTuple):
+    """What a model expects of its images; the names are those of the flags and of timm."""
+
+    input_size: int  # pixels a side
+    mean: tuple[float, ...]  # of pixels from 0 to 1
+    std: tuple[float, ...]
+    crop_pct: float  # evaluation resizes to input_size / crop_pct, and crops
+    crop_mode: str
+    interpolation: str
+
+
+def data_config(args: Namespace, model_name: str) -> DataConfig:
+    """The data configuration that a model was published with, but for what the flags of preprocessing say.
+
+    Raises InputError for values that make no sense, and models that do not take square images with three channels.
+    """
+    given = {name: getattr(args, name) for name in DataConfig._fields}
+    for name, expected, is_valid in (
+        ('mean', 'one number or three', lambda mean: len(mean) in (1, 3)),
+        ('std', 'one number or three, above 0', lambda std: len(std) in (1, 3) and min(std) > 0),
+        ('crop_pct', 'a share above 0 and up to 1', lambda share: 0 < share <= 1),
+        ('input_size', '1 or more', lambda side: side >= 1),
+    ):
+        if given[name] is not None and not is_valid(given[name]):
+            raise InputError(f'--{name.replace("_", "-")}: expected {expected}, found {given[name]}')
+    cfg = models.published_cfg(model_name)
+    size = given['input_size'] and (3, given['input_size'], given['input_size'])
+    config = resolve_data_config(given | {'input_size': size}, cfg.to_dict())
+    _, rows, columns = config['input_size']
+    if cfg.input_size[0] != 3 or rows != columns:
+        published_size = ' x '.join(map(str, cfg.input_size))
+        raise InputError(
+            f'{model_name} takes images of {published_size}; expected 3 channels and a square (--input-size)'
+        )
+    if config['crop_mode'] not in CROP_MODES:
+        raise InputError(f'{model_name} has crop_mode {config["crop_mode"]}; expected one of {", ".join(CROP_MODES)}')
+    if given['crop_pct'] is None and rows <= SMALL:
+        config['crop_pct'] = 1.0
+    return DataConfig(**config | {'input_size': rows})
+
+
+def describe(config: DataConfig) -> str:
+    """A line about a data configuration, for the start of a run."""
+    mean, std = (' '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
+    return (
+        f'images: {config.input_size} px, evaluated at crop_pct {config.crop_pct:g} ({config.crop_mode}), '
+        f'{config.interpolation}, mean {mean}, std {std}'
+    )
+
+
+class ToTensor:
+    """RGB image to a normalised tensor (3, height, width): torchvision's ToTensor and Normalize, in half the time."""
+
+    def __init__(self, config: DataConfig):
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.div_(255).sub_(self.mean).div_(self.std)
+
+
+def build_transform(config: DataConfig, augment: dict | None = None) -> transforms.Compose:
+    """timm's transform of an RGB image of any size to a normalised tensor (3, input_size, input_size).
+
+    Without `augment` that of evaluation, else of training, whose first step is the random crop. `augment` holds
+    arguments of `create_transform`.
+    """
+    if augment is None:
+        resize_and_crop = create_transform(**config._asdict()).transforms[:-2]  # without timm's ToTensor and Normalize
+        return transforms.Compose([*resize_and_crop, ToTensor(config)])
+    size = config.input_size
+    stages = create_transform(size, is_training=True, mean=config.mean, std=config.std, separate=True, **augment)
+    (crop, flip), distort, (_, _, *erase) = (stage.transforms for stage in stages)
+    if size <= SMALL:
+        resize = transforms.Resize(size, InterpolationMode.BICUBIC)
+        crop = transforms.Compose([resize, transforms.RandomCrop(size, padding=PADDING)])
+    return transforms.Compose([crop, flip, *distort, ToTensor(config), *erase])
+
+
+def augmentation(args: Namespace) -> dict:
+    """The flags of augmentation, by the names that `create_transform` has for them."""
+    names = {'color_jitter': 'color_jitter', 'aa': 'auto_augment', 'train_interpolation': 'interpolation'}
+    names |= {'reprob': 're_prob', 'remode': 're_mode', 'recount': 're_count'}
+    return {name: getattr(args, flag) for flag, name in names.items()}
+
+
+# --- image files
 
 # What Pillow may take a file for, whatever its name is. Others, EPS above all, start programs or rarely used parsers.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'PPM', 'TIFF')
@@ -54,190 +201,153 @@ MAX_PIXELS = 2**26
 MAX_ASPECT = 100
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """Flags of data, augmentation and loading."""
-    group = parser.add_argument_group('data')
-    group.add_argument('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
-    group.add_argument(
-        '--data-set', default='IMNET', choices=DATA_SETS,
-        help='IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program',
-    )  # fmt: skip
-    group.add_argument('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
-    group.add_argument('--batch-size', type=int, default=64, help='images of one process in one step')
-    group.add_argument('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
-    group.add_argument('--pin-mem', action=argparse.BooleanOptionalAction, default=True, help='used with CUDA alone')
-    group.add_argument(
-        '--max-broken-images', type=int, default=0, metavar='N',
-        help='let each process replace up to N unreadable training images by their neighbours; never in evaluation',
-    )  # fmt: skip
-    group.add_argument('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
-
-    group = parser.add_argument_group(
-        'preprocessing', 'Without a flag, the configuration of the model; it is printed at the start.'
-    )
-    group.add_argument('--input-size', type=int, metavar='PX', help='side of the images')
-    group.add_argument('--mean', type=float, nargs='+', metavar='M', help='of pixels from 0 to 1, one or one a channel')
-    group.add_argument('--std', type=float, nargs='+', metavar='S', help='of pixels, one or one a channel')
-    group.add_argument(
-        '--crop-pct', type=float, metavar='P', help='evaluation crops this share of a resized side (1 up to 32 px)'
-    )
-    group.add_argument('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
-    group.add_argument('--interpolation', choices=INTERPOLATIONS[1:], help='of evaluation')
-
-    group = parser.add_argument_group('augmentation')
-    group.add_argument('--repeated-aug', action=argparse.BooleanOptionalAction, default=True, help='three times each')
-    group.add_argument('--color-jitter', type=float, default=0.4, help='strength, where --aa is off')
-    group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help="timm's policy, rand-..., original, ...; '' is off")
-    group.add_argument('--train-interpolation', default='bicubic', choices=INTERPOLATIONS, help='of crops')
-    group.add_argument(
-        '--fast-decode', action=argparse.BooleanOptionalAction, default=True,
-        help='decode, crop and resize JPEGs in faster ways; off, training sees the exact pixels, as evaluation always',
-    )  # fmt: skip
-    group.add_argument('--reprob', type=float, default=0.25, help='probability of erasing a rectangle')
-    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what fills it')
-    group.add_argument('--recount', type=int, default=1, help='most rectangles in an image')
-    group.add_argument('--resplit', action='store_true', help='accepted; there are no augmentation splits')
-
-    group = parser.add_argument_group('mixing of images and labels')
-    group.add_argument('--mixup', type=float, default=0.8, help='alpha of mixup, 0 is off')
-    group.add_argument('--cutmix', type=float, default=1.0, help='alpha of cutmix, 0 is off')
-    group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='RATIO', help='sides; replaces --cutmix')
-    group.add_argument('--mixup-prob', type=float, default=1.0, help='probability of either')
-    group.add_argument('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
-    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixture')
-    group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
-
-
-# --- image files
-
-
-class DecodeError(Exception):
-    """An image file is damaged, or holds what cannot be shown as RGB."""
-
-
 @contextmanager
-def _decoding():
-    """DecodeError for whatever Pillow raises: its readers raise a dozen kinds of errors for damaged files."""
+def _reading(path: str | Path):
+    """InputError that names the file for whatever Pillow raises: its readers raise a dozen kinds of errors."""
     try:
         yield
-    except (UnidentifiedImageError, DecodeError):
-        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f'{path} holds no image in a format that is read here ({", ".join(FORMATS)})') from error
     except Exception as error:
-        raise DecodeError(str(error) or type(error).__name__) from error
+        raise InputError(f'{path} cannot be read: {str(error) or type(error).__name__}') from error
 
 
-@_decoding()
+def load_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB; InputError that names the path where it is damaged, too large, or of another kind."""
+    with open_image(path) as image:
+        return to_rgb(image)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read the header of an image file, not yet its pixels; InputError where they would be too many."""
+    with _reading(path):
+        image = Image.open(path, formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
+            image.close()
+            limits = f'at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
+            raise ValueError(f'{image.width} x {image.height} pixels; {limits}')
+        return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image file: pixels are what torchvision's loader gives, except where that is wrong.
 
     Transparent ones become white, and 16 bits are scaled, not clipped. An orientation in EXIF is not applied: published
-    accuracies were measured without. DecodeError for damaged files, and for pixels without a known range.
+    accuracies were measured without. InputError for damaged files, and for pixels without a known range.
     """
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert('RGB')
-    if image.mode in ('I', 'F'):
-        raise ValueError(f'pixels of mode {image.mode} have no known range')
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    image.load()
-    return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy
+    with _reading(image.filename):
+        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert('RGB')
+        if image.mode in ('I', 'F'):
+            raise ValueError(f'pixels of mode {image.mode} have no known range')
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        image.load()
+        return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy
 
 
-def load_image(path: str | Path, decode: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
-    """Read an image file by `decode`; InputError that names the path where it is damaged, too large, or of another
-    kind.
+class CropLoader:
+    """Reads image files and crops them as timm's random crop does, by faster ways to the same pixels.
 
-    Other errors of `decode` are errors of this program, and are raised as they are.
-    """
-    try:
-        with open(path, 'rb') as file:
-            return decode(_open_image(file))
-    except UnidentifiedImageError as error:
-        raise InputError(f'{path} holds no image in a format that is read here ({", ".join(FORMATS)})') from error
-    except (OSError, DecodeError) as error:
-        raise InputError(f'{path} cannot be read: {error}') from error
-
-
-@_decoding()
-def _open_image(file: BinaryIO) -> Image.Image:
-    """The image in a file, its header read and its pixels not yet; DecodeError where they would be too many."""
-    image = Image.open(file, formats=FORMATS)
-    width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-        raise DecodeError(
-            f'{width} x {height} pixels; at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
-        )
-    return image
-
-
-class DecodeCrop:
-    """timm's random crop of an image file that is not decoded yet, by faster ways to the same pixels.
-
-    The crop is the one that `crop` would draw, as the size stands in the header. torchvision decodes to Pillow's
-    pixels, and torch resizes to them but for rounding, 2 of 255 at most. A JPEG whose crop is at least twice as large
-    as the output is decoded at 1/2, 1/4 or 1/8, which JPEG's own transform does for less work; its low-pass filter
-    differs a little, as in all loaders that do this.
+    The crop is drawn by `crop`, for the size in the header. torchvision decodes to Pillow's pixels, and torch resizes
+    to them but for rounding, 2 of 255 at most. A JPEG whose crop is at least twice as large as the output is decoded at
+    1/2, 1/4 or 1/8, which JPEG's own transform does for less work; its low-pass filter differs a little, as in all
+    loaders that do this.
     """
 
     def __init__(self, crop: RandomResizedCropAndInterpolation):
         self.crop = crop
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        size, interpolation = self.crop.size, self.crop.interpolation
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-        if isinstance(interpolation, Sequence):
-            interpolation = random.choice(interpolation)
-        columns, rows = image.size
-        # timm rounds a crop of an image of a few pixels down to nothing.
-        top, left, height, width = min(top, rows - 1), min(left, columns - 1), max(height, 1), max(width, 1)
-        shrink = min(height // size[0], width // size[1])
-        if shrink > 1:
-            image.draft(None, (columns // shrink, rows // shrink))
-        if image.size != (columns, rows):
-            shrink = round(columns / image.size[0])
-            box = np.array([left, top, left + width, top + height]) / shrink
-            outer = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])])  # resize would look beyond the box
-            image = to_rgb(image).crop(tuple(outer.astype(int)))
-            return image.resize(size[::-1], Image.Resampling[interpolation.name], tuple(box - np.tile(outer[:2], 2)))
-        pixels = None
-        if decode_jpeg and image.format == 'JPEG' and image.mode in ('L', 'RGB'):
-            image.fp.seek(0)
-            with suppress(RuntimeError):  # Pillow reads some files that are not quite right, and names what is wrong
-                pixels = decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
-        if pixels is None:
-            pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-        pixels = pixels[None, :, top : top + height, left : left + width]
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # three times faster to resize
-        pixels = F.interpolate(pixels, size, mode=interpolation.value, antialias=True)
-        return Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    def __call__(self, path: str | Path) -> Image.Image:
+        with open_image(path) as image:
+            top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+            interpolation = self.crop.interpolation
+            if isinstance(interpolation, Sequence):
+                interpolation = random.choice(interpolation)
+            # timm rounds a crop of an image of a few pixels down to nothing.
+            top, left = min(top, image.height - 1), min(left, image.width - 1)
+            height, width = max(height, 1), max(width, 1)
+            full_width, (rows, columns) = image.width, self.crop.size
+            reduction = min(height // rows, width // columns)
+            if reduction > 1:
+                image.draft(None, (image.width // reduction, image.height // reduction))  # JPEGs alone heed it
+            if image.width == full_width:
+                pixels = resized_crop(_decode(image), top, left, height, width, [rows, columns], interpolation)
+                return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            reduction = round(full_width / image.width)
+            box = [side / reduction for side in (left, top, left + width, top + height)]
+            return _resize(to_rgb(image), box, (columns, rows), Image.Resampling[interpolation.name])
+
+
+def _decode(image: Image.Image) -> Tensor:
+    """Pixels (3, rows, columns) of an opened image, by torchvision where it can."""
+    if decode_jpeg and image.format == 'JPEG' and image.mode in ('L', 'RGB'):
+        with suppress(RuntimeError, OSError):  # Pillow reads what is not quite right, or names what is wrong
+            return decode_jpeg(torch.from_numpy(np.fromfile(image.filename, np.uint8)), ImageReadMode.RGB)
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+
+def _resize(image: Image.Image, box: Sequence[float], size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """The part of an image in `box`, whose sides may lie within pixels, resized; nothing outside has an influence."""
+    left, top, right, bottom = box
+    outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+    inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
+    return image.crop(outer).resize(size, resample, inner)
+
+
+# --- datasets
+
+
+def build_dataset(
+    args: Namespace, config: DataConfig, train: bool, classes: list[str] | None = None, num_classes: int | None = None
+) -> Dataset:
+    """Dataset of the flags, transformed for training or for evaluation.
+
+    `classes` are those of training, and `num_classes` their number, where known: evaluation then has the same labels.
+    Raises InputError where the dataset has others.
+    """
+    root, split = Path(args.data_path).expanduser(), 'train' if train else 'val'
+    transform, loader = build_transform(config, augmentation(args) if train else None), load_image
+    has_files = args.data_set in ('IMNET', 'INAT', 'INAT19')
+    if has_files and train and args.fast_decode and config.input_size > SMALL:
+        crop, *steps = transform.transforms
+        transform, loader = transforms.Compose(steps), CropLoader(crop)
+    if args.data_set == 'IMNET':
+        return image_folder(root / split, transform, loader, classes, num_classes)
+    if has_files:
+        year = 2018 if args.data_set == 'INAT' else 2019
+        dataset = inaturalist(root, split, year, args.inat_category, transform, loader)
+    elif args.data_set == 'SHAPES':
+        dataset = Shapes(split, config.input_size, transform=transform)
+    else:
+        dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
+    if num_classes not in (None, len(dataset.classes)):
+        raise InputError(f'the checkpoint has {num_classes} classes, the data set {len(dataset.classes)}')
+    if classes and (differences := compare_classes(classes, dataset.classes)):
+        raise InputError(f'--data-set {args.data_set} has other classes than training: {differences}')
+    return dataset
 
 
 class ImageFiles(Dataset):
-    """Image files: `samples` is a list of (path, label), `classes` names the labels; `read` gives a path's image."""
+    """Image files: `samples` is a list of (path, label), `classes` names the labels; `loader` gives a path's image."""
 
-    def __init__(
-        self, samples: list[tuple[str, int]], classes: list[str], transform: Callable, read: Callable = load_image
-    ):
-        self.samples, self.classes, self.transform, self.read = samples, classes, transform, read
+    def __init__(self, samples: list[tuple[str, int]], classes: list[str], transform: Callable, loader=load_image):
+        self.samples, self.classes, self.transform, self.loader = samples, classes, transform, loader
         for path, label in samples:
             if not 0 <= label < len(classes):
                 raise InputError(f'{path} has label {label}, but there are {len(classes)} classes, counted from 0')
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        return self.transform(self.read(path)), label
+        return self.transform(self.loader(path)), label
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
 def image_folder(
-    root: Path,
-    transform: Callable,
-    read: Callable = load_image,
-    classes: list[str] | None = None,
-    num_classes: int | None = None,
+    root: Path, transform: Callable, loader=load_image, classes: list[str] | None = None, num_classes: int | None = None
 ) -> ImageFiles:
     """Images in one folder for each class, labelled in the order of the names; hidden files and folders are left out.
 
@@ -247,29 +357,24 @@ def image_folder(
     if not root.is_dir():
         raise _missing(root, 'a folder with a folder of images for each class')
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    hidden = [name for name in folders if name.startswith('.')]
-    found = [name for name in folders if not name.startswith('.')]
-    if hidden:
-        say(f'{root}: left out hidden folders: {_some(hidden)}')
-    if not found:
-        raise InputError(f'{root} holds no class folders; it holds {_some(os.listdir(root))}')
+    if hidden := [name for name in folders if name.startswith('.')]:
+        print_rank0(f'{root}: left out hidden folders: {_abbreviate(hidden)}')
+    folders = [name for name in folders if name not in hidden]
+    if not folders:
+        raise InputError(f'{root} holds no class folders; it holds {_abbreviate(os.listdir(root))}')
     if classes is None:
-        classes = found if num_classes is None else name_classes(root, found, num_classes)
-    if unknown := sorted(set(found) - set(classes)):
-        raise InputError(f'{root} holds {len(unknown)} classes that training lacks: {_some(unknown)}')
-    if absent := sorted(set(classes) - set(found)):
-        say(f'{root}: no images of {len(absent)} of {len(classes)} classes: {_some(absent)}')
-
-    def is_shown(path: str) -> bool:
-        return path.lower().endswith(IMG_EXTENSIONS) and f'{os.sep}.' not in path[len(str(root)) :]
-
-    labels = {name: i for i, name in enumerate(classes)}
-    samples = make_dataset(root, labels, is_valid_file=is_shown, allow_empty=True)
-    filled = {label for _, label in samples}
-    if empty := [name for name in found if labels[name] not in filled]:
-        there = _some(os.listdir(root / empty[0]))
-        raise InputError(f'{root}: no images in {_some(empty)}; {root / empty[0]} holds {there}')
-    return ImageFiles(samples, classes, transform, read)
+        classes = folders if num_classes is None else name_classes(root, folders, num_classes)
+    if unknown := sorted(set(folders) - set(classes)):
+        raise InputError(f'{root} holds {len(unknown)} classes that training lacks: {_abbreviate(unknown)}')
+    if absent := sorted(set(classes) - set(folders)):
+        print_rank0(f'{root}: no images of {len(absent)} of {len(classes)} classes: {_abbreviate(absent)}')
+    labels = {name: label for label, name in enumerate(classes)}
+    samples = make_dataset(root, labels, IMG_EXTENSIONS, allow_empty=True)
+    samples = [sample for sample in samples if f'{os.sep}.' not in sample[0].removeprefix(str(root))]
+    if empty := sorted(set(folders) - {classes[label] for _, label in samples}):
+        content = _abbreviate(os.listdir(root / empty[0]))
+        raise InputError(f'{root}: no images in {_abbreviate(empty)}; {root / empty[0]} holds {content}')
+    return ImageFiles(samples, classes, transform, loader)
 
 
 def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
@@ -281,210 +386,51 @@ def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
     unknown = sorted(set(folders) - set(synsets))
     if num_classes == len(synsets) and not unknown:
         return synsets
-    if num_classes == len(folders):
-        say(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in sorted order')
-        return folders
-    why = f'; {len(unknown)} folders are not named by an ImageNet synset: {_some(unknown)}'
-    raise InputError(
-        f'the checkpoint has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
-        + (why if num_classes == len(synsets) else '')
-    )
+    if num_classes != len(folders):
+        message = f'the checkpoint has {num_classes} classes and does not name them, '
+        message += f'{root} holds {len(folders)} class folders'
+        if num_classes == len(synsets):
+            message += f', {len(unknown)} not named by an ImageNet synset: {_abbreviate(unknown)}'
+        raise InputError(message)
+    print_rank0(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in order')
+    return folders
 
 
-def compare_classes(trained: Sequence[str], found: Sequence[str]) -> str:
-    """How the classes of a data set differ from those of training, in words; '' where they are the same."""
-    if list(trained) == list(found):
-        return ''
-    lacking, new = sorted(set(trained) - set(found)), sorted(set(found) - set(trained))
+def compare_classes(trained: Sequence[str], current: Sequence[str]) -> str:
+    """How the classes of a dataset differ from those of training, in words; '' where they are the same."""
+    lacking, new = sorted(set(trained) - set(current)), sorted(set(current) - set(trained))
     if not lacking and not new:
-        return 'the same names in another order'
-    return f'the data lacks {len(lacking)} ({_some(lacking)}) and has {len(new)} others ({_some(new)})'
+        return '' if list(trained) == list(current) else 'the same names in another order'
+    return f'the data lacks {len(lacking)} ({_abbreviate(lacking)}) and has {len(new)} others ({_abbreviate(new)})'
 
 
-def inaturalist(
-    root: Path, split: str, year: int, level: str, transform: Callable, read: Callable = load_image
-) -> ImageFiles:
+def inaturalist(root: Path, split: str, year: int, level: str, transform: Callable, loader=load_image) -> ImageFiles:
     """iNaturalist from `{split}{year}.json` and `categories.json`; classes are the names at `level`, in that order.
 
     The published code orders them by first appearance in the training list, which evaluation should not need. Raises
     InputError for a path outside `root`, a category that is not in the list, or a level that categories lack.
     """
-    for name in (file := f'{split}{year}.json', 'categories.json'):
-        if not (root / name).is_file():
-            raise _missing(root / name, f"iNaturalist's {file} and categories.json")
-    listing, categories = (json.loads((root / name).read_text()) for name in (file, 'categories.json'))
-    lacking = [category['id'] for category in categories if level not in category]
-    if lacking:
-        raise InputError(f'{root / "categories.json"}: {len(lacking)} categories lack a {level}, first id {lacking[0]}')
-    names = {category['id']: category[level] for category in categories}
-    classes = list(dict.fromkeys(names.values()))
-    label = {name: i for i, name in enumerate(classes)}
-    category = {annotation['image_id']: annotation['category_id'] for annotation in listing['annotations']}
+    list_path, categories_path = root / f'{split}{year}.json', root / 'categories.json'
+    for path in (list_path, categories_path):
+        if not path.is_file():
+            raise _missing(path, f"iNaturalist's {list_path.name} and {categories_path.name}")
+    listing, categories = (json.loads(path.read_text()) for path in (list_path, categories_path))
+    if lacking := [category['id'] for category in categories if level not in category]:
+        raise InputError(f'{categories_path}: {len(lacking)} categories lack a {level}, first id {lacking[0]}')
+    name_of = {category['id']: category[level] for category in categories}
+    labels = {name: label for label, name in enumerate(dict.fromkeys(name_of.values()))}
+    category_of = {annotation['image_id']: annotation['category_id'] for annotation in listing['annotations']}
     samples = []
     for image in listing['images']:
-        path = PurePosixPath(image['file_name'])
+        path, category = Path(image['file_name']), category_of.get(image['id'])
         if path.is_absolute() or '..' in path.parts:
-            raise InputError(f'{root / file} names a path outside {root}: {path}')
-        if (number := category.get(image['id'])) not in names:
-            raise InputError(
-                f'{root / file}: {path} has category {number}, none of the {len(names)} in categories.json'
-            )
-        samples.append((str(root / path), label[names[number]]))
+            raise InputError(f'{list_path} names a path outside {root}: {path}')
+        if category not in name_of:
+            raise InputError(f'{list_path}: {path} has category {category}, none of the {len(name_of)} that are listed')
+        samples.append((str(root / path), labels[name_of[category]]))
     if samples and not os.path.exists(samples[0][0]):
-        raise _missing(Path(samples[0][0]), f'the images that {file} lists')
-    return ImageFiles(samples, classes, transform, read)
-
-
-def _missing(path: Path, expected: str) -> InputError:
-    path = path.absolute()
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    return InputError(f'{path} does not exist: expected {expected}; {folder} holds {_some(os.listdir(folder))}')
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(sorted(names)[:most]) + more if names else 'nothing'
-
-
-# --- transforms, data sets, loaders
-
-
-class DataConfig(NamedTuple):
-    """What a model expects of its images; the names are those of the flags.
-
-    Images are square, `input_size` pixels a side. Pixels of 0 to 1 are normalised by `mean` and `std`. Evaluation
-    resizes to input_size / crop_pct by `interpolation`, and crops; `crop_mode` is timm's.
-    """
-
-    input_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
-    crop_mode: str
-    interpolation: str
-
-
-def data_config(args: argparse.Namespace) -> DataConfig:
-    """The data configuration of the model of the flags, with what other flags say in its place.
-
-    Raises InputError for values that make no sense, and models that do not take square images with three channels.
-    """
-    cfg = models.published_cfg(args.model)
-    flags = {name: getattr(args, name) for name in DataConfig._fields}
-    _check_config(flags)
-    if flags['input_size'] is not None:
-        flags['input_size'] = 3, args.input_size, args.input_size
-    found = resolve_data_config(flags, cfg.to_dict())
-    channels, rows, columns = found['input_size']
-    if cfg.input_size[0] != 3 or channels != 3 or rows != columns:
-        size = ' x '.join(map(str, cfg.input_size))
-        raise InputError(f'{args.model} takes images of {size}; expected 3 channels and a square (--input-size)')
-    if found['crop_mode'] not in CROP_MODES:
-        raise InputError(f'{args.model} has crop_mode {found["crop_mode"]}; expected one of {", ".join(CROP_MODES)}')
-    if args.crop_pct is None and rows <= SMALL:
-        found['crop_pct'] = 1.0
-    return DataConfig(**found | {'input_size': rows})
-
-
-def _check_config(flags: dict):
-    for name in ('mean', 'std'):
-        if flags[name] is not None and len(flags[name]) not in (1, 3):
-            raise InputError(f'--{name}: expected one number or three, found {len(flags[name])}')
-    if min(flags['std'] or [1]) <= 0:
-        raise InputError(f'--std: expected numbers above 0, found {flags["std"]}')
-    if flags['crop_pct'] is not None and not 0 < flags['crop_pct'] <= 1:
-        raise InputError(f'--crop-pct: expected a share above 0 and up to 1, found {flags["crop_pct"]}')
-    if flags['input_size'] is not None and flags['input_size'] < 1:
-        raise InputError(f'--input-size: expected 1 or more, found {flags["input_size"]}')
-
-
-def fix_data_config(args: argparse.Namespace):
-    """Write the data configuration that holds into the flags, and print it with what is not the model's own."""
-    unset = argparse.Namespace(model=args.model, **dict.fromkeys(DataConfig._fields))
-    own, config = data_config(unset), data_config(args)
-    vars(args).update(config._asdict())
-    changed = [name for name in DataConfig._fields if getattr(own, name) != getattr(config, name)]
-    mean, std = (' '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
-    say(
-        f'images: {config.input_size} px, evaluated at crop_pct {config.crop_pct:g} ({config.crop_mode}), '
-        f'{config.interpolation}, mean {mean}, std {std} '
-        f"(the model's own{', but for ' + ', '.join(changed) if changed else ''})"
-    )
-
-
-class ToTensor:
-    """RGB image to a normalised tensor (3, height, width): torchvision's ToTensor and Normalize, in half the time."""
-
-    def __init__(self, config: DataConfig):
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.div_(255).sub_(self.mean).div_(self.std)
-
-
-def build_transform(train: bool, args: argparse.Namespace) -> Callable[[Image.Image], torch.Tensor]:
-    """RGB image of any size to a normalised tensor (3, input size, input size), augmented for training."""
-    config = data_config(args)
-    if train:
-        return train_transform(config, args)
-    steps = create_transform(**config._asdict()).transforms
-    return transforms.Compose([*steps[:-2], ToTensor(config)])  # in place of timm's ToTensor and Normalize
-
-
-def train_transform(config: DataConfig, args: argparse.Namespace) -> transforms.Compose:
-    """timm's augmentation as the flags want it, ending in a normalised tensor (3, input size, input size)."""
-    size = config.input_size
-    transform = create_transform(
-        size,
-        is_training=True,
-        mean=config.mean,
-        std=config.std,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
-    steps = transform.transforms
-    if size <= SMALL:
-        crop = transforms.RandomCrop(size, padding=PADDING)
-        steps[0] = transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC), crop])
-    end = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-    steps[end : end + 2] = [ToTensor(config)]  # in place of it and of Normalize
-    return transform
-
-
-def build_dataset(
-    train: bool, args: argparse.Namespace, classes: list[str] | None = None, num_classes: int | None = None
-) -> Dataset:
-    """Data set of the flags, transformed.
-
-    `classes` are those of training, and `num_classes` their number, where known: evaluation then has the same labels.
-    Raises InputError where the data set has others.
-    """
-    root, split = Path(args.data_path).expanduser(), 'train' if train else 'val'
-    transform, read = build_transform(train, args), load_image
-    size = data_config(args).input_size
-    files = args.data_set in ('IMNET', 'INAT', 'INAT19')
-    if files and train and args.fast_decode and size > SMALL:
-        read = partial(load_image, decode=DecodeCrop(transform.transforms.pop(0)))
-    if args.data_set == 'IMNET':
-        return image_folder(root / split, transform, read, classes, num_classes)
-    if args.data_set == 'SHAPES':
-        dataset = Shapes(split, size, transform=transform)
-    elif args.data_set in ('INAT', 'INAT19'):
-        year = 2018 if args.data_set == 'INAT' else 2019
-        dataset = inaturalist(root, split, year, args.inat_category, transform, read)
-    else:
-        dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
-    if num_classes not in (None, len(dataset.classes)):
-        raise InputError(f'the checkpoint has {num_classes} classes, the data set {len(dataset.classes)}')
-    if classes and (differences := compare_classes(classes, dataset.classes)):
-        raise InputError(f'--data-set {args.data_set} has other classes than training: {differences}')
-    return dataset
+        raise _missing(Path(samples[0][0]), f'the images that {list_path.name} lists')
+    return ImageFiles(samples, list(labels), transform, loader)
 
 
 def cifar(root: Path, train: bool, kind: type[CIFAR10], transform: Callable) -> CIFAR10:
@@ -498,16 +444,35 @@ def cifar(root: Path, train: bool, kind: type[CIFAR10], transform: Callable) -> 
         raise InputError(f'{folder} is not the whole of {kind.__name__}: files are missing or damaged') from error
 
 
+def _missing(path: Path, expected: str) -> InputError:
+    """The error for a path that does not exist, which says what the nearest folder holds."""
+    path = path.absolute()
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    return InputError(f'{path} does not exist: expected {expected}; {folder} holds {_abbreviate(os.listdir(folder))}')
+
+
+def _abbreviate(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(sorted(names)[:most]) + more if names else 'nothing'
+
+
+# --- loaders
+
+
 class Seeded(Dataset):
     """Takes (epoch, position, index) and makes all that is random in an image a function of (seed, epoch, position).
 
     Without workers this seeds the generators of the training process itself, which therefore seeds them for each batch.
-    Up to `max_broken` unreadable images are replaced by the next in the data set; all workers mark them in `broken`.
+    Up to `max_broken` unreadable images are replaced by the next in the dataset; all workers mark them in `broken`.
     """
 
     def __init__(self, dataset: Dataset, seed: int, max_broken: int = 0):
         self.dataset, self.seed, self.max_broken = dataset, seed, min(max_broken, len(dataset) - 1)
         self.broken = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int, int]):
         epoch, position, index = key
@@ -516,28 +481,26 @@ class Seeded(Dataset):
             try:
                 return self.dataset[index]
             except InputError as error:
-                known = bool(self.broken[index])
-                self.broken[index] = 1
+                is_new, self.broken[index] = not self.broken[index], 1
                 count = int(self.broken.sum())
                 if count > self.max_broken:
-                    told = f'{error}\n{count} broken training images, --max-broken-images allows {self.max_broken}'
-                    raise InputError(told) from error
-                index = (index + 1) % len(self.dataset)
-                if not known:
-                    print(f'warning: {error}; image {index} takes its place ({count} so far)', flush=True)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+                    limit = f'{count} broken training images, --max-broken-images allows {self.max_broken}'
+                    raise InputError(f'{error}\n{limit}') from error
+                if is_new:
+                    print(f'warning: {error}; the next image takes its place ({count} so far)', flush=True)
+                index = (index + 1) % len(self)
 
 
 def build_loaders(
-    args: argparse.Namespace,
+    args: Namespace,
+    config: DataConfig,
     rank: int = 0,
     world_size: int = 1,
     classes: list[str] | None = None,
     num_classes: int | None = None,
+    train: bool = True,
 ) -> tuple[DataLoader | None, DataLoader]:
-    """Loaders of this process: training (None with --eval, which reads no training image) and validation.
+    """Loaders of this process: training (None unless `train`; then no training image is read) and validation.
 
     The training loader's `sampler` has `set_epoch`; the validation loader's `dataset.classes` are the classes of both.
     `classes` and `num_classes` are those of the checkpoint that is evaluated, where known.
@@ -545,42 +508,42 @@ def build_loaders(
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     workers = min(args.num_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-    common = dict(
-        batch_size=args.batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=args.pin_mem and torch.cuda.is_available(),
-        worker_init_fn=_outlive_termination,
-    )
-    # Each loader has a generator of its own: otherwise evaluating would shift the random numbers of training.
+
+    def build_loader(dataset: Dataset, **options) -> DataLoader:
+        return DataLoader(
+            dataset,
+            args.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=args.pin_mem and torch.cuda.is_available(),
+            worker_init_fn=_outlive_termination,
+            generator=torch.Generator(),  # its own: otherwise evaluating would shift the random numbers of training
+            **options,
+        )
+
     train_loader = None
-    if not args.eval:
-        train = build_dataset(True, args)
-        classes = train.classes
-        sampler = RepeatedAugSampler(len(train), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
+    if train:
+        dataset = build_dataset(args, config, train=True)
+        classes = dataset.classes
+        sampler = RepeatedAugSampler(len(dataset), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
         if len(sampler) < args.batch_size:
             raise InputError(
-                f'{len(train)} training images give each of {world_size} processes {len(sampler)} an epoch, '
+                f'{len(dataset)} training images give each of {world_size} processes {len(sampler)} an epoch, '
                 f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
             )
-        train_loader = DataLoader(
-            Seeded(train, args.seed, args.max_broken_images),
-            sampler=sampler,
-            drop_last=True,
-            generator=torch.Generator(),
-            **common,
-        )
-    val = build_dataset(False, args, classes, num_classes)
-    if not len(val):
+        dataset = Seeded(dataset, args.seed, args.max_broken_images)
+        train_loader = build_loader(dataset, sampler=sampler, drop_last=True)
+    dataset = build_dataset(args, config, False, classes, num_classes)
+    if not len(dataset):
         raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
-    shard = eval_shard(len(val), rank, world_size)
-    return train_loader, DataLoader(val, sampler=shard, generator=torch.Generator(), **common)
+    return train_loader, build_loader(dataset, sampler=eval_shard(len(dataset), rank, world_size))
 
 
 def _outlive_termination(_):
-    """Let this loading process end for SIGTERM from its parent alone.
+    """Let this loading process end for SIGTERM from its parent alone: a step before a checkpoint still needs it.
 
-    A signal to the process group, such as Ctrl-C, reaches it too, and the last step before a checkpoint still needs it.
+    A signal to the process group, such as Ctrl-C, or to all processes of a job reaches it too. Only a wait for signals
+    says who sent one, hence the thread.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, 'sigwaitinfo'):  # not on macOS
@@ -595,21 +558,12 @@ def _outlive_termination(_):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
     """timm's mixup and cutmix of a batch, which also smooths its labels; None where both are off."""
     if args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax:
         return None
     if args.batch_size % 2:
-        raise InputError(
-            f'--batch-size {args.batch_size} is odd: images are mixed in pairs (off: --mixup 0 --cutmix 0)'
-        )
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
+        raise InputError(f'--batch-size {args.batch_size} is odd, images are mixed in pairs; off: --mixup 0 --cutmix 0')
+    probabilities = dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode)
+    labels = dict(label_smoothing=args.smoothing, num_classes=num_classes)
+    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, **probabilities, **labels)

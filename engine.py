@@ -128,9 +128,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     set_backends(args.precision, device)
     if args.eval:
         checkpoint.recall_model(args, content)
-    datasets.fix_data_config(args)
+    config = datasets.data_config(args, args.model)
+    vars(args).update(config._asdict())
+    say(datasets.describe(config))
     known = checkpoint.find_classes(content, args) if args.eval else (None, None)
-    train_loader, val_loader = datasets.build_loaders(args, utils.rank(), utils.world_size(), *known)
+    train_loader, val_loader = datasets.build_loaders(
+        args, config, utils.rank(), utils.world_size(), *known, train=not args.eval
+    )
     num_classes = len(val_loader.dataset.classes)
     model = models.build(args, num_classes).to(device)
     say(

@@ -108,10 +108,9 @@ class Renormalise(nn.Module):
 
 def renormalised(teacher: nn.Module, args: argparse.Namespace) -> nn.Module:
     """The teacher, given the student's images in the teacher's own normalisation."""
-    flags = vars(args) | {'input_size': None}
-    before = datasets.data_config(argparse.Namespace(**flags))
-    own = {'model': args.teacher_model, 'mean': None, 'std': None}
-    after = datasets.data_config(argparse.Namespace(**flags | own))
+    unset = dict.fromkeys(datasets.DataConfig._fields)
+    before = datasets.data_config(argparse.Namespace(**unset | {'mean': args.mean, 'std': args.std}), args.model)
+    after = datasets.data_config(argparse.Namespace(**unset), args.teacher_model)
     if (before.mean, before.std) == (after.mean, after.std):
         return teacher
     say(f'teacher: its images are normalised by mean {after.mean}, std {after.std}, as it was trained')

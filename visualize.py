@@ -100,7 +100,9 @@ def main():
     content = weights.read_checkpoint(args.resume, say)
     model = load_model(args, content).to(device)
     known = checkpoint.find_classes(content, args)
-    dataset = datasets.build_dataset(False, args, *known) if args.data_path or args.data_set == 'SHAPES' else None
+    dataset = None
+    if args.data_path or args.data_set == 'SHAPES':
+        dataset = datasets.build_dataset(args, datasets.data_config(args, args.model), False, *known)
     classes = class_names(dataset.classes if dataset else known[0], model.num_classes)
     prefix = f'{args.save_name}_' if args.save_name else ''
     earlier = sum(not path.name.startswith('.') for path in output.iterdir())
@@ -167,7 +169,9 @@ def find_images(path: Path) -> list[Path]:
 def load_model(args: argparse.Namespace, content: dict) -> nn.Module:
     """The model with the checkpoint's weights, classes and schedule; InputError if it does not fit or never selects."""
     checkpoint.recall_model(args, content)
-    datasets.fix_data_config(args)
+    config = datasets.data_config(args, args.model)
+    vars(args).update(config._asdict())
+    say(datasets.describe(config))
     model = models.build(args, checkpoint.find_classes(content, args)[1] or 1000)
     if not hasattr(model, 'forward_with_selection'):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT or an Evo-LeViT')
@@ -203,7 +207,7 @@ def read_images(
             batch.append((f'{prefix}{kind}_seed{args.seed}_{index}', image, label))
         yield batch
     names = [args.save_name or files[0].stem] if len(files) == 1 else picture_names(prefix, files)
-    transform = datasets.build_transform(False, args)
+    transform = datasets.build_transform(datasets.data_config(args, args.model))
     for start in range(0, len(files), args.batch_size):
         part = slice(start, start + args.batch_size)
         yield [(name, transform(load_upright(f)), None) for name, f in zip(names[part], files[part], strict=True)]

@@ -292,7 +292,7 @@ def test_a_pass_loads_no_more_than_it_uses(image_folder, monkeypatch):
     """Workers would go on loading, in the time of the next."""
     loaders = []
     real = datasets.build_loaders
-    monkeypatch.setattr(datasets, 'build_loaders', lambda case: loaders.append(real(case)) or loaders[-1])
+    monkeypatch.setattr(datasets, 'build_loaders', lambda *a, **k: loaders.append(real(*a, **k)) or loaders[-1])
     args, recipe = benchmark.get_parser().parse_known_args(
         [*map(str, NANO), '--data-path', str(image_folder), '--num_workers', '0']
     )

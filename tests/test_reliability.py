@@ -568,7 +568,7 @@ def test_row_13_workers_outlive_the_signal(image_folder):
         ['--data-path', str(image_folder), '--input-size', '32', '--batch-size', '4', '--num_workers', '1']
     )
     # Without the protection the signal ends the worker, and PyTorch raises a RuntimeError for it.
-    batches = iter(datasets.build_loaders(args)[1])
+    batches = iter(datasets.build_loaders(args, datasets.data_config(args, args.model))[1])
     next(batches)
     for worker in batches._workers:
         subprocess.run(['kill', str(worker.pid)], check=True)  # as from another process
@@ -688,7 +688,7 @@ def test_row_01_the_default_augmentation_never_raises(interpolation):
     args = engine.get_parser('', main_deit.RECIPE).parse_args(
         ['--input-size', '32', '--train-interpolation', interpolation]
     )
-    transform = datasets.build_transform(True, args)
+    transform = datasets.build_transform(datasets.data_config(args, args.model), datasets.augmentation(args))
     image, _ = shapes.Shapes('train', 32)[0]
     utils.seed_all(0)
     for _ in range(10_000):
