@@ -1,4 +1,4 @@
-"""Pictures of the selection: which patches a model updates slowly, layer by layer.
+"""Pictures of the selection: which patches a model updates slowly, and which of them represent the others.
 
 A batch of validation images, chosen at random by --seed:
 
@@ -10,24 +10,31 @@ One image; --img-path takes several too, and folders:
     python3 visualize.py --model evo_deit_small_vis_patch16_224 --resume /path/to/checkpoint.pth \\
         --output_dir /path/to/save --img-path ./imgs/a.jpg --save-name evo_test
 
+A ViT of timm, evolved without training:
+
+    python3 visualize.py --model deit_tiny_patch16_224 --evolve --resume /path/to/deit_tiny_patch16_224.pth \\
+        --output_dir /path/to/save --img-path ./imgs
+
 Does the selection find the object? SHAPES knows where it is:
 
     python3 visualize.py --model evo_deit_nano_patch4_32 --resume output/checkpoint.pth --output_dir pictures \\
         --data-set SHAPES --batch-size 12 --score
 
-For each image NAME.png is what the model sees; NAME_block4.png the same, its placeholders from block 4 on faded and
-hatched (NAME_stage1_block0.png in Evo-LeViT); NAME_sheet.png all of it with the scores and the prediction; NAME.gif,
-with --animate, one selection after the other. A batch has a contact sheet too.
+For each image, NAME.png is what the model sees. NAME_block4.png shows the selection before block 4
+(NAME_stage1_block0.png in Evo-LeViT): placeholders are faded and hatched. With --representative nearest,
+NAME_block4_clusters.png fills them with the mean colour of the patches that share one informative patch.
+NAME_sheet.png has all of these, the scores and the prediction. --animate writes them as NAME.gif. Each batch of
+several images has a contact sheet.
 """
 
 import argparse
 import math
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -49,45 +56,53 @@ import models
 import shapes
 import utils
 from models import weights
+from models.evolution import Selection
+from models.vit import Evolving
 from utils import InputError, say
 
-FADED = 0.3  # of a placeholder's colour is left, the rest is white, as published, but for the grey lines of the hatch
-HATCH = 128  # grey level of these lines
-BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '#B0B0B0'  # told apart by colour-blind eyes
+FADED = 0.3  # share of a placeholder's own colour, as published; the rest is white, or the grey of the hatching
+HATCH_GREY = 128
+LINE = 0.45  # share of black or white in the outline of a cluster
+BLUE, ORANGE = '#0072B2', '#D55E00'  # told apart by colour-blind eyes
 MARKS, COLOURS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
-HEAT = 'cividis'
-DPI = 150
-MOST_COLUMNS = 5  # selections in one row of a sheet
-FRAME_MS = 900
+MAX_COLUMNS = 5  # selections side by side in a sheet
 
 
-class Look(NamedTuple):
-    """An image (side, side, 3), uint8, as a model sees it, and what the model makes of it.
+class Prediction(NamedTuple):
+    """An image (height, width, 3), uint8, as a model sees it, its class probabilities, and selections by name.
 
-    `selections` holds for each which patches it kept, bool, and the score that it chose by, 1 the mean: (rows, rows).
+    The parts of a selection are grids (rows, columns): `kept` says which patches are informative, `score` is relative
+    to its mean, `cluster` is the informative patch that represents each patch, None unless it is the nearest.
     """
 
     image: np.ndarray
     label: int | None
     probabilities: np.ndarray
-    selections: dict[str, tuple[np.ndarray, np.ndarray]]
+    selections: dict[str, Selection]
+
+
+class View(NamedTuple):
+    """A picture of an image or of a selection: the end of its file's name, a title, pixels, the patches to outline."""
+
+    ending: str
+    title: str
+    pixels: np.ndarray
+    kept: np.ndarray | None = None
 
 
 def get_parser() -> utils.Parser:
     parser = utils.Parser(__doc__)
     for add in (models.add_arguments, datasets.add_arguments, utils.add_arguments):
         add(parser)
-    group = parser.add_argument_group('pictures')
-    group.add_argument('--resume', required=True, metavar='PATH', help='checkpoint (path or address), published or own')
-    group.add_argument('--output_dir', default='output', metavar='PATH', help='where the pictures go')
-    group.add_argument(
-        '--img-path', nargs='+', default=[], metavar='PATH', help='images or folders, instead of a data set'
-    )
-    group.add_argument('--save-name', default='', metavar='NAME', help='name of one image, prefix of several')
-    group.add_argument('--layer-wise-prune', action='store_true', help='select before each layer, whatever was trained')
-    group.add_argument('--format', default='png', choices=['png', 'jpg', 'pdf'], help='of sheets; copies are png')
-    group.add_argument('--animate', action='store_true', help='write a GIF of the selection through the layers')
-    group.add_argument('--score', action='store_true', help='share of the object that is kept, all of val (SHAPES)')
+    add = parser.add_argument_group('pictures').add_argument
+    add('--resume', required=True, metavar='PATH', help='checkpoint: path or URL; published, ours or of timm')
+    add('--output_dir', default='output', metavar='PATH', help='where the pictures go')
+    add('--img-path', nargs='+', default=[], metavar='PATH', help='images or folders, instead of a dataset')
+    add('--save-name', default='', metavar='NAME', help='name of one image, prefix of several')
+    add('--layer-wise-prune', action='store_true', help='select before each layer, whatever the model was trained for')
+    add('--format', default='png', choices=['png', 'jpg', 'pdf'], help='of sheets; copies are always png')
+    add('--animate', action='store_true', help='also write the pictures of an image as a GIF')
+    add('--score', action='store_true', help='measure how much of the objects is kept in all of val (SHAPES only)')
     parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='')
     return parser
 
@@ -95,132 +110,141 @@ def get_parser() -> utils.Parser:
 @torch.inference_mode()
 def main():
     args = get_parser().parse_args()
-    files, output = check_arguments(args)
+    check_arguments(args)
+    files = find_images(args.img_path)
+    output = prepare_output_dir(Path(args.output_dir).expanduser(), files)
     device = utils.set_up_processes(args)
     content = weights.read_checkpoint(args.resume, say)
-    model = load_model(args, content).to(device)
-    known = checkpoint.find_classes(content, args)
-    dataset = None
-    if args.data_path or args.data_set == 'SHAPES':
-        dataset = datasets.build_dataset(args, datasets.data_config(args, args.model), False, *known)
-    classes = class_names(dataset.classes if dataset else known[0], model.num_classes)
+    args = restore_args(args, content)
+    config = datasets.data_config(args, args.model)
+    say(datasets.describe(config))
+    names, num_classes = checkpoint.find_classes(content, args)
+    model = load_model(args, content, num_classes or 0, config.input_size).to(device)
+    say(f'{args.model}: computed in fp32, whatever the precision of its training')
+
+    from_dataset = args.data_path or args.data_set == 'SHAPES'
+    dataset = datasets.build_dataset(args, config, False, names, num_classes) if from_dataset else None
+    classes = class_names(dataset.classes if dataset else names, model.num_classes)
     prefix = f'{args.save_name}_' if args.save_name else ''
-    earlier = sum(not path.name.startswith('.') for path in output.iterdir())
-    found = f', which holds {earlier} files: they stay, except those of the same name' if earlier else ''
-    say(f'{args.model}: computed in fp32, whatever it was trained in; pictures go to {output}{found}')
     if args.score:
         shares = object_shares(model, dataset, args.batch_size)
-        write_figure(output, f'{prefix}score', draw_shares(shares), args.format)
-    for number, batch in enumerate(read_images(args, prefix, files, dataset, classes), 1):
-        names, images, labels = zip(*batch, strict=True)
-        looks = look(model, torch.stack(images).to(device), labels, args.mean, args.std)
-        for i, (name, seen) in enumerate(zip(names, looks, strict=True), 1):
-            verdict, text = describe(seen, classes)
-            name += f'_{verdict}' if verdict else ''
-            write_copies(output, name, seen)
-            write_figure(output, f'{name}_sheet', draw_sheet(seen, classes), args.format)
-            if args.animate:
-                utils.write_whole(output / f'{name}.gif', partial(save_gif, seen))
-            say(f'[{i}/{len(looks)}] {name}: {text}')
-        if len(looks) > 1:
-            name = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
-            write_figure(output, name, draw_contact(looks, classes), args.format)
+        write_figure(output, f'{prefix}score', report_shares(shares), args.format)
+    if files:
+        titles = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
+        batches = load_photos(files, titles, datasets.build_transform(config), args.batch_size)
+    else:
+        batches = [random_samples(dataset, classes, args.batch_size, args.seed, prefix)]
+    for number, batch in enumerate(batches, 1):
+        titles, images, labels = zip(*batch, strict=True)
+        predictions = predict(model, torch.stack(images).to(device), labels, config.mean, config.std)
+        write_pictures(output, titles, predictions, classes, args.format, args.animate)
+        if len(predictions) > 1:
+            title = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
+            write_figure(output, title, draw_contact(predictions, classes), args.format)
 
 
 # --- input
 
 
-def check_arguments(args: argparse.Namespace) -> tuple[list[Path], Path]:
-    """The files of --img-path, and the output folder, which can be written to; InputError for what cannot end well."""
+def check_arguments(args: argparse.Namespace):
+    """InputError for flags that cannot work."""
     if not re.fullmatch(r'([^./\\\0][^/\\\0]{0,49})?', args.save_name):
         raise InputError(f'--save-name {args.save_name!r}: expected up to 50 characters, no folders, no dot at first')
     if not (args.img_path or args.data_path or args.data_set == 'SHAPES'):
-        raise InputError('nothing to look at: expected --img-path, --data-path, or --data-set SHAPES')
+        raise InputError('no images: expected --img-path, --data-path, or --data-set SHAPES')
     if args.score and args.data_set != 'SHAPES':
         raise InputError(f'--score: only SHAPES knows where its objects are, not {args.data_set}')
     if args.batch_size < 1:
         raise InputError(f'--batch-size: expected 1 or more, found {args.batch_size}')
     if not weights.is_url(args.resume) and not Path(args.resume).is_file():
         raise InputError(f'--resume {args.resume}: {Path(args.resume).absolute()} is not a file')
-    files = [file for path in args.img_path for file in find_images(Path(path).expanduser())]
-    output = Path(args.output_dir).expanduser()
-    if output.resolve() in [file.resolve().parent for file in files]:
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """Image files, and those in folders in the order of their names; InputError where there are none."""
+    images = []
+    for path in (Path(path).expanduser() for path in paths):
+        if not path.exists():
+            raise InputError(f'--img-path {path}: {path.absolute()} does not exist')
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        inside = [p for p in inside if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith('.')]
+        if path.is_dir() and not inside:
+            raise InputError(f'--img-path {path}: no images there; expected names in {", ".join(IMG_EXTENSIONS)}')
+        images += inside or [path]
+    return images
+
+
+def prepare_output_dir(output: Path, images: Sequence[Path]) -> Path:
+    """Make the folder and print how many files it holds; InputError where it cannot be made, or holds `images`."""
+    if output.resolve() in [image.resolve().parent for image in images]:
         raise InputError(f'--output_dir {output} holds images of --img-path, which pictures could overwrite')
     try:
         output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise InputError(f'--output_dir {output} cannot be written to: {error}') from error
-    return files, output
+    existing = sum(not path.name.startswith('.') for path in output.iterdir())
+    note = f', which holds {existing} files: they stay, except those of the same name' if existing else ''
+    say(f'pictures go to {output}{note}')
+    return output
 
 
-def find_images(path: Path) -> list[Path]:
-    """An image file, or those in a folder in the order of their names."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise InputError(f'--img-path {path}: {path.absolute()} does not exist')
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith('.'))
-    if not found:
-        raise InputError(f'--img-path {path}: no images there; expected names that end in {", ".join(IMG_EXTENSIONS)}')
-    return found
+def restore_args(args: argparse.Namespace, content: dict) -> argparse.Namespace:
+    """The flags, with those of the checkpoint's training and the model's preprocessing for those not given."""
+    restored = argparse.Namespace(**vars(args))
+    checkpoint.recall_model(restored, content)
+    return restored
 
 
-def load_model(args: argparse.Namespace, content: dict) -> nn.Module:
-    """The model with the checkpoint's weights, classes and schedule; InputError if it does not fit or never selects."""
-    checkpoint.recall_model(args, content)
-    config = datasets.data_config(args, args.model)
-    vars(args).update(config._asdict())
-    say(datasets.describe(config))
-    model = models.build(args, checkpoint.find_classes(content, args)[1] or 1000)
-    if not hasattr(model, 'forward_with_selection'):
-        raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT or an Evo-LeViT')
+def load_model(args: argparse.Namespace, content: dict, num_classes: int, input_size: int) -> nn.Module:
+    """The model with the checkpoint's weights and schedule; InputError if it does not fit or never selects."""
+    model = models.build(args, num_classes, input_size)
+    if not isinstance(model, Evolving):
+        raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT, an Evo-LeViT, or --evolve')
     try:
         loaded = weights.load_weights(model, content, report=say)
     except InputError as error:
         raise InputError(f'{args.resume}: {error}') from error
     if loaded.filled and '_extra_state' not in weights.find_weights(content):
-        say(f'{args.resume} holds a plain vision transformer: its selection is one that it was not trained for')
+        say(f'{args.resume} holds a plain vision transformer, which was not trained for this selection')
     if args.layer_wise_prune:
         model.set_schedule(stage_wise=False)
-    if not model.eval().forward_with_selection(torch.zeros(1, 3, args.input_size, args.input_size))[1]:
-        raise InputError(f'{args.resume}: nothing to see, every patch is informative in every block')
-    return model
+    if all(group.keep_ratio == 1 for group in model.groups()):
+        raise InputError(f'{args.resume}: nothing to show, every patch is informative in every block')
+    return model.eval()
 
 
 def class_names(names: list[str] | None, count: int) -> list[str]:
     """What `count` classes are called: by their names, where known, or ImageNet's for 1000."""
-    described = ImageNetInfo().label_descriptions(as_dict=True)
-    names = names or (list(described) if count == 1000 else [f'class {i}' for i in range(count)])
-    return [described.get(name, name).split(',')[0] for name in names]
+    descriptions = ImageNetInfo().label_descriptions(as_dict=True)
+    names = names or (list(descriptions) if count == 1000 else [f'class {i}' for i in range(count)])
+    return [descriptions.get(name, name).split(',')[0] for name in names]
 
 
-def read_images(
-    args: argparse.Namespace, prefix: str, files: list[Path], dataset: Dataset | None, classes: list[str]
-) -> Iterator[list[tuple[str, Tensor, int | None]]]:
-    """Batches of (name of the pictures, normalised image (3, side, side), label or None)."""
-    if not files:
-        batch = []
-        for index in np.random.default_rng(args.seed).permutation(len(dataset))[: args.batch_size].tolist():
-            image, label = dataset[index]
-            kind = re.sub(r'[^\w-]+', '_', classes[label])[:60]
-            batch.append((f'{prefix}{kind}_seed{args.seed}_{index}', image, label))
-        yield batch
-    names = [args.save_name or files[0].stem] if len(files) == 1 else picture_names(prefix, files)
-    transform = datasets.build_transform(datasets.data_config(args, args.model))
-    for start in range(0, len(files), args.batch_size):
-        part = slice(start, start + args.batch_size)
+def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, prefix: str) -> list[tuple]:
+    """Up to `count` random ones of a dataset: name of the pictures, normalised image (3, height, width), label."""
+    samples = []
+    for index in np.random.default_rng(seed).permutation(len(dataset))[:count].tolist():
+        image, label = dataset[index]
+        name = re.sub(r'[^\w-]+', '_', classes[label])[:60]
+        samples.append((f'{prefix}{name}_seed{seed}_{index}', image, label))
+    return samples
+
+
+def load_photos(files: list[Path], names: list[str], transform: Callable, batch_size: int) -> Iterator[list[tuple]]:
+    """Batches of photographs, as those of `random_samples`, with None for the label."""
+    for start in range(0, len(files), batch_size):
+        part = slice(start, start + batch_size)
         yield [(name, transform(load_upright(f)), None) for name, f in zip(names[part], files[part], strict=True)]
 
 
-def picture_names(prefix: str, files: Sequence[Path]) -> list[str]:
-    """Names for the pictures of several images, none of which is that of another picture.
+def picture_names(files: Sequence[Path], prefix: str) -> list[str]:
+    """Names for the pictures of several images, all different, also from what is written beside them.
 
-    They are those of the files, and numbered too where two are the same but for case or ending (a.jpg, a.PNG), or one
-    is like what the pictures of another are called (a_block4.jpg).
+    They are those of the files. All are numbered too where two are the same but for case or ending (a.jpg, a.PNG), or
+    one ends like the picture of another (a_block4.jpg).
     """
     stems = [file.stem for file in files]
-    reserved = any(re.search(r'(sheet|score|contact\d+|block\d+)$', stem, re.I) for stem in stems)
+    reserved = any(re.search(r'(sheet|score|clusters|contact\d+|block\d+)$', stem, re.I) for stem in stems)
     if not reserved and len({stem.casefold() for stem in stems}) == len(stems):
         return [prefix + stem for stem in stems]
     digits = len(str(len(stems)))
@@ -234,49 +258,42 @@ def load_upright(path: Path) -> Image.Image:
         with Image.open(path, formats=datasets.FORMATS) as header:
             image.info = header.info  # which a conversion may have lost
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # as in datasets.load_image
+    except Exception as error:  # damaged EXIF data raises many kinds
         raise InputError(f'{path} cannot be turned upright, its EXIF is damaged: {error}') from error
 
 
 # --- the model
 
 
-def look(
+def predict(
     model: nn.Module,
     images: Tensor,
     labels: Sequence[int | None],
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> list[Look]:
-    """Show a model images (B, 3, side, side) that are normalised by `mean` and `std`."""
+) -> list[Prediction]:
+    """Predictions and selections for images (B, 3, height, width) that are normalised by `mean` and `std`."""
     tokens, selections, _ = model.evolve(images)
-    probabilities = model.forward_head(tokens).float().softmax(1).cpu().numpy()
+    logits = model.forward_head(model.norm_tokens(tokens))[:, : model.num_classes]  # none without a head
+    probabilities = logits.float().softmax(1).cpu().numpy()
     mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     pixels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    shown = [{} for _ in labels]
-    for name, (kept, score, _) in selections.items():
-        rows = math.isqrt(score.shape[1])
-        chosen, relative = torch.zeros_like(score).scatter(1, kept, 1.0).bool(), score / score.mean(1, keepdim=True)
-        chosen, relative = (grid.unflatten(1, (rows, rows)).cpu().numpy() for grid in (chosen, relative))
-        for i, mine in enumerate(shown):
-            mine[name] = chosen[i], relative[i]
-    return [Look(*parts) for parts in zip(pixels, labels, probabilities, shown, strict=True)]
+    predictions = [Prediction(*parts, {}) for parts in zip(pixels, labels, probabilities, strict=True)]
+    for name, (kept, score, cluster) in selections.items():
+        grid = grid_shape(score.shape[1], *images.shape[2:])
+        kept = torch.zeros_like(score).scatter(1, kept, 1.0).bool()
+        parts = kept, score / score.mean(1, keepdim=True), cluster
+        parts = [None if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
+        for i, prediction in enumerate(predictions):
+            prediction.selections[name] = Selection(*(None if part is None else part[i] for part in parts))
+    return predictions
 
 
-def fade(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The image (side, side, 3) with all patches faded and hatched but those kept (rows, rows).
-
-    Every grid covers the image evenly. A patch of Evo-LeViT's coarser grids takes the place of one of the finer grid
-    (every second), and so covers it, also where 7 rows become 4.
-    """
-    at = np.arange(len(image))
-    place = at * len(kept) // len(image)
-    # White alone would not show on pale images, nor grey on grey ones: diagonal lines on white do on all.
-    period = max(2, min(max(4, len(image) // 28), len(image) // len(kept)))
-    lines = (at + at[:, None]) % period < max(1, period // 4)
-    veil = np.where(lines, HATCH, 255)[:, :, None]
-    faded = np.rint(FADED * image + (1 - FADED) * veil).astype(np.uint8)
-    return np.where(kept[place][:, place, None], image, faded)
+def grid_shape(patches: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the grid whose patches are nearest to squares."""
+    divisors = [n for n in range(1, patches + 1) if patches % n == 0]
+    rows = min(divisors, key=lambda n: abs(math.log(n * n * width / (patches * height))))
+    return rows, patches // rows
 
 
 def object_shares(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -> dict[str, tuple[np.ndarray, float]]:
@@ -288,7 +305,8 @@ def object_shares(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -> 
         images = torch.stack([dataset[i][0] for i in indices]).to(device)
         masks = torch.stack([torch.from_numpy(dataset.mask(i)) for i in indices]).to(device)
         for name, (kept, score, _) in model.evolve(images)[1].items():
-            covered = F.adaptive_avg_pool2d(masks[:, None].float(), math.isqrt(score.shape[1])).flatten(1)
+            grid = grid_shape(score.shape[1], *images.shape[2:])
+            covered = F.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)
             shares.setdefault(name, []).append(covered.gather(1, kept).sum(1) / covered.sum(1))
             chance[name] = kept.shape[1] / score.shape[1]
         if start % (10 * batch_size) == 0:
@@ -296,149 +314,235 @@ def object_shares(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -> 
     return {name: (torch.cat(share).cpu().numpy(), chance[name]) for name, share in shares.items()}
 
 
-# --- drawing
+# --- words
 
 
-def short(selection: str) -> str:
+def slug(selection: str) -> str:
     """'stages.1.blocks.0' as a part of a file name: 'stage1_block0'."""
     return selection.replace('s.', '').replace('.', '_')
 
 
-def words(selection: str) -> str:
+def label(selection: str) -> str:
     """'stages.1.blocks.0' in words: 'stage 1, block 0'."""
-    return re.sub(r'(\d+)', r' \1', short(selection)).replace('_', ', ')
+    return re.sub(r'(\d+)', r' \1', slug(selection)).replace('_', ', ')
 
 
-def describe(seen: Look, classes: list[str]) -> tuple[str, str]:
-    """Whether the prediction is 'right' or 'wrong' ('' without a label), and the prediction in words."""
-    best = seen.probabilities.argmax()
-    text = f'{classes[best]} {seen.probabilities[best]:.0%}'
-    if seen.label in (None, best):
-        return '' if seen.label is None else 'right', text
-    return 'wrong', f'{text} (true: {classes[seen.label]} {seen.probabilities[seen.label]:.0%})'
+def describe(prediction: Prediction, classes: list[str]) -> tuple[str, str]:
+    """Whether a prediction is 'right' or 'wrong' ('' without a label), and a text ('' for a model without a head)."""
+    if not prediction.probabilities.size:
+        return '', ''
+    best, true = prediction.probabilities.argmax(), prediction.label
+    text = f'{classes[best]} {prediction.probabilities[best]:.0%}'
+    if true in (None, best):
+        return '' if true is None else 'right', text
+    return 'wrong', f'{text} (true: {classes[true]} {prediction.probabilities[true]:.0%})'
 
 
-def draw_kept(axes: Axes, seen: Look, name: str = '', left: float = 0.0):
-    """Draw the image, or a selection with an outline around what is kept, into the square of side 1 at `left`."""
-    kept = seen.selections[name][0] if name else np.ones((1, 1), bool)
-    axes.imshow(fade(seen.image, kept), extent=(left, left + 1, 1, 0))
+def likely_classes(prediction: Prediction, classes: list[str]) -> str:
+    """A line for each of the three most likely classes, and for the true one."""
+    order, true = prediction.probabilities.argsort()[::-1].tolist(), prediction.label
+    shown = order[:3] + [c for c in order[3:] if c == true]
+    lines = [f'{classes[c]} {prediction.probabilities[c]:.0%}{" (true)" if c == true else ""}' for c in shown]
+    return '\n'.join(lines)
+
+
+def report_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
+    """Print and draw how much of the object each selection keeps beside what chance would keep."""
+    names = [label(name) for name in shares]
+    means = [100 * share.mean() for share, _ in shares.values()]
+    intervals = [196 * share.std() / math.sqrt(len(share)) for share, _ in shares.values()]
+    for name, mean, interval, (share, chance) in zip(names, means, intervals, shares.values(), strict=True):
+        kept = f'keeps {mean:.1f} +- {interval:.1f} % of the object, chance {100 * chance:.1f} %'
+        say(f'{name:<16} {kept}, more in {(share > chance).mean():.0%} of the images')
+    say(f'(mean share of its area over {len(share)} images, with the 95 % interval of the mean)')
+    figure = Figure((max(4.0, 0.8 * len(names) + 2), 3), layout='constrained')
+    axes = figure.subplots()
+    chances = [100 * chance for _, chance in shares.values()]
+    axes.errorbar(names, means, intervals, color=BLUE, marker='o', capsize=3, label='of the object')
+    axes.plot(names, chances, '--s', color=ORANGE, label='by chance')
+    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='share kept (%)')
+    axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
+    axes.legend(frameon=False, loc='lower right')
+    return figure
+
+
+# --- pixels
+
+
+def pixel_patches(image: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row and each column of the pixels, the row and the column of patches that it is in.
+
+    Every grid covers the image evenly. A patch of Evo-LeViT's coarser grids takes the place of one of the finer grid
+    (every second), and so covers it, also where 7 rows become 4.
+    """
+    rows, columns = (np.arange(image.shape[i]) * grid.shape[i] // image.shape[i] for i in (0, 1))
+    return rows, columns
+
+
+def fade(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The image (height, width, 3) with all patches faded and hatched but those kept (rows, columns)."""
+    y, x = pixel_patches(image, kept)
+    # White alone would not show on pale images, nor grey on grey ones: diagonal lines on white do on all.
+    patch = min(len(y) // kept.shape[0], len(x) // kept.shape[1])
+    period = max(2, min(max(4, min(len(y), len(x)) // 28), patch))
+    lines = np.add.outer(np.arange(len(y)), np.arange(len(x))) % period < max(1, period // 4)
+    veil = np.where(lines, HATCH_GREY, 255)[:, :, None]
+    faded = np.rint(FADED * image + (1 - FADED) * veil).astype(np.uint8)
+    return np.where(kept[y][:, x, None], image, faded)
+
+
+def mosaic(image: np.ndarray, kept: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    """The image (height, width, 3) with placeholders in the mean colour of their cluster, kept patches as they are.
+
+    An outline inside the placeholders parts them from other clusters; it is darker than a light fill and lighter than
+    a dark one, so that it shows on any image.
+    """
+    y, x = pixel_patches(image, kept)
+    labels = cluster[y][:, x]
+    sums = [np.bincount(labels.ravel(), channel.ravel()) for channel in np.moveaxis(image, 2, 0)]
+    mean = np.stack(sums, 1) / np.bincount(labels.ravel())[:, None]
+    dark = mean @ (0.299, 0.587, 0.114) < 128
+    line = (1 - LINE) * mean + LINE * 255 * dark[:, None]
+    height, width = labels.shape
+    padded = np.pad(labels, 1, 'edge')
+    shifts = (0, 1), (2, 1), (1, 0), (1, 2)
+    edge = np.any([padded[i : i + height, j : j + width] != labels for i, j in shifts], axis=0)
+    filled = np.where(edge[:, :, None], line[labels], mean[labels])
+    return np.where(kept[y][:, x, None], image, np.rint(filled).astype(np.uint8))
+
+
+def views(prediction: Prediction, names: Sequence[str]) -> list[View]:
+    """The image, and for each of the selections `names` what it keeps, and its clusters if there are any."""
+    image, result = prediction.image, [View('', 'image', prediction.image)]
+    for name in names:
+        kept, _, cluster = prediction.selections[name]
+        title = f'{label(name)}\nkeeps {kept.sum()}\nof {kept.size}'
+        result.append(View(f'_{slug(name)}', title, fade(image, kept), kept))
+        if cluster is not None:
+            title = f'{kept.sum()} patches\nrepresent\nall {kept.size}'
+            result.append(View(f'_{slug(name)}_clusters', title, mosaic(image, kept, cluster)))
+    return result
+
+
+# --- drawing
+
+
+def blank_axes(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure of a size in inches, and its axes (rows, columns), without frames."""
+    figure = Figure((width, height), layout='constrained')
+    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 0.98))  # a margin, for pages that are dark
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
+        each.set_axis_off()
+    return figure, axes
+
+
+def draw_view(axes: Axes, view: View):
+    """Draw the pixels, with an outline around them or around the patches that are kept."""
+    height = view.pixels.shape[0] / view.pixels.shape[1]
+    kept = np.ones((1, 1), bool) if view.kept is None else view.kept
+    axes.imshow(view.pixels, extent=(0, 1, height, 0))
     lines = []
     for turn, grid in ((slice(None), kept), (slice(None, None, -1), kept.T)):
         for i, j in np.argwhere(np.diff(np.pad(grid, ((1, 1), (0, 0))).astype(int), axis=0)):
-            lines.append(np.array([(j, i), (j + 1, i)])[:, turn] / len(kept) + (left, 0))
-    axes.add_collection(LineCollection(lines, colors='black', linewidths=min(0.8, 8 / len(kept))))
+            lines.append(np.array([(j, i), (j + 1, i)])[:, turn] / kept.shape[::-1] * (1, height))
+    width = min(0.8, 8 / len(kept))
+    axes.add_collection(LineCollection(lines, colors='black', linewidths=width, clip_on=False))
 
 
-def draw_sheet(seen: Look, classes: list[str]) -> Figure:
-    """One image and each selection; below, the likely classes, and the score that each selection chose by."""
-    bands = math.ceil(len(seen.selections) / MOST_COLUMNS)
-    columns = math.ceil(len(seen.selections) / bands)
-    figure = Figure((2.1 * (columns + 1), 4.6 * bands + 0.9), layout='constrained')
-    axes = figure.subplots(2 * bands, columns + 1, squeeze=False)
-    for each in axes.flat:
-        each.set_axis_off()
-    draw_kept(axes[0, 0], seen)
-    axes[0, 0].set_title('image', fontsize=9)
-    draw_classes(axes[1, 0], seen, classes)
-    highest = max(np.quantile(score, 0.99) for _, score in seen.selections.values())
-    for i, (name, (kept, score)) in enumerate(seen.selections.items()):
-        band, column = divmod(i, columns)
-        upper, lower = axes[2 * band : 2 * band + 2, column + 1]
-        draw_kept(upper, seen, name)
-        upper.set_title(f'before {words(name)}\n{kept.sum()} of {kept.size} patches', fontsize=9)
+def draw_sheet(prediction: Prediction, classes: list[str]) -> Figure:
+    """One image; for each selection what it keeps, its clusters if there are any, and the score that it chose by."""
+    columns = [views(prediction, [name])[1:] for name in prediction.selections]
+    scores = [selection.score for selection in prediction.selections.values()]
+    bands, rows = math.ceil(len(columns) / MAX_COLUMNS), max(map(len, columns)) + 1
+    width = math.ceil(len(columns) / bands)
+    figure, axes = blank_axes(2.1 * (width + 1), 2.3 * rows * bands + 0.9, rows * bands, width + 1)
+    draw_view(axes[0, 0], *views(prediction, []))
+    style = dict(va='center', fontsize=9, linespacing=2, parse_math=False)
+    axes[rows - 1, 0].text(0, 0.5, likely_classes(prediction, classes), **style)
+    highest = max(np.quantile(score, 0.99) for score in scores)
+    for i, (column, score) in enumerate(zip(columns, scores, strict=True)):
+        *upper, lowest = axes[rows * (i // width) :, i % width + 1][:rows]
+        for each, view in zip(upper, column, strict=False):  # a grid of one patch has no clusters
+            draw_view(each, view)
+            each.set_title(view.title.replace('\n', ' '), fontsize=8)
         # By the root, so that a few bright patches do not leave the others black.
-        heat = lower.imshow(score, HEAT, PowerNorm(0.5, 0, highest, clip=True), extent=(0, 1, 1, 0))
+        extent = (0, 1, prediction.image.shape[0] / prediction.image.shape[1], 0)
+        heat = lowest.imshow(score, 'cividis', PowerNorm(0.5, 0, highest, clip=True), extent=extent)
     bar = figure.colorbar(heat, ax=axes[-1, 1:].tolist(), location='bottom', aspect=40, extend='max')
     bar.set_ticks([tick for tick in (0, 1, 2, 4, 8, 16, 32, 64, 128) if tick <= highest])
     bar.set_label('global class attention so far, 1 = mean', fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    verdict, text = describe(seen, classes)
+    verdict, text = describe(prediction, classes)
     figure.suptitle(MARKS[verdict] + text, color=COLOURS[verdict], fontsize=12, parse_math=False)
     return figure
 
 
-def draw_classes(axes: Axes, seen: Look, classes: list[str]):
-    """Bars of the three most likely classes, and of the true one."""
-    order = seen.probabilities.argsort()[::-1][:3].tolist()
-    order += [seen.label] if seen.label is not None and seen.label not in order else []
-    for i, c in enumerate(order):
-        true = c == seen.label
-        axes.barh(i, seen.probabilities[c], height=0.35, color=BLUE if true else GREY)
-        text = f'{classes[c]} {seen.probabilities[c]:.0%}' + ' (true)' * true
-        axes.text(0, i - 0.28, text, fontsize=9, parse_math=False)
-    axes.set(xlim=(0, 1), ylim=(3.6, -0.9))
-
-
-def draw_contact(looks: Sequence[Look], classes: list[str]) -> Figure:
-    """The images of a batch, each beside its first, middle and last selection."""
-    names = list(looks[0].selections)
+def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figure:
+    """A column for each image: the image, its first, middle and last selection, the last one's clusters if there are
+    any, and the prediction.
+    """
+    names = list(predictions[0].selections)
     names = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
-    width = 1 + len(names)
-    columns = max(1, round(math.sqrt(1.2 * len(looks) / width)))
-    rows = math.ceil(len(looks) / columns)
-    figure = Figure((columns * width, 1.14 * rows + 0.4), layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for each in axes:
-        each.set_axis_off()
-    for each, seen in zip(axes, looks, strict=False):
-        for i, name in enumerate(('', *names)):
-            draw_kept(each, seen, name, 1.05 * i)
-        each.set(xlim=(-0.01, 1.05 * width - 0.04), ylim=(1.01, -0.01))
-        verdict, text = describe(seen, classes)
-        each.set_title(MARKS[verdict] + text, color=COLOURS[verdict], fontsize=8, loc='left', pad=2, parse_math=False)
-    figure.suptitle(f'images, and what is kept from\n{", ".join(map(short, names))} on', fontsize=8)
-    return figure
-
-
-def draw_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
-    """Draw, and print, how much of the object each selection keeps beside what chance would keep."""
-    names = [words(name) for name in shares]
-    means, errors, chances = [], [], []
-    for name, (share, chance) in zip(names, shares.values(), strict=True):
-        means.append(100 * share.mean())
-        errors.append(100 * 1.96 * share.std() / math.sqrt(len(share)))
-        chances.append(100 * chance)
-        kept = f'{name:<16} keeps {means[-1]:.1f} +- {errors[-1]:.1f} % of the object, chance {chances[-1]:.1f} %'
-        say(f'{kept}, more in {(share > chance).mean():.0%} of the images')
-    say(f'(mean share of its area over {len(share)} images, with the 95 % interval of the mean)')
-    figure = Figure((max(4.0, 0.8 * len(names) + 2), 3), layout='constrained')
-    axes = figure.subplots()
-    axes.errorbar(names, means, errors, color=BLUE, marker='o', capsize=3, label='of the object')
-    axes.plot(names, chances, color=ORANGE, marker='s', linestyle='--', label='by chance')
-    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='share kept (%)')
-    axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, loc='lower right')
+    columns = [views(prediction, names) for prediction in predictions]
+    # Of the clusters, the last ones alone.
+    shown = [i for i, view in enumerate(columns[0]) if view.kept is not None or i in (0, len(columns[0]) - 1)]
+    columns, rows = [[column[i] for i in shown] for column in columns], len(shown)
+    bands = math.ceil(len(columns) / math.ceil(math.sqrt(len(columns) * rows)))
+    width = math.ceil(len(columns) / bands)
+    figure, axes = blank_axes(1.42 * width + 0.9, (1.42 * rows + 0.3) * bands, rows * bands, width)
+    for i, (column, prediction) in enumerate(zip(columns, predictions, strict=True)):
+        cells = axes[rows * (i // width) :, i % width][:rows]
+        for each, view in zip(cells, column, strict=True):
+            draw_view(each, view)
+            if i % width == 0:
+                each.text(-0.06, 0.5, view.title, fontsize=9, ha='right', va='center', transform=each.transAxes)
+        verdict, text = describe(prediction, classes)
+        style = dict(color=COLOURS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
+        cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 20), transform=cells[-1].transAxes, **style)
     return figure
 
 
 # --- files
 
 
-def write_figure(output: Path, name: str, figure: Figure, kind: str):
-    """Write NAME.png, NAME.jpg or NAME.pdf."""
-    utils.write_whole(output / f'{name}.{kind}', partial(figure.savefig, format=kind, dpi=DPI))
+def write_pictures(
+    output: Path, names: Sequence[str], predictions: Sequence[Prediction], classes: list[str], kind: str, animate: bool
+):
+    """Write the copies and the sheet of each image, and print its prediction."""
+    for i, (name, prediction) in enumerate(zip(names, predictions, strict=True), 1):
+        verdict, text = describe(prediction, classes)
+        name = f'{name}_{verdict}' if verdict else name
+        write_copies(output, name, prediction)
+        write_figure(output, f'{name}_sheet', draw_sheet(prediction, classes), kind)
+        if animate:
+            utils.write_whole(output / f'{name}.gif', partial(save_gif, prediction))
+        say(f'[{i}/{len(predictions)}] {name}: {text}')
 
 
-def write_copies(output: Path, name: str, seen: Look):
-    """Write the image, and a copy for each selection, pixel by pixel: NAME.png, NAME_block4.png, ..."""
-    copies = {f'_{short(selection)}': fade(seen.image, kept) for selection, (kept, _) in seen.selections.items()}
-    for ending, pixels in ({'': seen.image} | copies).items():
-        utils.write_whole(output / f'{name}{ending}.png', partial(Image.fromarray(pixels).save, format='PNG'))
+def write_copies(output: Path, name: str, prediction: Prediction):
+    """Write the image, and copies for each selection, pixel by pixel: NAME.png, NAME_block4.png, ..."""
+    for view in views(prediction, prediction.selections):
+        save = partial(Image.fromarray(view.pixels).save, format='PNG')
+        utils.write_whole(output / f'{name}{view.ending}.png', save)
 
 
-def save_gif(seen: Look, file: BinaryIO):
+def save_gif(prediction: Prediction, file: BinaryIO):
     """The image, then each selection."""
     frames = []
-    for name in ('', *seen.selections):
-        figure, frame = Figure((2.4, 2.6), layout='constrained'), BytesIO()
-        axes = figure.subplots()
-        axes.set_axis_off()
-        draw_kept(axes, seen, name)
-        axes.set_title(f'before {words(name)}' if name else 'image', fontsize=9)
-        figure.savefig(frame)
+    for view in views(prediction, prediction.selections):
+        figure, axes = blank_axes(2.4, 2.6, 1, 1)
+        draw_view(axes[0, 0], view)
+        axes[0, 0].set_title(view.title.replace('\n', ' '), fontsize=9)
+        figure.savefig(frame := BytesIO())
         frames.append(Image.open(frame).convert('RGB'))
-    frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+    frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=900, loop=0)
+
+
+def write_figure(output: Path, name: str, figure: Figure, kind: str):
+    """Write NAME.png, NAME.jpg or NAME.pdf."""
+    options = {'pil_kwargs': {'quality': 85}} if kind == 'jpg' else {}
+    utils.write_whole(output / f'{name}.{kind}', partial(figure.savefig, format=kind, dpi=150, **options))
 
 
 if __name__ == '__main__':

@@ -14,9 +14,10 @@ from timm.models import VisionTransformer
 from torch import nn
 
 import datasets
-import models  # noqa: F401
+import models
 import shapes
 import visualize
+from checkpoint import find_classes
 from models import weights
 from models.evolution import Selection
 from utils import InputError
@@ -33,15 +34,15 @@ def unfaded(image: np.ndarray, copy: np.ndarray, rows: int) -> list[int]:
     All others must be 30 % image on 70 % veil, which is white but for grey lines, both in each patch.
     """
     edges = [-(-len(image) * i // rows) for i in range(rows + 1)]
-    found = []
+    patches = []
     for i in range(rows * rows):
         y, x = (slice(edges[at], edges[at + 1]) for at in divmod(i, rows))
         if np.array_equal(copy[y, x], image[y, x]):
-            found.append(i)
+            patches.append(i)
         else:
             white, grey = (np.abs(copy[y, x] - (0.3 * image[y, x] + 0.7 * v)).max(2) <= 0.51 for v in (255, 128))
             assert (white | grey).all() and white.any() and grey.any()
-    return found
+    return patches
 
 
 def read(path) -> np.ndarray:
@@ -67,6 +68,14 @@ def checkpoint(tmp_path_factory):
     return make
 
 
+def load_model(*flags) -> nn.Module:
+    """The model that the script would draw."""
+    args = visualize.get_parser().parse_args([str(flag) for flag in flags])
+    content = weights.read_checkpoint(args.resume)
+    args = visualize.restore_args(args, content)
+    return visualize.load_model(args, content, find_classes(content, args)[1], args.input_size)
+
+
 @pytest.mark.parametrize('schedule', ['stage', 'layer'])
 def test_pictures_show_the_golden_selection(schedule, tmp_path):
     description, golden = fill.load('evo_deit_tiny_patch16_224')
@@ -74,9 +83,9 @@ def test_pictures_show_the_golden_selection(schedule, tmp_path):
     weights.load_weights(model, {'model': fill.published_state(description)})
     model.set_schedule(schedule == 'stage')
     with torch.inference_mode():
-        looks = visualize.look(model, fill.images('golden', 2, 224), [None, None])
-    for i, seen in enumerate(looks):
-        visualize.write_copies(tmp_path, str(i), seen)
+        predictions = visualize.predict(model, fill.images('golden', 2, 224), [None, None])
+    for i, prediction in enumerate(predictions):
+        visualize.write_copies(tmp_path, str(i), prediction)
         image = read(tmp_path / f'{i}.png')
         for block in (4, 8) if schedule == 'stage' else range(4, 12):
             copy = read(tmp_path / f'{i}_block{block}.png')
@@ -99,13 +108,13 @@ def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
     side = kwargs.get('img_size', model.default_cfg['input_size'][1])
     images = torch.randn(2, 3, side, side)
     with torch.inference_mode():
-        looks = visualize.look(model, images, [0, 1])
+        predictions = visualize.predict(model, images, [0, 1])
         logits, selections = model.forward_with_selection(images)
-    for i, seen in enumerate(looks):
-        np.testing.assert_allclose(seen.probabilities, logits[i].softmax(0), atol=1e-6)
+    for i, prediction in enumerate(predictions):
+        np.testing.assert_allclose(prediction.probabilities, logits[i].softmax(0), atol=1e-6)
         for (selection, kept), rows in zip(selections.items(), grids, strict=True):
-            shown, score = seen.selections[selection]
-            assert unfaded(seen.image, visualize.fade(seen.image, shown), rows) == kept[i].tolist()
+            shown, score, _ = prediction.selections[selection]
+            assert unfaded(prediction.image, visualize.fade(prediction.image, shown), rows) == kept[i].tolist()
             assert score[shown].min(initial=np.inf) >= score[~shown].max() and score.mean() == pytest.approx(
                 1, abs=1e-3
             )
@@ -137,6 +146,147 @@ def test_a_coarser_patch_covers_the_one_it_comes_from(rows):
         fine, kept = np.zeros((rows, rows), bool), np.zeros((coarse, coarse), bool)
         fine[2 * i, 0] = kept[i, 0] = True
         assert (visualize.fade(image, kept)[visualize.fade(image, fine) == 0] == 0).all()
+
+
+NEAREST = {
+    'evo_deit_nano_patch4_32': {},
+    'EvoLeViT_128': {},
+    'evolved': dict(img_size=(32, 64), patch_size=4, embed_dim=64, depth=6, num_heads=2),
+}
+
+
+@pytest.mark.parametrize('name', NEAREST)
+def test_clusters_are_those_of_the_model(name):
+    """Also on grids that are not square: kept patches as they are, the others in the mean colour of their cluster."""
+    torch.manual_seed(0)
+    if name == 'evolved':
+        model = models.evolve(VisionTransformer(num_classes=4, **NEAREST[name])).eval()
+    else:
+        model = timm.create_model(name, num_classes=4, representative='nearest').eval()
+    height, width = getattr(model, 'img_size', None) or model.patch_embed.img_size
+    images = torch.randn(2, 3, height, width)
+    with torch.inference_mode():
+        predictions, selections = visualize.predict(model, images, [None, None]), model.evolve(images)[1]
+        expected = model(images).softmax(1)
+    for i, prediction in enumerate(predictions):
+        np.testing.assert_allclose(prediction.probabilities, expected[i], atol=1e-6)
+        for selection, (kept, _, cluster) in selections.items():
+            shown = prediction.selections[selection]
+            rows, columns = shown.kept.shape
+            assert np.flatnonzero(shown.kept).tolist() == kept[i].sort().values.tolist()
+            picture = visualize.mosaic(prediction.image, shown.kept, shown.cluster)
+            y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
+            labels, informative = cluster[i].reshape(rows, columns).numpy()[y][:, x], shown.kept[y][:, x]
+            np.testing.assert_array_equal(picture[informative], prediction.image[informative])
+            for number in np.unique(labels[~informative]):
+                mean = prediction.image[labels == number].mean(0)
+                inner = picture[(labels == number) & ~informative]
+                # Pixels have the mean colour or, at the edge, a darker or lighter one.
+                filled = (np.abs(inner - mean) <= 0.51).all(1)
+                line = 0.55 * mean + (0.45 * 255 if mean @ (0.299, 0.587, 0.114) < 128 else 0)
+                assert filled.any() and (filled | (np.abs(inner - line) <= 0.51).all(1)).all()
+
+
+@pytest.mark.parametrize('side, rows', [(32, 8), (224, 14), (224, 4), (384, 24)])
+def test_clusters_are_told_apart_on_any_image(side, rows):
+    """Seen in grey too: a visible line parts each placeholder from its neighbours in other clusters."""
+    cluster = np.arange(rows * rows).reshape(rows, rows)
+    cluster[:, 1] = cluster[:, 0]  # pairs side by side
+    cluster = np.unique(cluster, return_inverse=True)[1].reshape(rows, rows)
+    kept = np.zeros((rows, rows), bool)
+    y = x = np.arange(side) * rows // side
+    labels = cluster[y][:, x]
+    for rgb in (*np.ndindex(2, 2, 2), *((level / 16,) * 3 for level in range(17))):
+        image = np.broadcast_to(np.rint(255 * np.array(rgb)), (side, side, 3)).astype(np.uint8)
+        picture = visualize.mosaic(image, kept, cluster)
+        grey = np.asarray(Image.fromarray(picture).convert('L')).astype(int)
+        plain = int(Image.fromarray(image[:1, :1]).convert('L').getpixel((0, 0)))
+        for pixels, numbers in ((grey, labels), (grey.T, labels.T)):
+            parted = numbers[1:] != numbers[:-1]
+            assert np.abs(pixels[1:] - plain)[parted].min() >= 50 and np.abs(pixels[:-1] - plain)[parted].min() >= 50
+        together = labels[:, 1:] == labels[:, :-1]
+        inner = np.ones_like(labels, bool)
+        inner[:, 1:] &= together
+        inner[:, :-1] &= together
+        inner[1:] &= labels[1:] == labels[:-1]
+        inner[:-1] &= labels[1:] == labels[:-1]
+        assert (np.abs(grey - plain)[inner] <= 1).all() and inner.any()
+
+
+@pytest.mark.parametrize(
+    'patches, height, width, grid',
+    [(196, 224, 224, (14, 14)), (336, 224, 384, (14, 24)), (24, 224, 384, (4, 6)), (16, 224, 224, (4, 4))],
+)
+def test_grids_have_the_shape_of_the_image(patches, height, width, grid):
+    assert visualize.grid_shape(patches, height, width) == grid
+    assert visualize.grid_shape(patches, width, height) == grid[::-1]
+
+
+def test_grids_that_are_not_square_are_outlined_in_place():
+    """The kept patch of a 2 x 4 grid, and the line around it."""
+    kept = np.zeros((2, 4), bool)
+    kept[1, 2] = True
+    axes = Figure().subplots()
+    visualize.draw_view(axes, visualize.View('', '', visualize.fade(np.zeros((32, 64, 3), np.uint8), kept), kept))
+    corners = {tuple(point) for line in axes.collections[0].get_segments() for point in line}
+    assert corners == {(0.5, 0.25), (0.75, 0.25), (0.5, 0.5), (0.75, 0.5)}
+    assert axes.images[0].get_extent() == [0, 1, 0.5, 0]
+    assert len(axes.collections[0].get_segments()) == 4
+
+
+def test_any_vit_of_timm_is_evolved(script, tmp_path):
+    """From a plain state dict, with the flags of the schedule; without --evolve it is refused."""
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=4, img_size=64).eval()
+    save_file(model.state_dict(), tmp_path / 'w.safetensors')
+    photograph(80, 64).save(tmp_path / 'a.png')
+    flags = ['--model', 'vit_tiny_patch16_224', '--input-size', 64, '--resume', tmp_path / 'w.safetensors']
+    flags += ['--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out']
+    with pytest.raises(InputError, match='or --evolve'):
+        script('visualize', *flags)
+    assert not list((tmp_path / 'out').iterdir())
+    script('visualize', *flags, '--evolve', '--keep-ratio', 0.75, 0.25, '--stages', 3, 6)
+    names = {'a_sheet.png', 'a.png', *(f'a_block{i}{end}.png' for i in (3, 6) for end in ('', '_clusters'))}
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == names
+    image = read(tmp_path / 'out' / 'a.png')
+    assert [len(unfaded(image, read(tmp_path / f'out/a_block{i}.png'), 4)) for i in (3, 6)] == [12, 4]
+    script('visualize', *flags, '--evolve', '--representative', 'none', '--save-name', 'b')
+    assert not list((tmp_path / 'out').glob('b*clusters*')) and (tmp_path / 'out' / 'b_block4.png').exists()
+
+
+def test_a_sheet_of_a_grid_without_clusters():
+    """Where the only patch of a grid is a placeholder, nobody represents it."""
+    model = timm.create_model('EvoLeViT_128', num_classes=2, img_size=32, representative='nearest').eval()
+    with torch.inference_mode():
+        (prediction,) = visualize.predict(model, torch.randn(1, 3, 32, 32), [1])
+    clusters = [selection.cluster is not None for selection in prediction.selections.values()]
+    figure = visualize.draw_sheet(prediction, ['ant', 'bee'])
+    # The image, three selections with their scores, and the clusters of one.
+    assert clusters == [True, False, False] and sum(bool(axes.images) for axes in figure.axes) == 1 + 2 * 3 + 1
+
+
+def test_a_backbone_without_a_head_is_shown(script, tmp_path, image_folder):
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=32)
+    save_file(model.state_dict(), tmp_path / 'w.safetensors')
+    flags = ['--model', 'vit_tiny_patch16_224', '--input-size', 32, '--resume', tmp_path / 'w.safetensors', '--evolve']
+    flags += ['--stages', 6, '--keep-ratio', 0.5, '--data-path', image_folder, '--batch-size', 2]
+    printed = script('visualize', *flags, '--output_dir', tmp_path / 'out')
+    assert '[2/2]' in printed and '%' not in printed
+    assert len(list((tmp_path / 'out').iterdir())) == 2 * 4 + 1
+
+
+def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
+    prediction = visualize.Prediction(np.zeros((32, 32, 3), np.uint8), None, np.array([0.2, 0.8]), {})
+    for block in range(4):
+        kept = np.arange(16).reshape(4, 4) < 8
+        prediction.selections[f'blocks.{block}'] = Selection(kept, np.ones((4, 4)), np.arange(16).reshape(4, 4) % 8)
+    figure = visualize.draw_contact([prediction] * 7, ['ant', 'bee'])
+    drawn = [axes for axes in figure.axes if axes.images]
+    texts = [text.get_text() for axes in drawn for text in axes.texts]
+    assert len(drawn) == 7 * 5 and texts.count('bee 80%') == 7
+    bands = texts.count('image')
+    titles = ['block 0\nkeeps 8\nof 16', 'block 2\nkeeps 8\nof 16', 'block 3\nkeeps 8\nof 16']
+    assert bands >= 1 and [texts.count(title) for title in (*titles, '8 patches\nrepresent\nall 16')] == [bands] * 4
 
 
 def test_the_commands_of_the_readme(script, checkpoint, tmp_path):
@@ -187,9 +337,7 @@ def test_formats(script, checkpoint, tmp_path):
 def test_pictures_are_of_the_network_that_was_trained(script, checkpoint, tmp_path, image_folder):
     path = checkpoint('evo_deit_nano_patch4_32')
     torch.save(torch.load(path) | {'args': {'keep_ratio': [0.25], 'representative': True}}, tmp_path / 'a.pth')
-    argv = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
-    args = visualize.get_parser().parse_args([*argv, '--input-size', '32'])
-    model = visualize.load_model(args, weights.read_checkpoint(tmp_path / 'a.pth'))
+    model = load_model('--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth', '--input-size', 32)
     assert (model.keep_ratio, model.representative) == ((0.25, 0.25), 'one')
 
 
@@ -219,24 +367,18 @@ def test_a_plain_vit_is_shown_from_its_class_token(script, tmp_path):
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'w.safetensors', '--keep-ratio', 0.9]
     printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out')
     assert 'predicts from its class token' in printed and 'was not trained for' in printed
-    args = visualize.get_parser().parse_args([str(flag) for flag in flags])
-    model, x = (
-        visualize.load_model(args, weights.read_checkpoint(tmp_path / 'w.safetensors')),
-        torch.randn(2, 3, 32, 32),
-    )
+    model, x = load_model(*flags), torch.randn(2, 3, 32, 32)
     model.set_schedule(True, evolving=False)
     with torch.no_grad():
-        seen, expected = visualize.look(model, x, [None, None]), plain(x).softmax(1)
-    np.testing.assert_allclose([each.probabilities for each in seen], expected, atol=1e-6)
+        predictions, expected = visualize.predict(model, x, [None, None]), plain(x).softmax(1)
+    np.testing.assert_allclose([p.probabilities for p in predictions], expected, atol=1e-6)
 
 
 def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
     path = checkpoint('evo_deit_nano_patch4_32', num_classes=5, img_size=16)
     torch.save(torch.load(path) | {'args': {'input_size': 16}}, tmp_path / 'a.pth')
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', str(tmp_path / 'a.pth')]
-    assert visualize.load_model(
-        visualize.get_parser().parse_args(flags), weights.read_checkpoint(tmp_path / 'a.pth')
-    ).patch_embed.img_size == (16, 16)
+    model = load_model('--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth')
+    assert model.patch_embed.img_size == (16, 16)
 
 
 def test_layers_and_animation(script, checkpoint, tmp_path):
@@ -279,6 +421,7 @@ def test_any_photograph(script, checkpoint, tmp_path):
         ['a.jpg', 'a.png', 'a_1.jpg'],
         ['a.jpg', 'A.png'],
         ['a.jpg', 'a_block4.jpg'],
+        ['a.jpg', 'a_block4_clusters.jpg'],
         ['a.jpg', 'a_Sheet.jpg'],
         ['a.jpg', 'contact1.jpg'],
     ],
@@ -296,8 +439,8 @@ def test_no_picture_takes_the_name_of_another(files, script, checkpoint, tmp_pat
 
 def test_names_are_those_of_the_files_where_they_can_be():
     files = [Path('x/IMG_1.jpg'), Path('x/IMG_12.png'), Path('y/IMG.jpg')]
-    assert visualize.picture_names('p_', files) == ['p_IMG_1', 'p_IMG_12', 'p_IMG']
-    assert visualize.picture_names('p_', [*files, Path('z/IMG.jpg')]) == [
+    assert visualize.picture_names(files, 'p_') == ['p_IMG_1', 'p_IMG_12', 'p_IMG']
+    assert visualize.picture_names([*files, Path('z/IMG.jpg')], 'p_') == [
         'p_1_IMG_1',
         'p_2_IMG_12',
         'p_3_IMG',
@@ -371,7 +514,7 @@ def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, i
         ({'--img-path': tmp_path / 'none.jpg'}, 'none.jpg does not exist'),
         ({'--img-path': tmp_path / 'empty'}, 'no images there'),
         ({'--img-path': tmp_path / 'torn.jpg'}, 'torn.jpg'),
-        ({'--img-path': None}, 'nothing to look at'),
+        ({'--img-path': None}, 'no images: expected'),
         ({'--img-path': None, '--data-path': tmp_path / 'none'}, 'none/val does not exist'),
         ({'--data-set': 'SHAPES'}, '4 classes, the data set 10'),
         ({'--data-path': image_folder, '--score': None}, 'only SHAPES'),
