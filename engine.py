@@ -277,7 +277,7 @@ class ModelEma(ModelEmaV3):
 
     def _follow(self, model: nn.Module):
         if hasattr(model, 'set_schedule'):
-            self.module.set_extra_state(model.get_extra_state())
+            self.module.set_schedule(model.stage_wise, model.evolving)
 
 
 def train_step(

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import models  # noqa: E402
-from benchmark import count_gmacs  # noqa: E402
+from costs import count_gmacs  # noqa: E402
 from models import rivals  # noqa: E402
 
 BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # of the dense model's GMACs

@@ -1,0 +1,133 @@
+"""costs.py: arithmetic is that of the published models and of closed forms, memory is the most at a time."""
+
+from contextlib import nullcontext
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import models
+from costs import count_gmacs, peak_memory
+from utils import InputError
+
+CPU = torch.device('cpu')
+
+# GMACs of the models as published, and of their dense twins.
+GMACS = {
+    'evo_deit_tiny_patch16_224': (0.818, 1.254),
+    'evo_deit_small_patch16_224': (3.033, 4.599),
+    'evo_deit_base_patch16_224': (11.658, 17.564),
+    'evo_deit_base_patch16_384': (36.112, 55.484),
+    'EvoLeViT_128S': (0.256, 0.305),
+    'EvoLeViT_128': (0.305, 0.405),
+    'EvoLeViT_192': (0.510, 0.657),
+    'EvoLeViT_256': (0.880, 1.127),
+    'EvoLeViT_384': (1.849, 2.352),
+    'EvoLeViT_256_384': (2.763,),
+    'EvoLeViT_384_384': (5.622,),
+}
+
+
+def count(name: str, size: int, options: dict | None = None, evolve: dict | None = None, batch: int = 1) -> float:
+    """GMACs of a model in inference. DeiT without numbers: the same operators are called, nothing is computed."""
+    fake = 'deit' in name
+    with torch.device('meta') if fake else nullcontext():
+        model = models.create(name, 1000, size, **options or {})
+    if evolve is not None:
+        models.evolve(model, **evolve)
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), torch.inference_mode():
+        model = model.to_empty(device=CPU) if fake else model
+        return count_gmacs(model.eval(), [torch.randn(batch, 3, size, size)])
+
+
+@pytest.mark.parametrize('name', GMACS)
+def test_arithmetic_is_that_of_the_published_models(name):
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    for (model, options), expected in zip(((name, {}), models.dense_twin(name)), GMACS[name], strict=False):
+        assert count(model, size, options) == pytest.approx(expected, rel=2e-3)
+
+
+def closed_form(dim: int, evolving: bool) -> int:
+    """Multiply-accumulates in an image of 224 px in a DeiT of width `dim`, evolving or dense."""
+
+    def block(tokens: int) -> int:
+        qkv, projection, mlp = 3 * tokens * dim**2, tokens * dim**2, 2 * 4 * tokens * dim**2
+        return qkv + 2 * tokens**2 * dim + projection + mlp
+
+    patch_embed, head = 196 * (3 * 16**2) * dim, dim * 1000
+    # Blocks 4 to 11 see the class token and half of the 196 patches.
+    blocks = 4 * block(197) + 8 * block(99) if evolving else 12 * block(197)
+    # The class token's row of the attention, which selects: of block 3, and of 4 to 7.
+    rows = (197 + 4 * 99) * dim if evolving else 0
+    return patch_embed + blocks + rows + head
+
+
+@pytest.mark.parametrize('name, dim', [('evo_deit_tiny_patch16_224', 192), ('evo_deit_small_patch16_224', 384)])
+def test_arithmetic_is_the_closed_form(name, dim):
+    assert count(name, 224, batch=2) == pytest.approx(closed_form(dim, True) / 1e9, rel=1e-12)
+    assert count(models.dense_twin(name)[0], 224, batch=2) == pytest.approx(closed_form(dim, False) / 1e9, rel=1e-12)
+
+
+def test_nearest_costs_its_similarities():
+    """As much as nobody representing anybody, and in each group the products of placeholders with informative ones."""
+    counted = {
+        who: count('deit_tiny_patch16_224', 224, evolve=dict(keep_ratio=(0.7, 0.3), representative=who))
+        for who in ('none', 'nearest')
+    }
+    assert 0.80 < counted['nearest'] < 0.83
+    similarities = sum(196 * int(196 * ratio) * 192 for ratio in (0.7, 0.3)) / 1e9
+    assert counted['nearest'] - counted['none'] == pytest.approx(similarities, rel=1e-6)
+
+
+def attend_by_products(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize('attend', [nn.functional.scaled_dot_product_attention, attend_by_products])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_attention_is_counted_fused_and_not(attend, dtype):
+    q, k, v = torch.randn(3, 5, 2, 7, 4, dtype=dtype, requires_grad=True)
+    product = 2 * 7 * 7 * 4 / 1e9
+    assert count_gmacs(attend, (q, k, v)) == pytest.approx(2 * product)
+    # Each product has two in its gradient.
+    trained = count_gmacs(lambda *qkv: attend(*qkv).sum().backward(), (q, k, v))
+    assert trained == pytest.approx(6 * product)
+    bias = torch.randn(5, 1, 1, 7, dtype=dtype)
+    with torch.inference_mode():
+        fused = count_gmacs(lambda *qkv: nn.functional.scaled_dot_product_attention(*qkv, bias), (q, k, v))
+    assert fused == pytest.approx(2 * product)
+
+
+@pytest.mark.parametrize('name', ['fused_linear', 'my_attention_backward', 'addmm_relu', '_conv2d_packed'])
+def test_a_product_that_cannot_be_counted_is_an_error(name):
+    with torch.library._scoped_library('evo_vit_test', 'FRAGMENT') as library:
+        library.define(f'{name}(Tensor x) -> Tensor')
+        library.impl(name, torch.clone, 'CompositeExplicitAutograd')
+        with pytest.raises(InputError, match=f'evo_vit_test.{name} has no formula'):
+            count_gmacs(getattr(torch.ops.evo_vit_test, name), [torch.randn(2)])
+
+
+def test_what_is_no_product_counts_nothing():
+    def call(x):
+        x = nn.functional.interpolate(x, scale_factor=2, mode='bilinear').softmax(-1)
+        return torch.linalg.vector_norm(x.sum().lgamma())
+
+    assert count_gmacs(call, [torch.randn(2, 3, 4, 4)]) == 0
+
+
+def test_memory_is_the_most_at_a_time():
+    def step(images, targets):
+        first = torch.empty(2**20)
+        second = torch.empty(2**20)
+        del first
+        third = torch.empty(2**18)
+        return second, third
+
+    grown = 2 * 4 * 2**20
+    inputs = torch.zeros(2), torch.zeros(1)
+    assert peak_memory(step, inputs, [], 1, CPU) == grown + 4 * (2 + 1)
+    model = nn.Linear(3, 5)
+    moments = {model.weight: {'exp_avg': torch.zeros(3, 5), 'step': 7}}
+    assert peak_memory(step, inputs, [[*model.parameters()], moments], 1, CPU) == grown + 4 * (2 + 1 + 2 * 3 * 5 + 5)
