@@ -32,7 +32,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from timm.layers import to_2tuple
@@ -40,7 +39,6 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-import checkpoint
 import datasets
 import engine
 import losses
@@ -51,7 +49,7 @@ import results
 import utils
 from costs import count_gmacs, peak_memory
 from losses import HALF
-from utils import InputError, say
+from utils import InputError, at_least, print_rank0
 
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
@@ -64,17 +62,18 @@ OUT_OF_MEMORY = 'out of memory'
 def get_parser() -> utils.Parser:
     """Flags of measuring; those of the model and of training are left for the parser of the scripts."""
     parser = utils.Parser(__doc__)
+    count = at_least(1)
     add = parser.add_argument_group('what is measured').add_argument
     add('--model', '-m', nargs='+', default=MODELS, metavar='NAME', help="ours or timm's; a pattern with * is several")
     add('--model_list', metavar='FILE', help='file of names, in place of --model')
     add('--bench', nargs='+', default=MODES[:2], choices=[*MODES, 'both'], help='both: inference and train')
     add('--compare', action=BooleanOptionalAction, default=True, help='measure the dense twins too')
-    add('--batch-size', '-b', type=int, nargs='+', metavar='N', help='one or a sweep (default: 256, on a CPU 32)')
-    add('--img_size', type=int, nargs='+', metavar='PX', help="one side or a sweep (default: the model's)")
-    add('--input_size', type=int, nargs=3, metavar=('C', 'H', 'W'), help='for images that are not square')
+    add('--batch-size', '-b', type=count, nargs='+', metavar='N', help='one or a sweep (default: 256, on a CPU 32)')
+    add('--img_size', type=count, nargs='+', metavar='PX', help="one side or a sweep (default: the model's)")
+    add('--input_size', type=count, nargs=3, metavar=('C', 'H', 'W'), help='for images that are not square')
     add('--keep-ratio', type=keep_ratios, nargs='+', metavar='R', help='one or a sweep; one for each stage is 0.7,0.3')
     add('--layer-wise', action='store_true', help='select before each layer (default: before each stage)')
-    add('--num_classes', type=int, metavar='N', help="outputs (default: 1000, or the dataset's)")
+    add('--num_classes', type=count, metavar='N', help="outputs (default: 1000, or the dataset's)")
     add('--data-path', metavar='PATH', help='measure end to end, with the loader (default: the model alone, on noise)')
 
     add = parser.add_argument_group('how it runs').add_argument
@@ -86,12 +85,12 @@ def get_parser() -> utils.Parser:
     add('--freeze', action='store_true', help='in inference: compile, with the weights as constants')
     add('--channels-last', action='store_true', help='memory format of images and convolutions')
     add('--fuse', action=BooleanOptionalAction, default=True, help='in inference: fold BatchNorms, drop training heads')
-    add('--threads', type=int, metavar='N', help="on a CPU (default: PyTorch's choice)")
+    add('--threads', type=count, metavar='N', help="on a CPU (default: PyTorch's choice)")
 
     add = parser.add_argument_group('how it is measured').add_argument
-    add('--num_warm_iter', type=int, metavar='N', help='calls before timing (default: 10, on a CPU 2)')
+    add('--num_warm_iter', type=count, metavar='N', help='calls before timing (default: 10, on a CPU 2)')
     about = f'latency: {LATENCY_CALLS} times as many; end to end: batches in each of {PASSES} passes'
-    add('--num_bench_iter', type=int, metavar='N', help=f'calls that are timed (default: 40, on a CPU 10); {about}')
+    add('--num_bench_iter', type=count, metavar='N', help=f'calls that are timed (default: 40, on a CPU 10); {about}')
     add('--detail', action='store_true', help='print the operators on which a call spends its time')
     add('--results_file', metavar='PATH', help='add rows to a .csv, or to a .jsonl of JSON lines')
     add('--plot', metavar='PATH', help='draw img/s against GMACs, or against sizes or batches where they are several')
@@ -131,28 +130,28 @@ def main():
     if args.keep_ratio and not any(case.twin for case in cases):
         raise InputError('--keep-ratio: none of these models evolves; add --evolve for ViTs of timm')
     common = results.describe_machine(device) | dict(precision=args.precision, channels_last=args.channels_last)
-    say(', '.join(f'{key} {value}' for key, value in (common | {'compile': args.compile}).items()))
+    print_rank0(', '.join(f'{key} {value}' for key, value in (common | {'compile': args.compile}).items()))
     for warning in results.warn_if_busy(load, torch.get_num_threads() if device.type == 'cpu' else 1):
-        say(warning)
+        print_rank0(warning)
     widths = {'model': max(len(label) for case in cases for label, _ in list_models(args, case))}
-    say(results.table_line(results.COLUMNS, widths))
+    print_rank0(results.table_line(results.COLUMNS, widths))
     rows = []
     for i, case in enumerate(cases, 1):
         progress = f'[{i}/{len(cases)}] {case.mode}, {case.model}, {case.input_size} px, batch {case.batch_size}'
         print(progress, file=sys.stderr, flush=True)
         for row in measure(args, case, device):
             rows.append(common | row)
-            say(results.table_line(row, widths))
+            print_rank0(results.table_line(row, widths))
             if args.results_file:
                 results.write_row(rows[-1], args.results_file)
         torch.compiler.reset()  # compiled code belongs to a class: that of earlier cases would count as recompilation
         free_memory(device)
     for warning in results.warn_of_spread(rows):
-        say(warning)
+        print_rank0(warning)
     if args.plot:
         x = 'image_size' if len(args.img_size) > 1 else 'batch' if len(args.batch_size) > 1 else 'gmacs'
         results.plot(rows, x, args.plot)
-        say(f'written: {args.plot}')
+        print_rank0(f'written: {args.plot}')
     failed = sum(row.get('error', OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows)
     if failed:
         print(f'{failed} of {len(rows)} rows could not be measured: the end of each says why', file=sys.stderr)
@@ -164,10 +163,6 @@ def main():
 
 def resolve_args(args: Namespace, device: torch.device) -> Namespace:
     """The flags with the defaults of the device filled in; InputError for what would fail late."""
-    for name in ('num_warm_iter', 'num_bench_iter', 'threads', 'num_classes', 'batch_size', 'img_size', 'input_size'):
-        value = getattr(args, name)
-        if value is not None and min(np.atleast_1d(value)) < 1:
-            raise InputError(f'--{name.replace("_", "-")}: expected 1 or more, found {value}')
     channels, *size = args.input_size or (3, None, None)
     if channels != 3:
         raise InputError(f'--input_size: expected 3 channels, found {channels}')
@@ -176,7 +171,7 @@ def resolve_args(args: Namespace, device: torch.device) -> Namespace:
     precision, amp = (None, True) if args.precision == 'amp' else (args.precision, args.amp)
     if amp and precision not in (None, *HALF):
         raise InputError(f'--amp is autocast to half precision, found --precision {precision} beside it; leave one out')
-    precision = engine.pick_precision(Namespace(precision=precision, eval=False, recipe_precision=None), device)
+    precision = engine.pick_precision(precision, device)
     batch, calls, warm_up_calls = (32, 10, 2) if device.type == 'cpu' else (256, 40, 10)
     resolved = dict(
         bench=[mode for mode in MODES if mode in args.bench or ('both' in args.bench and mode != 'latency')],
@@ -249,7 +244,7 @@ def make_case(
     schedule = {} if twin else dict(stages=None, representative=None)  # which other models do not know
     case = dict(
         mode=mode, model=name, twin=twin, evolve=evolve, input_size=size, batch_size=batch, seed=args.seed,
-        eval=mode != 'train', autocast=mode == 'train' or args.amp, precision=args.precision, compile=args.compile,
+        autocast=mode == 'train' or args.amp, precision=args.precision, compile=args.compile,
         channels_last=args.channels_last, data_path=args.data_path,
     )  # fmt: skip
     return Namespace(**vars(flags) | schedule | case)
@@ -317,8 +312,8 @@ def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict
 
 def build_loader(case: Namespace, count: int, device: torch.device) -> tuple[Callable[[], Iterable], int]:
     """A function that loads `count` batches (or all there are) to the device, and the number of classes."""
-    config = datasets.data_config(case, case.model)
-    train_loader, val_loader = datasets.build_loaders(case, config, train=case.mode == 'train')
+    config, train = datasets.data_config(case, case.model), case.mode == 'train'
+    train_loader, val_loader = datasets.build_loaders(case, config, train=train)
     loader, num_classes = train_loader or val_loader, len(val_loader.dataset.classes)
     mixup = datasets.build_mixup(case, num_classes) if train_loader else None
     count = min(count, len(loader.sampler) // case.batch_size)  # whole batches: shapes are static
@@ -380,7 +375,7 @@ def prepare(
         with torch.profiler.profile() as profiler:
             candidate.step(*batch)
         operators = profiler.key_averages().table(f'self_{device.type}_time_total', row_limit=15)
-        say(f'{case.mode}, {row["model"]}, one call:\n{operators}')
+        print_rank0(f'{case.mode}, {row["model"]}, one call:\n{operators}')
     candidate.batches = lambda: [batch]
 
 
@@ -389,16 +384,15 @@ def make_step(case: Namespace, model: nn.Module, num_classes: int, device: torch
     autocast = engine.make_autocast(case.precision if case.autocast else 'fp32', device)
     kept = [*model.parameters(), *model.buffers()]
     if case.mode == 'train':
-        criterion = losses.build_criterion(case, num_classes, device)
-        unused = utils.Parser('')
-        checkpoint.add_arguments(unused)
+        config = None if case.distillation_type == 'none' else datasets.data_config(case, case.model)
+        criterion = losses.build_criterion(case, config, num_classes, device, case.smoothing)
         with redirect_stdout(sys.stderr):
-            flags = Namespace(**vars(case) | vars(unused.parse_args([])))
-            state = engine.start(flags, model, case.precision, steps=1)
+            state = engine.build_state(case, model, case.precision, case.batch_size)
         averaged = [*state.ema.module.parameters(), *state.ema.module.buffers()] if state.ema else []
 
         def step(images: Tensor, targets: Tensor):
-            engine.train_step(state, model, criterion, [(images, targets)], 1, autocast, case)
+            batches = [(images, targets)]
+            engine.train_step(state, model, criterion, batches, 1, autocast, case.clip_grad, case.clip_mode)
 
         return step, [kept, averaged, state.optimizer.state]
 

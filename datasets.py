@@ -32,8 +32,7 @@ from torchvision.transforms.v2.functional import resized_crop
 import models
 from samplers import REPEATS, RepeatedAugSampler, eval_shard
 from shapes import Shapes
-from utils import InputError, seed_all
-from utils import say as print_rank0
+from utils import InputError, at_least, print_rank0, seed_all
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -56,7 +55,7 @@ def add_arguments(parser: ArgumentParser):
         help='IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program',
     )  # fmt: skip
     add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
-    add('--batch-size', type=int, default=64, help='images of one process in one step')
+    add('--batch-size', type=at_least(1), default=64, help='images of one process in one step')
     add('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
     add('--pin-mem', action=BooleanOptionalAction, default=True, help='used with CUDA alone')
     add(

@@ -1,7 +1,7 @@
 """The training loss: one criterion over all heads of a model, with or without a teacher."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -9,21 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import datasets
 import models
 import utils
+from datasets import DataConfig
 from models import weights
-from utils import InputError, say
+from utils import InputError, print_rank0
 
 HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 PUBLISHED_TEACHER = 'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'
+MAY_CHANGE = {'teacher_path': True}  # between a run and its continuation, which goes on bit for bit
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the loss and the teacher."""
     group = parser.add_argument_group('loss and distillation')
     group.add_argument('--teacher-model', default='regnety_160', metavar='NAME', help='any timm model')
-    group.add_argument('--teacher-path', default='', metavar='PATH', help="path or address of the teacher's weights")
+    group.add_argument('--teacher-path', default='', metavar='PATH', help="path or URL of the teacher's weights")
     group.add_argument(
         '--distillation-type',
         choices=['none', 'soft', 'hard', 'cls'],
@@ -32,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     group.add_argument('--distillation-alpha', type=float, default=0.5, help="the teacher's share of the loss")
     group.add_argument('--distillation-tau', type=float, default=1.0, help='temperature of soft distillation')
+
+
+def check_arguments(args: argparse.Namespace):
+    """InputError where a teacher is asked for whose file does not exist."""
+    if args.distillation_type != 'none':
+        advice = f'; the published teacher, for ImageNet, is at {PUBLISHED_TEACHER}'
+        utils.check_source('--teacher-path', args.teacher_path, advice)
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -72,19 +80,24 @@ class Criterion(nn.Module):
         """images (B, 3, rows, columns), outputs logits or a named tuple of logits, targets (B,) or (B, classes)."""
         heads = outputs._asdict() if hasattr(outputs, '_asdict') else {'head': outputs}
         heads = {name: _full_precision(logits) for name, logits in heads.items()}
-        taught = [logits for name, logits in heads.items() if name.endswith('_dist')] or list(heads.values())
+        distilled = [logits for name, logits in heads.items() if name.endswith('_dist')] or list(heads.values())
         labelled = [logits for name, logits in heads.items() if self.teacher is None or not name.endswith('_dist')]
         smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
-        base = sum(F.cross_entropy(logits, targets, label_smoothing=smoothing) for logits in labelled) / len(labelled)
+        base = _mean(F.cross_entropy(logits, targets, label_smoothing=smoothing) for logits in labelled)
         if self.teacher is None:
             return base
         with torch.no_grad(), self.teacher_autocast():
-            says = _full_precision(self.teacher(images))
+            teacher_logits = _full_precision(self.teacher(images))
         if self.hard:
-            distilled = sum(F.cross_entropy(logits, says.argmax(1)) for logits in taught) / len(taught)
+            teaching = _mean(F.cross_entropy(logits, teacher_logits.argmax(1)) for logits in distilled)
         else:
-            distilled = sum(soft_distillation(logits, says, self.tau) for logits in taught) / len(taught)
-        return (1 - self.alpha) * base + self.alpha * distilled
+            teaching = _mean(soft_distillation(logits, teacher_logits, self.tau) for logits in distilled)
+        return (1 - self.alpha) * base + self.alpha * teaching
+
+
+def _mean(values: Iterable[Tensor]) -> Tensor:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def _full_precision(logits: Tensor) -> Tensor:
@@ -92,13 +105,11 @@ def _full_precision(logits: Tensor) -> Tensor:
 
 
 class Renormalise(nn.Module):
-    """Images (B, 3, rows, columns) that were normalised by one mean and standard deviation, normalised by others."""
+    """Images (B, 3, rows, columns) normalised by pairs of mean and standard deviation: from one to another."""
 
-    def __init__(self, before: datasets.DataConfig, after: datasets.DataConfig):
+    def __init__(self, before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]):
         super().__init__()
-        mean, std, new_mean, new_std = (
-            torch.tensor(values)[:, None, None] for values in (before.mean, before.std, after.mean, after.std)
-        )
+        mean, std, new_mean, new_std = (torch.tensor(values)[:, None, None] for values in (*before, *after))
         self.register_buffer('scale', std / new_std)
         self.register_buffer('shift', (mean - new_mean) / new_std)
 
@@ -106,59 +117,55 @@ class Renormalise(nn.Module):
         return images * self.scale + self.shift
 
 
-def renormalised(teacher: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The teacher, given the student's images in the teacher's own normalisation."""
-    unset = dict.fromkeys(datasets.DataConfig._fields)
-    before = datasets.data_config(argparse.Namespace(**unset | {'mean': args.mean, 'std': args.std}), args.model)
-    after = datasets.data_config(argparse.Namespace(**unset), args.teacher_model)
-    if (before.mean, before.std) == (after.mean, after.std):
-        return teacher
-    say(f'teacher: its images are normalised by mean {after.mean}, std {after.std}, as it was trained')
-    return nn.Sequential(Renormalise(before, after), teacher)
-
-
-def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.device) -> Criterion:
+def build_criterion(
+    args: argparse.Namespace,
+    config: DataConfig,
+    num_classes: int,
+    device: torch.device,
+    label_smoothing: float = 0.0,
+) -> Criterion:
     """The criterion that the flags ask for, its teacher loaded; InputError where the teacher's weights do not fit.
 
-    On a GPU the teacher has half precision: it is only asked, and would take most of the time of a run.
+    `config` says how the images are normalised. On a GPU the teacher has half precision: it is only asked, and would
+    take most of the time of a run.
     """
     if args.distillation_type == 'none':
-        return Criterion(args.smoothing)
+        return Criterion(label_smoothing)
     if not args.teacher_path:
         raise InputError(
             f'--distillation-type {args.distillation_type} needs --teacher-path, the weights of {args.teacher_model}; '
-            + advise_teacher(args, num_classes)
+            + advise_teacher(args.teacher_model, num_classes)
         )
     try:
-        teacher = models.create(args.teacher_model, num_classes, args.input_size)
-        weights.load_weights(teacher, args.teacher_path, report=say)
-        teacher = renormalised(teacher, args)
+        teacher = models.create(args.teacher_model, num_classes, config.input_size)
+        weights.load_weights(teacher, args.teacher_path, report=print_rank0)
     except InputError as error:
         raise InputError(
-            f'teacher, --teacher-model and --teacher-path: {error}\n{advise_teacher(args, num_classes)}'
+            f'teacher, --teacher-model and --teacher-path: {error}\n{advise_teacher(args.teacher_model, num_classes)}'
         ) from error
+    cfg = models.published_cfg(args.teacher_model)
+    if (cfg.mean, cfg.std) != (config.mean, config.std):
+        print_rank0(f'teacher: its images are normalised by mean {cfg.mean}, std {cfg.std}, as it was trained')
+        teacher = nn.Sequential(Renormalise((config.mean, config.std), (cfg.mean, cfg.std)), teacher)
     teacher = teacher.to(device).eval().requires_grad_(False)
     autocast, precision = nullcontext, ''
     if device.type == 'cuda':
         precision = utils.half_precision(device)
         autocast = partial(torch.autocast, 'cuda', dtype=HALF[precision])
-    if device.type == 'cuda' or args.channels_last:
         teacher = teacher.to(memory_format=torch.channels_last)
-    if args.compile:
-        teacher.compile()
-    say(
+    print_rank0(
         f'teacher: {args.teacher_model}, {args.distillation_type} distillation, alpha {args.distillation_alpha}'
         + (f', in {precision}' if precision else '')
     )
     hard = args.distillation_type != 'soft'
-    return Criterion(args.smoothing, teacher, hard, args.distillation_alpha, args.distillation_tau, autocast)
+    return Criterion(label_smoothing, teacher, hard, args.distillation_alpha, args.distillation_tau, autocast)
 
 
-def advise_teacher(args: argparse.Namespace, num_classes: int) -> str:
+def advise_teacher(teacher_model: str, num_classes: int) -> str:
     """Where weights of a teacher of so many classes come from: the published teacher knows ImageNet's 1,000 alone."""
     if num_classes == 1000:
         return f'the published teacher, regnety_160 for ImageNet, is at {PUBLISHED_TEACHER}'
     return (
         f'a teacher of these {num_classes} classes has to be trained first: '
-        f'main_deit.py --model {args.teacher_model} --output_dir ...'
+        f'main_deit.py --model {teacher_model} --output_dir ...'
     )

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from utils import InputError
+from utils import InputError, atomic_write
 
 # The columns of a file, each with its heading in the table, if it is shown there.
 COLUMNS = {
@@ -138,13 +138,16 @@ def plot(rows: list[dict], x: str, path: str):
     for i, mode in enumerate(modes, 1):
         panel = figure.add_subplot(1, len(modes), i, xlabel=AXES[x], ylabel='img/s', xscale='log', yscale='log')
         draw_lines(panel, [row for row in rows if row['mode'] == mode], x)
-        panel.set_title(f'{mode}, {rows[0]["input"]}, {rows[0]["precision"]}\n{rows[0]["device"]}')
+        panel.set_title(f'{mode}, {rows[0]["input"]}, {rows[0]["precision"]}; bars: p10 to p90\n{rows[0]["device"]}')
         panel.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.1))
         for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
             axis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 8 * low else (2, 3, 5)))
             axis.set_major_formatter('{x:g}')
             axis.set_minor_formatter('{x:g}')
-    figure.savefig(path)
+        if x != 'gmacs':
+            panel.set_xticks(sorted({row[x] for row in rows}))
+            panel.set_xticks([], minor=True)
+    atomic_write(Path(path), lambda file: figure.savefig(file, format=Path(path).suffix[1:]))
 
 
 def draw_lines(panel: Axes, rows: list[dict], x: str):

@@ -2,16 +2,13 @@
 
 import argparse
 import importlib.metadata
-import math
 import os
 import random
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,10 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from models.weights import InputError
+from models.weights import InputError, is_url
+
+# Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
+MAY_CHANGE = {'device': False, 'world_size': False, 'dist_url': True, 'dist_timeout': True, 'local_rank': True}
 
 
-def run_script(main: Callable[[], None]):
+def run_script(main: Callable[[], object]):
     """Run a script's `main`: wrong input or Ctrl-C ends it with a message, and its processes leave their group.
 
     torchrun's summary shows what ended a process, because `record` leaves it the traceback.
@@ -57,7 +57,7 @@ def run_script(main: Callable[[], None]):
             dist.destroy_process_group()
 
 
-# What a version that is not between the tested ones may cost.
+# What a version outside the tested ones may cost.
 UNTESTED = {
     'torch': 'before 2.10, a checkpoint can run code although it is read the safe way',
     'torchvision': 'it is one pair with torch, installed together',
@@ -69,7 +69,7 @@ UNTESTED = {
 def tested_versions(folder: Path = Path(__file__).parent) -> dict[str, list[str]]:
     """Two versions of each package that the tests run with: the lower end of requirements.txt, and constraints.txt's.
 
-    A file that is not in `folder` says nothing: an installation needs neither.
+    A file that is not in `folder` is skipped: an installation needs neither.
     """
     tested = {}
     for name, operator in (('requirements.txt', '>='), ('constraints.txt', '==')):
@@ -81,7 +81,7 @@ def tested_versions(folder: Path = Path(__file__).parent) -> dict[str, list[str]
 
 
 def check_versions(version: Callable[[str], str] = importlib.metadata.version):
-    """Say which packages are older or newer than the tested versions, and what that may cost."""
+    """Print which packages are older or newer than the tested versions, and what that may cost."""
 
     def numbers(text: str) -> list[int]:
         return [int(number) for number in re.findall(r'\d+', text.split('+')[0])[:3]]
@@ -90,9 +90,11 @@ def check_versions(version: Callable[[str], str] = importlib.metadata.version):
     for package, cost in UNTESTED.items():
         if len(tested.get(package, ())) < 2:
             continue
-        oldest, newest, found = *tested[package], version(package)
-        if not numbers(oldest) <= numbers(found) <= numbers(newest):
-            say(f'warning: {package} {found} is not between the tested versions, {oldest} and {newest}: {cost}')
+        oldest, newest, installed = *tested[package], version(package)
+        if not numbers(oldest) <= numbers(installed) <= numbers(newest):
+            print_rank0(
+                f'warning: {package} {installed} is not between the tested versions, {oldest} and {newest}: {cost}'
+            )
 
 
 # --- flags
@@ -113,22 +115,42 @@ class Parser(argparse.ArgumentParser):
                 args[i] = spelled.get(flag.replace('_', '-'), flag) + equals + value
         return super().parse_known_args(args, namespace)
 
+    def error(self, message: str):
+        self.exit(2, f'{self.prog}: error: {message} (--help lists all flags)\n')
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        said = action.default in (None, '', False) or '(default' in action.help
-        return action.help if said else super()._get_help_string(action)
+        complete = action.default in (None, '', False) or '(default' in action.help
+        return action.help if complete else super()._get_help_string(action)
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """The `type` of a flag: an integer, `lowest` or more."""
+
+    def integer(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f'expected {lowest} or more, found {text}')
+        return int(text)
+
+    return integer
+
+
+def check_source(flag: str, source: str, advice: str = ''):
+    """InputError where the value of a flag is neither a URL nor a file; `advice` ends the message."""
+    if source and not is_url(source) and not Path(source).is_file():
+        raise InputError(f'{flag} {source}: {Path(source).absolute()} is not a file{advice}')
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the processes that a script runs in."""
     group = parser.add_argument_group('device and processes')
     group.add_argument('--device', help='cuda or cpu (default: a GPU where there is one, else the CPU)')
-    group.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation')
+    group.add_argument('--seed', type=at_least(0), default=0, help='seed of weights, order and augmentation')
     group.add_argument('--dist_url', default='env://', help='where the processes meet; launchers set the environment')
     group.add_argument('--dist-timeout', type=float, default=1800, help='seconds to wait for another process')
     group.add_argument('--local_rank', type=int, default=-1, help='set by launchers that do not use the environment')
-    group.add_argument('--world_size', type=int, default=1, help='accepted; the launcher says how many processes run')
+    group.add_argument('--world_size', type=int, default=1, help='ignored: the launcher decides how many processes run')
 
 
 # --- processes
@@ -144,10 +166,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def say(*words):
+def print_rank0(message: str):
     """Print on the first process alone."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(message, flush=True)
 
 
 def set_up_processes(args: argparse.Namespace) -> torch.device:
@@ -156,8 +178,29 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
     Launchers are torchrun and torch.distributed.launch, with and without --use_env. Without one, in a SLURM allocation
     too, the script is a single process.
     """
-    local_rank = int(os.environ.get('LOCAL_RANK', max(args.local_rank, 0)))
-    name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = pick_device(args.device, int(os.environ.get('LOCAL_RANK', max(args.local_rank, 0))))
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
+        timeout = timedelta(seconds=args.dist_timeout)
+        place = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        store, number, count = next(dist.rendezvous(args.dist_url, *place, timeout=timeout))
+        # After a restart the store still has the addresses of the processes that died, and gloo would connect to them.
+        store = dist.PrefixStore(f'start{restarts()}', store)
+        # gloo too on GPUs: an EMA that is kept on the CPU lives on the host.
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    check_versions()
+    seed_all(args.seed)
+    return device
+
+
+def restarts() -> int:
+    """How often the launcher started this job again after a failure."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+
+
+def pick_device(name: str | None, local_rank: int) -> torch.device:
+    """The device asked for, or a GPU where there is one, else the CPU; InputError where torch cannot use it."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
         if device.type not in ('cpu', 'cuda'):
@@ -171,23 +214,7 @@ def set_up_processes(args: argparse.Namespace) -> torch.device:
             f'--device {name}: torch {torch.__version__} cannot use it here ({str(error).splitlines()[0]}). '
             f'CUDA devices found: {torch.cuda.device_count()}. Without --device the script takes what is there.'
         ) from error
-    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
-        # After a restart the store still has the addresses of the processes that died: each start has its own names.
-        timeout = timedelta(seconds=args.dist_timeout)
-        place = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-        store, number, count = next(dist.rendezvous(args.dist_url, *place, timeout=timeout))
-        store = dist.PrefixStore(f'start{restarts()}', store)
-        # gloo too on GPUs: an average that is kept on the CPU lives on the host.
-        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
-    check_versions()
-    seed_all(args.seed)
     return device
-
-
-def restarts() -> int:
-    """How often the launcher started this job again after a failure."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def half_precision(device: torch.device) -> str:
@@ -214,23 +241,6 @@ def all_gather(values: Tensor) -> Tensor:
 # --- randomness
 
 
-def inject_fault(epoch: int, step: int) -> float:
-    """For tests: fail where EVO_VIT_FAULT=kind:rank:epoch:step says so; returns what images are multiplied by.
-
-    Kinds: kill, stall, exception, nan. A job that was restarted does not fail again.
-    """
-    kind, *place = os.environ.get('EVO_VIT_FAULT', '').split(':')
-    if not kind or restarts() or [rank(), epoch, step] != [int(number) for number in place]:
-        return 1.0
-    if kind == 'kill':
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == 'stall':
-        time.sleep(3600)
-    if kind == 'exception':
-        raise RuntimeError('injected fault')
-    return math.nan
-
-
 def seed_all(*key: int):
     """Seed `random`, numpy and torch from a tuple of non-negative integers, such as (seed, epoch, position).
 
@@ -248,12 +258,7 @@ def seed_all(*key: int):
 # --- files
 
 
-def write_checkpoint(path: str | Path, checkpoint: dict):
-    """Write a checkpoint as `write_whole` does."""
-    write_whole(Path(path), partial(torch.save, checkpoint))
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]):
+def atomic_write(path: Path, write: Callable[[BinaryIO], None]):
     """Write a file so that `path` holds the old content or the new one, whole, whatever happens.
 
     Raises InputError, with the old file in place and the temporary one gone, where that fails, as on a full disk.
@@ -275,3 +280,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]):
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+# The names of before, until the other rooms have the new ones.
+say, write_whole = print_rank0, atomic_write

@@ -273,7 +273,8 @@ def _report_new_pooling(model: nn.Module, before: str, where: str, report: Repor
 
 def _resize(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights for a model of timm, positions and the like resized by timm's function for its family, if it has one."""
-    adapted = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]  # of an evolved model too
+    adapted = next((module.checkpoint_filter_fn for module in modules if hasattr(module, 'checkpoint_filter_fn')), None)
     if adapted is None:
         return state
     try:

@@ -278,16 +278,12 @@ def test_precisions(bench, monkeypatch):
         dtypes('inference', '--precision', 'tf32')
 
 
-@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-def test_half_precision_runs(bench, precision):
-    _, rows = bench(
-        '--bench', 'both', '-b', 2, '--precision', precision, '--channels-last', '--layer-wise', '--no-compare'
-    )
-    assert [(row['precision'], row['autocast'], row['error']) for row in rows] == [
-        (precision, False, None),
-        (precision, True, None),
-    ]
-    assert all(row['channels_last'] and row['selection'] == 'layer-wise' for row in rows)
+def test_half_precision_trains(bench):
+    flags = '--bench', 'both', '-b', 2, '--precision', 'fp16', '--channels-last', '--layer-wise', '--no-compare'
+    _, rows = bench(*flags, '--num_bench_iter', 1)
+    expected = [('fp16', False, True, 'layer-wise', None), ('fp16', True, True, 'layer-wise', None)]
+    columns = 'precision', 'autocast', 'channels_last', 'selection', 'error'
+    assert [tuple(row[name] for name in columns) for row in rows] == expected
 
 
 def test_compile_takes_cuda_graphs_where_they_apply(bench, monkeypatch):
@@ -462,9 +458,10 @@ def test_representative_is_for_models_that_evolve(bench):
 @pytest.mark.parametrize(
     'flag', ['num_warm_iter', 'num_bench_iter', 'threads', 'num_classes', 'batch-size', 'img_size']
 )
-def test_zero_is_refused(flag):
-    with pytest.raises(InputError, match=f'--{flag.replace("_", "-")}: expected 1 or more, found'):
+def test_zero_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
         parse(f'--{flag}', 0)
+    assert re.search(f'--{flag}.*: expected 1 or more, found 0', capsys.readouterr().err)
 
 
 def test_a_tag_that_timm_does_not_know():

@@ -14,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.transforms.functional import normalize
 
+import datasets
 import engine
 import losses
 import main_deit
@@ -103,10 +104,11 @@ def test_on_a_gpu_the_teacher_has_half_precision(monkeypatch, tmp_path, capsys, 
     torch.save(timm.create_model('regnety_002', num_classes=4).state_dict(), tmp_path / 't.pth')
     flags = ['--teacher-model', 'regnety_002', '--teacher-path', str(tmp_path / 't.pth'), '--precision', 'fp32']
     args = engine.get_parser('', main_levit.RECIPE).parse_args(flags)
-    criterion = losses.build_criterion(args, 4, torch.device('cuda'))
+    config = datasets.data_config(args, args.model)
+    criterion = losses.build_criterion(args, config, 4, torch.device('cuda'))
     assert criterion.teacher_autocast.args == ('cuda',) and criterion.teacher_autocast.keywords == {'dtype': dtype}
     assert f'teacher: regnety_002, cls distillation, alpha 0.5, in {name}' in capsys.readouterr().out
-    criterion = losses.build_criterion(args, 4, torch.device('cpu'))
+    criterion = losses.build_criterion(args, config, 4, torch.device('cpu'))
     assert criterion.teacher_autocast is nullcontext
     assert capsys.readouterr().out == 'teacher: regnety_002, cls distillation, alpha 0.5\n'
 
@@ -127,7 +129,8 @@ def test_a_teacher_sees_images_as_it_was_trained(tmp_path, capsys):
         args = engine.get_parser('', main_deit.RECIPE).parse_args(
             [*flags.split(), '--teacher-path', f'{tmp_path}/t.pth']
         )
-        teacher = losses.build_criterion(args, 4, torch.device('cpu')).teacher
+        config = datasets.data_config(args, args.model)
+        teacher = losses.build_criterion(args, config, 4, torch.device('cpu')).teacher
         torch.testing.assert_close(teacher(images), network(expected), rtol=1e-4, atol=1e-5)
         assert ('normalised by mean (0.5, 0.5, 0.5)' in capsys.readouterr().out) == (name != 'regnety_002')
 

@@ -14,7 +14,6 @@ from conftest import accuracy, free_port, launch, read_log
 from golden import fill
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
-from timm.scheduler import create_scheduler
 
 import checkpoint
 import engine
@@ -89,23 +88,29 @@ def test_the_recipe_is_the_published_one():
     'row', json.loads((fill.HERE / 'recipe.json').read_text())['lr'], ids=lambda row: str(row['epochs'])
 )
 def test_learning_rates_are_the_published_ones(row):
-    args = engine.get_parser('', main_deit.RECIPE).parse_args(['--epochs', str(row['epochs'])])
-    args.warmup_epochs, args.warmup_lr, args.min_lr = row['warmup_epochs'], row['warmup_lr'], row['min_lr']
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=row['base_lr'])
-    scheduler, rates = create_scheduler(args, optimizer)[0], []
+    flags = ['--epochs', row['epochs'], '--lr', row['base_lr'], '--min-lr', row['min_lr'], '--no-model-ema']
+    flags += ['--warmup-epochs', row['warmup_epochs'], '--warmup-lr', row['warmup_lr']]
+    state, rates = new_state(*flags), []
     for epoch in range(row['epochs']):
-        rates.append(optimizer.param_groups[0]['lr'])
-        scheduler.step(epoch)
+        rates.append(engine.learning_rate(state))
+        state.scheduler.step(epoch)
     assert rates == pytest.approx(row['per_epoch'], rel=1e-9)
+
+
+def new_state(*flags, batch_size: int = 512) -> engine.State:
+    """A run's state of a small model, at its start."""
+    args = engine.get_parser('', main_deit.RECIPE).parse_args([str(flag) for flag in flags])
+    return engine.build_state(args, torch.nn.Linear(2, 2), 'fp32', batch_size)
 
 
 def test_cooldown_changes_no_rate_and_says_so(capsys):
     rates = []
     for epochs in (0, 10):
-        args = engine.get_parser('', main_deit.RECIPE).parse_args(['--cooldown-epochs', str(epochs), '--epochs', '20'])
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-        scheduler = create_scheduler(args, optimizer)[0]
-        rates.append([scheduler._get_values(epoch) for epoch in range(20)])
+        state = new_state('--cooldown-epochs', epochs, '--epochs', 20, '--warmup-epochs', 2)
+        rates.append([])
+        for epoch in range(20):
+            state.scheduler.step(epoch)
+            rates[-1].append(engine.learning_rate(state))
     assert rates[0] == rates[1]
     with pytest.raises(SystemExit):
         engine.get_parser('', main_deit.RECIPE).parse_args(['--help'])
@@ -123,16 +128,14 @@ def test_cooldown_changes_no_rate_and_says_so(capsys):
     ],
 )
 def test_a_warmup_that_outlasts_the_run_is_said(capsys, epochs, warmup, says):
-    flags = ['--epochs', str(epochs), '--warmup-epochs', str(warmup), '--batch-size', '512', '--no-model-ema']
-    args = engine.get_parser('', main_deit.RECIPE).parse_args(flags)
-    state = engine.start(args, torch.nn.Linear(2, 2), 'fp32', 1)
+    state = new_state('--epochs', epochs, '--warmup-epochs', warmup)
     printed = capsys.readouterr().out
     assert says in printed if says else 'warning' not in printed
-    rates = [args.warmup_lr]
+    rates = [1e-6]
     for epoch in range(epochs - 1):
         state.scheduler.step(epoch)
-        rates.append(state.optimizer.param_groups[0]['lr'])
-    assert (max(rates) < 0.8 * args.lr) == bool(says), 'of 7 epochs with 5 of warm-up, one has 0.8 of the rate'
+        rates.append(engine.learning_rate(state))
+    assert (max(rates) < 0.8 * 5e-4) == bool(says), 'of 7 epochs with 5 of warm-up, one has 0.8 of the rate'
 
 
 @pytest.mark.parametrize(
@@ -142,21 +145,18 @@ def test_the_default_precision_is_the_fastest_safe_one(monkeypatch, capability, 
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     device = torch.device('cuda' if capability else 'cpu')
     for recipe, expected in ((main_levit.RECIPE, levit), (main_deit.RECIPE, deit)):
-        args = engine.get_parser('', recipe).parse_args([])
-        assert engine.pick_precision(args, device) == expected
-        args.eval = True
-        assert engine.pick_precision(args, device) == 'fp32'
+        args = engine.get_parser('', recipe).parse_args(['--resume', 'c.pth'])
+        assert engine.pick_precision(args.precision, device, args.amp) == expected
         # A run with TF32 is evaluated anywhere, where there is none in plain float32.
-        content = {'args': {'precision': 'tf32'}}
-        assert engine.pick_precision(args, device, content) == ('tf32' if levit == 'tf32' else 'fp32')
-        args = engine.get_parser('', recipe).parse_args(['--precision', 'tf32'])
-        if levit == 'tf32':
-            assert engine.pick_precision(args, device) == 'tf32'
-        else:
-            with pytest.raises(
-                InputError, match='tf32 is a mode of NVIDIA GPUs since Ampere, the device is .*use fp32'
-            ):
-                engine.pick_precision(args, device)
+        for trained, evaluated in ((None, 'fp32'), ('bf16', 'bf16'), ('tf32', 'tf32' if levit == 'tf32' else 'fp32')):
+            restored = checkpoint.restore_model_args(args, {'args': {'precision': trained}})
+            assert engine.pick_precision(restored.precision, device, restored.amp) == evaluated
+        assert engine.pick_precision('fp32', device, args.amp) == 'fp32', 'asked for'
+    if levit == 'tf32':
+        assert engine.pick_precision('tf32', device) == 'tf32'
+    else:
+        with pytest.raises(InputError, match='tf32 is a mode of NVIDIA GPUs since Ampere, the device is .*use fp32'):
+            engine.pick_precision('tf32', device)
 
 
 @pytest.mark.filterwarnings('error')
@@ -180,12 +180,12 @@ def test_tf32_is_a_switch_of_products_and_convolutions():
 def test_the_average_follows_the_schedule_of_its_model():
     args = engine.get_parser('', main_deit.RECIPE).parse_args(['--clip-grad', '1'])
     model = timm.create_model('evo_deit_nano_patch4_32', num_classes=4)
-    state = engine.start(args, model, 'fp32', 1)
+    state = engine.build_state(args, model, 'fp32', batch_size=2)
     images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     for schedule in ((False, True), (True, False), (True, True)):
         model.set_schedule(*schedule)
         autocast = engine.make_autocast('fp32', torch.device('cpu'))
-        engine.train_step(state, model, losses.Criterion(), [(images, targets)], 1, autocast, args)
+        engine.train_step(state, model, losses.Criterion(), [(images, targets)], 1, autocast, args.clip_grad)
         assert (state.ema.module.stage_wise, state.ema.module.evolving) == schedule
     model.set_schedule(False)
     state.ema.set(model)
@@ -233,13 +233,13 @@ def stop_after(epochs, script, *flags):
     class Stop(Exception):
         pass
 
-    def save_and_stop(args, state, best=False, save=checkpoint.save):
-        save(args, state, best)
+    def save_and_stop(folder, state, best=False, save=checkpoint.RunFolder.save):
+        save(folder, state, best)
         if state.epoch == epochs:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(checkpoint, 'save', save_and_stop)
+        patch.setattr(checkpoint.RunFolder, 'save', save_and_stop)
         script('main_deit', *flags)
 
 
@@ -350,7 +350,7 @@ def test_preprocessing_is_recalled_from_the_training(script, flags, tmp_path):
     more = ['--mean', 0.3, '--std', 0.4, '--crop-pct', 0.5]
     script('main_deit', *flags, *more, '--epochs', 1, '--lr', 0.05, '--warmup-epochs', 0, '--output_dir', tmp_path)
     printed = script('main_deit', *flags, '--eval', '--resume', tmp_path / 'checkpoint.pth')
-    assert 'crop_pct 0.5 (center), bicubic, mean 0.3 0.3 0.3, std 0.4 0.4 0.4\n' in printed
+    assert 'crop_pct 0.5 (center), bicubic, mean 0.3 0.3 0.3, std 0.4 0.4 0.4' in printed
     assert f'loss {read_log(tmp_path)[0]["test_loss"]:.3f}' in printed
 
 
@@ -415,7 +415,7 @@ def test_a_plain_vit_is_evaluated_from_its_class_token(script, flags, tmp_path, 
     monkeypatch.setattr(engine, 'evaluate', lambda model, *_: evaluated.append(model.eval()) or {})
     for name, more in (('plain.pth', []), ('plain.safetensors', []), ('plain.pth', ['--fuse'])):
         printed = script('main_deit', *flags, '--keep-ratio', 1, '--eval', '--resume', tmp_path / name, *more)
-        assert 'predicts from its class token' in printed and 'selection is one that it was not trained' in printed
+        assert 'predicts from its class token' in printed and 'it was not trained for this selection' in printed
         assert 'taken for a finished model' not in printed
         with torch.no_grad():
             torch.testing.assert_close(evaluated.pop()(x), plain(x))
@@ -446,6 +446,44 @@ def test_a_dense_vit_is_finetuned_to_other_classes_at_another_size(script, flags
     assert 'Epoch 0 done' in printed
 
 
+def test_an_evolved_vit_is_finetuned_resumed_and_evaluated(script, flags, tmp_path, monkeypatch):
+    evaluate, results = engine.evaluate, []
+    monkeypatch.setattr(engine, 'evaluate', lambda *args: results.append(evaluate(*args)) or results[-1])
+    small = [*flags, '--model', 'vit_tiny_patch16_224', '--lr', 0.02, '--warmup-epochs', 0]
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=48, num_classes=7)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    evolved = [*small, '--evolve', '--stages', 3, 9, '--keep-ratio', 0.5, 0.25, '--epochs', 2]
+    for name, schedule, more in (('a', 'stage-wise', []), ('b', 'layer-wise', ['--stage-epoch', 2])):
+        path = tmp_path / name / 'checkpoint.pth'
+        run = [*evolved, *more, '--output_dir', tmp_path / name]
+        stop_after(1, script, *run, '--finetune', tmp_path / 'w.pth')
+        script('main_deit', *run, '--resume', path)
+        log = read_log(tmp_path / name)
+        assert [line['selection'] for line in log] == [schedule] * 2
+        saved = weights.read_checkpoint(path)['schedule']
+        assert (saved['stages'], saved['keep_ratio'], saved['stage_wise']) == ([3, 9], [0.5, 0.25], name == 'a')
+        # Neither --evolve nor the rest of the schedule has to be given again.
+        printed = script('main_deit', *small, '--eval', '--resume', path)
+        assert f'{schedule}\n' in printed and 'plain' not in printed
+        assert results[-1]['loss'] == log[1]['test_loss'] and results[-1]['acc1'] == log[1]['test_acc1']
+        script('main_deit', *small, '--eval', '--resume', path, '--keep-ratio', 1)
+        assert results[-1]['loss'] != log[1]['test_loss']
+
+
+def test_a_plain_vit_is_evaluated_evolved(script, flags, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=4).state_dict(), tmp_path / 'w.pth')
+    evaluate = [*flags, '--model', 'vit_tiny_patch16_224', '--eval', '--resume', tmp_path / 'w.pth']
+    plain = re.search(r'Acc@1 .*', script('main_deit', *evaluate))[0]
+    printed = script('main_deit', *evaluate, '--evolve', '--keep-ratio', 1)
+    assert 'holds a plain vision transformer' in printed and plain in printed
+    printed = script('main_deit', *evaluate, '--evolve')
+    assert 'stage-wise' in printed and plain not in printed
+
+
 def test_weights_alone_in_safetensors_start_training_and_are_evaluated(script, flags, tmp_path):
     torch.manual_seed(0)
     save_file(timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict(), tmp_path / 'w.safetensors')
@@ -463,16 +501,18 @@ def test_the_advice_at_the_end_of_a_run_works(script, flags, tmp_path):
     assert 'Epoch 1 done' in script('main_deit', *again, '--epochs', 2, '--accept-changes')
 
 
-def test_the_size_of_the_training_is_recalled(capsys):
-    saved = {'args': {'keep_ratio': [0.25], 'representative': True, 'input_size': 48}}
+@pytest.mark.parametrize('saved, now', [('nearest', 'nearest'), (True, 'one'), (False, 'none')])
+def test_evaluation_restores_the_model_of_the_training(capsys, saved, now):
+    trained = {'keep_ratio': [0.25], 'representative': saved, 'input_size': 48, 'evolve': True, 'stages': [3, 5]}
     args = engine.get_parser('', {}).parse_args(['--resume', 'c.pth'])
-    checkpoint.recall_model(args, saved)
-    assert (args.keep_ratio, args.representative, args.input_size) == ([0.25], True, 48)
+    before = dict(vars(args))
+    restored = checkpoint.restore_model_args(args, {'args': trained})
+    assert {name: getattr(restored, name) for name in trained} == trained | {'representative': now}
+    assert vars(args) == before and not capsys.readouterr().out
     args.input_size = 32
-    checkpoint.recall_model(args, saved)
-    assert args.input_size == 32
+    assert checkpoint.restore_model_args(args, {'args': trained}).input_size == 32
     assert 'c.pth was trained with input_size 48, and is evaluated with 32' in capsys.readouterr().out
-    checkpoint.recall_model(args, {'model': {}})  # says no flags, so none differ
+    checkpoint.restore_model_args(args, {'model': {}})  # holds no flags, so none differ
     assert 'trained with' not in capsys.readouterr().out
 
 
@@ -489,7 +529,7 @@ def test_distillation_through_the_real_loading(script, flags, tmp_path, kind):
     with pytest.raises(InputError, match='--teacher-path.*5 classes, the model 4.*\n.*main_deit.py --model') as error:
         script('main_deit', *flags, *distil, tmp_path / 't5.pth')
     assert losses.PUBLISHED_TEACHER not in str(error.value)  # it knows the 1,000 classes of ImageNet
-    assert losses.PUBLISHED_TEACHER in losses.advise_teacher(Namespace(teacher_model='regnety_160'), 1000)
+    assert losses.PUBLISHED_TEACHER in losses.advise_teacher('regnety_160', 1000)
     with pytest.raises(InputError, match='--teacher-path .*is not a file'):
         script('main_deit', *flags, *distil, tmp_path / 'none.pth')
     with pytest.raises(InputError, match='needs --teacher-path'):
@@ -543,6 +583,19 @@ def test_accumulated_batches_are_one_large_batch(script, flags, tmp_path):
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_weights(script, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, 'evaluate', lambda *_: {})  # a second graph, which takes as long
+    one_step = ['--epochs', 1, '--batch-size', 64, '--opt', 'sgd', '--lr', 1, '--warmup-lr', 0.1, '--no-model-ema']
+    model = ['--model', 'test_vit', '--evolve', '--stages', 1, '--keep-ratio', 0.5, '--drop-path', 0]
+    for name, more in (('compiled', ['--compile']), ('eager', [])):
+        script('main_deit', *flags, *model, *one_step, *more, '--output_dir', tmp_path / name)
+    one, two = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('compiled', 'eager'))
+    assert list(one) == list(two), 'names are those of the model that is not compiled'
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_half_precision_trains(script, flags, precision):
     more = ['--clip-grad', 1, '--grad-accum-steps', 2, '--batch-size', 8]
@@ -589,14 +642,20 @@ def test_photograph_sizes_train(script, image_folder, size, tmp_path):
         (['--opt', 'nonsense'], '--opt nonsense'),
         (['--sched', 'nonsense'], '--sched nonsense'),
         (['--sched', 'none'], '--sched none'),
-        (['--seed', '-1'], '--seed: expected 0'),
-        (['--eval-interval', '0'], '--eval-interval: expected 1'),
         (['--device', 'meta'], '--device meta: .*cpu or cuda'),
     ],
 )
 def test_wrong_flags(script, flags, wrong, says):
     with pytest.raises(InputError, match=says):
         script('main_deit', *flags, *wrong)
+
+
+@pytest.mark.parametrize('flag, lowest', [('--seed', 0), ('--epochs', 1), ('--eval-interval', 1), ('--batch-size', 1)])
+def test_numbers_that_are_too_small(script, capfd, flag, lowest):
+    with pytest.raises(SystemExit) as end:
+        script('main_deit', flag, lowest - 1)
+    assert end.value.code == 2
+    assert f'error: argument {flag}: expected {lowest} or more, found {lowest - 1} ' in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops(script, flags, tmp_path):

@@ -5,6 +5,7 @@ A run here is a real process, or two, forked from a server that has imported eve
 
 import argparse
 import copy
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +29,16 @@ import timm
 import torch
 import torch.distributed as dist
 from conftest import ROOT, accuracy, free_port, launch, read_log
+from faults import faulty_step
 from PIL import Image
 from timm.utils import ModelEmaV3
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import checkpoint
 import datasets
 import engine
+import losses
 import main_deit
 import models
 import shapes
@@ -69,7 +74,7 @@ def forks():
         yield context
 
 
-def run_rank(script: str, flags: list, env: dict, out: Path, file_limit: int | None):
+def run_rank(script: str, flags: list, env: dict, out: Path, file_limit: int | None, fault: str = ''):
     """One process of a run: the script with its flags, in a process group of its own, printing to a file."""
     os.setsid()
     multiprocessing.set_start_method('fork', force=True)  # of workers, as in a process from a shell
@@ -79,8 +84,8 @@ def run_rank(script: str, flags: list, env: dict, out: Path, file_limit: int | N
     os.environ.update(env)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    import importlib
-
+    if fault:
+        engine.train_step = faulty_step(fault)
     sys.argv = [f'{script}.py', *map(str, flags)]
     utils.run_script(importlib.import_module(script).main)
 
@@ -90,12 +95,12 @@ class Run:
 
     def __init__(self, forks, out: Path, *flags, ranks=1, script='main_deit', fault='', file_limit=None):
         self.out = out
-        env = {'EVO_VIT_FAULT': fault, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+        env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
         self.processes = []
         for rank in range(ranks):
             places = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks}
             own = env | ({key: str(value) for key, value in places.items()} if ranks > 1 else {})
-            process = forks.Process(target=run_rank, args=(script, flags, own, out, file_limit))
+            process = forks.Process(target=run_rank, args=(script, flags, own, out, file_limit, fault))
             process.start()
             self.processes.append(process)
 
@@ -176,7 +181,7 @@ def differences(one: Path, two: Path) -> set[str]:
     for name in ('checkpoint.pth', 'best_checkpoint.pth'):
         a, b = (weights.read_checkpoint(folder / name) for folder in (one, two))
         for content in (a, b):
-            content['args'] = {key: value for key, value in content['args'].items() if key not in checkpoint.FREE}
+            content['args'] = {key: value for key, value in content['args'].items() if key not in engine.MAY_CHANGE}
         found |= {f'{name}: {key}' for key in a | b if not same(a.get(key), b.get(key))}
     logs = [read_log(folder) for folder in (one, two)]
     for line in itertools.chain(*logs):
@@ -286,10 +291,10 @@ def test_row_04_the_schedule_counts_where_it_has_state(script, resumed, image_fo
 
 
 def write_for_ever(path: Path, durable: bool):
-    write = utils.write_checkpoint if durable else lambda path, content: torch.save(content, path)
+    save = write if durable else lambda path, content: torch.save(content, path)
     values = torch.zeros(4_000_000)
     for i in itertools.count(1):
-        write(path, {'model': {'w': values.fill_(i)}, 'number': i})
+        save(path, {'model': {'w': values.fill_(i)}, 'number': i})
 
 
 @pytest.mark.slow
@@ -312,9 +317,13 @@ def test_row_06_killed_while_saving(forks, tmp_path, durable):
     assert damaged == 0 if durable else damaged > 0
 
 
+def write(path: Path, content: dict):
+    utils.atomic_write(path, partial(torch.save, content))
+
+
 def test_row_07_order_of_a_save(tmp_path, monkeypatch):
     path = tmp_path / 'c.pth'
-    utils.write_checkpoint(path, {'model': {'w': torch.zeros(3)}})
+    write(path, {'model': {'w': torch.zeros(3)}})
     done = []
 
     def spy(name, describe):
@@ -324,7 +333,7 @@ def test_row_07_order_of_a_save(tmp_path, monkeypatch):
     spy('fsync', lambda a: (Path(os.readlink(f'/proc/self/fd/{a[0]}')),))
     spy('replace', lambda a: map(Path, a))
     spy('unlink', lambda a: map(Path, a))
-    utils.write_checkpoint(path, {'model': {'w': torch.ones(3)}})
+    write(path, {'model': {'w': torch.ones(3)}})
     temporary = tmp_path / '.c.pth.tmp'
     assert done == [('fsync', temporary), ('replace', temporary, path), ('fsync', tmp_path)]
 
@@ -332,7 +341,7 @@ def test_row_07_order_of_a_save(tmp_path, monkeypatch):
 def test_row_08_damage_is_refused(tmp_path):
     path = tmp_path / 'c.pth'
     content = {'model': {f'w{i}': torch.arange(3000.0) for i in range(4)}, 'epoch': 3}
-    utils.write_checkpoint(path, content)
+    write(path, content)
     good, rng = path.read_bytes(), np.random.default_rng(0)
     for bad in (
         good[:5000] + bytes([good[5000] ^ 1]) + good[5001:],
@@ -395,7 +404,7 @@ def test_row_11_infinity_too_and_that_it_matters(script, image_folder, tmp_path,
     with pytest.raises(InputError, match='the loss of rank 0 is inf here'):
         guard.check(torch.tensor(float('inf')), 'here')
     monkeypatch.setattr(engine.StepGuard, 'check', lambda *args, **kwargs: None)
-    monkeypatch.setenv('EVO_VIT_FAULT', 'nan:0:1:0')
+    monkeypatch.setattr(engine, 'train_step', faulty_step('nan:0:1:0'))
     script('main_deit', *NANO, '--data-path', image_folder, '--output_dir', tmp_path)
     assert not weights.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['head.weight'].isfinite().any()
 
@@ -455,7 +464,7 @@ def test_row_13_on_a_gpu_a_signal_is_read_one_step_later(delayed_guard):
 @pytest.mark.slow
 def test_row_11_on_gpus_no_checkpoint_holds_a_bad_update(script, image_folder, tmp_path, delayed_guard, monkeypatch):
     monkeypatch.setattr(engine, 'StepGuard', lambda device: delayed_guard)
-    monkeypatch.setenv('EVO_VIT_FAULT', 'nan:0:0:1')
+    monkeypatch.setattr(engine, 'train_step', faulty_step('nan:0:0:1'))
     with pytest.raises(InputError, match='the loss of rank 0 is nan in epoch 0, step 1'):
         script(
             'main_deit', *NANO, '--data-path', image_folder, '--output_dir', tmp_path, '--save-interval-steps', 1,
@@ -467,10 +476,9 @@ def test_row_11_on_gpus_no_checkpoint_holds_a_bad_update(script, image_folder, t
 
 
 def torchrun(*flags, restarts: int = 0, fault: str = ''):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('EVO_VIT_FAULT', fault)
-        command = ['--nproc_per_node=2', f'--max_restarts={restarts}', f'--master_port={free_port()}', 'main_deit.py']
-        return launch('torch.distributed.run', *command, *flags)
+    script = ['tests/faults.py', fault] if fault else ['main_deit.py']
+    launcher = ['--nproc_per_node=2', f'--max_restarts={restarts}', f'--master_port={free_port()}']
+    return launch('torch.distributed.run', *launcher, *script, *flags)
 
 
 @pytest.mark.slow
@@ -479,7 +487,7 @@ def test_row_12_a_killed_rank_and_a_launcher_that_restarts(whole, image_folder, 
     running = torchrun(*flags, restarts=1, fault='kill:1:1:1')
     printed, _ = running.communicate(timeout=240)
     assert running.returncode == 0, printed
-    assert 'going on with epoch 1, step 1' in printed
+    assert 'resuming at epoch 1, step 1' in printed
     assert differences(whole(2), tmp_path / 'run') == set()
 
 
@@ -494,7 +502,7 @@ def test_row_13_a_launcher_is_asked_to_end(start, whole, image_folder, tmp_path,
         assert line, printed
     running.send_signal(number)
     printed += running.communicate(timeout=120)[0]
-    assert running.returncode != 0 and 'asked to end: stopped in epoch' in printed, printed
+    assert running.returncode != 0 and 'asked to stop: stopped in epoch' in printed, printed
     check_resume(start, folder, whole)
 
 
@@ -517,7 +525,7 @@ def test_row_13_ctrl_c_ends_training_as_sigterm_does(start, whole, tmp_path):
     run.wait_for('[1/2]')
     run.send(signal.SIGINT)
     assert run.end() == [130, 130], run.printed
-    assert run.printed.count('stopping after the next step') == run.printed.count('asked to end: stopped') == 1
+    assert run.printed.count('stopping after the next step') == run.printed.count('asked to stop: stopped') == 1
     assert 'Traceback' not in run.printed
     check_resume(start, folder, whole)
 
@@ -554,12 +562,12 @@ def test_row_13_ctrl_c_ends_any_script_with_a_line(monkeypatch, capsys):
 
 
 def check_resume(start, folder: Path, whole):
-    """A run of two processes that was asked to end goes on as if it had not been."""
+    """A run of two processes that was asked to stop goes on as if it had not been."""
     found = weights.read_checkpoint(folder / 'checkpoint.pth')
     assert (found['epoch'] + 1, found['step']) < (2, 0), 'it came to its end'
     run = start(*WHOLE, '--num_workers', 2, '--output_dir', folder, '--auto-resume', ranks=2)
     assert run.end() == [0, 0], run.printed
-    assert f'going on with epoch {found["epoch"] + 1}, step {found["step"]}' in run.printed
+    assert f'resuming at epoch {found["epoch"] + 1}, step {found["step"]}' in run.printed
     assert differences(whole(2, 2), folder) == set()
 
 
@@ -602,6 +610,48 @@ def test_row_15_an_exception_on_one_rank(image_folder):
     assert running.wait(60) != 0 and time.monotonic() - began < 10
     summary = printed.split('Root Cause')[1]
     assert 'rank      : 1' in summary and 'RuntimeError: injected fault' in summary and 'inject_fault' in summary
+
+
+# --- several processes
+
+
+def accumulate_rank(rank: int, ranks: int, port: int, out: Path):
+    """A training step of two batches; writes how often gradients were exchanged, and what became of the weights."""
+    store = dist.TCPStore('127.0.0.1', port, ranks, rank == 0)
+    dist.init_process_group('gloo', store=store, rank=rank, world_size=ranks)
+    data, model = images_and_model(4 * ranks)
+    state = engine.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 128)
+    net, exchanges = torch.nn.parallel.DistributedDataParallel(model), []
+
+    def count(_, bucket):
+        exchanges.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    net.register_comm_hook(None, count)
+    images, labels = (tensor[4 * rank : 4 * rank + 4] for tensor in data.tensors)
+    batches = zip(images.split(2), labels.split(2), strict=True)
+    engine.train_step(state, net, losses.Criterion(), batches, 2, engine.make_autocast('fp32', torch.device('cpu')))
+    torch.save({'exchanges': exchanges, 'weight': model[1].weight.data}, out / f'{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_exchanged_once(forks, tmp_path):
+    port = free_port()
+    processes = [forks.Process(target=accumulate_rank, args=(rank, 2, port, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    one, two = (torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1))
+    assert one['exchanges'] == two['exchanges'] == [48 * 7]
+    assert torch.equal(one['weight'], two['weight'])
+    # All images in one batch of one process.
+    data, model = images_and_model(8)
+    state = engine.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 256)
+    autocast = engine.make_autocast('fp32', torch.device('cpu'))
+    engine.train_step(state, model, losses.Criterion(), [data.tensors], 1, autocast)
+    torch.testing.assert_close(model[1].weight.data, one['weight'])
 
 
 # --- evaluation
@@ -887,15 +937,16 @@ def test_row_27_a_full_disk(start, whole, tmp_path):
     assert [line['epoch'] for line in read_log(folder)] == [0, 1]
 
 
-def resume(args: argparse.Namespace, content: dict, source: str = 'c.pth') -> tuple[engine.State, set[str]]:
+def build_state(args: argparse.Namespace) -> engine.State:
+    """A new run's state, of a small model."""
+    return engine.build_state(args, torch.nn.Linear(3, 2), args.precision or 'fp32', batch_size=512)
+
+
+def resume(args: argparse.Namespace, content: dict, source: str = 'c.pth') -> engine.State:
     """A new run's state after it took over a checkpoint."""
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    scheduler = engine.create_scheduler(args, optimizer)[0]
-    scaler = torch.amp.GradScaler('cpu', enabled=args.precision == 'fp16')
-    state = engine.State(model, None, optimizer, scheduler, scaler)
-    if content is not None:
-        state.load(content, source, args)
+    state = build_state(args)
+    changed = checkpoint.compare_flags(content, source, state.flags, engine.MAY_CHANGE, args.accept_changes)
+    state.load(content, source, changed)
     return state
 
 
@@ -905,20 +956,19 @@ def arguments(*flags) -> argparse.Namespace:
 
 def trained(*flags, steps: int = 2) -> dict:
     """A checkpoint in the middle of epoch 3."""
-    args = arguments(*flags)
-    state = resume(args, None)
+    state = build_state(arguments(*flags))
     for _ in range(2):
         state.model(torch.ones(1, 3)).sum().backward()
         state.optimizer.step()
     state.epoch, state.step, state.loss_sum = 3, steps, 1.5
-    return state.state_dict(args)
+    return state.state_dict()
 
 
 @pytest.mark.parametrize(
     'name, value',
     [
         ('lr', 0.1), ('epochs', 7), ('sched', 'step'), ('batch_size', 8), ('opt', 'sgd'), ('seed', 5),
-        ('weight_decay', 0.0), ('drop_path', 0.3), ('mixup', 0.0), ('model', 'EvoLeViT_128S'), ('warmup_epochs', 0),
+        ('weight_decay', 0.1), ('drop_path', 0.3), ('mixup', 0.0), ('model', 'EvoLeViT_128S'), ('warmup_epochs', 0),
     ],
 )  # fmt: skip
 def test_row_28_changed_flags(name, value, capsys):
@@ -937,7 +987,7 @@ def test_row_28_rates_and_schedules_are_those_of_now():
     content = trained('--sched', 'cosine', '--epochs', 300, '--warmup-epochs', 0)
     for flags in (['--lr', 0.2], ['--epochs', 10], ['--sched', 'step', '--decay-epochs', 1]):
         args = arguments('--sched', 'cosine', '--epochs', 300, '--warmup-epochs', 0, *flags, '--accept-changes')
-        fresh = resume(args, None)
+        fresh = build_state(args)
         fresh.scheduler.step(2)
         assert resume(args, content).optimizer.param_groups[0]['lr'] == fresh.optimizer.param_groups[0]['lr']
 
@@ -952,7 +1002,8 @@ def test_row_28_moments_of_other_parameters():
 def test_row_28_moments_lie_in_memory_as_their_parameters():
     def begin(memory_format) -> engine.State:
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Flatten())
-        return engine.start(arguments('--lr', 1), model.to(memory_format=memory_format), 'fp32', 1)
+        channels_last = ['--channels-last'] * (memory_format == torch.channels_last)
+        return engine.build_state(arguments('--lr', 1, *channels_last), model, 'fp32', batch_size=64)
 
     def step(state):
         state.model(torch.arange(27.0).view(1, 3, 3, 3)).square().sum().backward()
@@ -961,7 +1012,7 @@ def test_row_28_moments_lie_in_memory_as_their_parameters():
 
     one, two = begin(torch.contiguous_format), begin(torch.channels_last)
     step(one)
-    two.load(copy.deepcopy(one.state_dict(arguments())), 'c.pth', arguments())
+    two.load(copy.deepcopy(one.state_dict()), 'c.pth')
     for parameter, moments in two.optimizer.state.items():
         assert moments['exp_avg'].stride() == parameter.stride()
     step(one)
@@ -976,7 +1027,7 @@ def test_row_29_another_number_of_processes(whole, script, image_folder, tmp_pat
     flags = [*WHOLE, '--data-path', image_folder, '--output_dir', folder]
     printed = script('main_deit', *flags, '--resume', folder / 'checkpoint-0001-000001.pth')
     assert 'world_size was 2, now 1: training goes on, but not exactly' in printed
-    assert 'the epoch starts again' in printed and 'Epoch 1 done' in printed
+    assert 'the epoch starts over' in printed and 'Epoch 1 done' in printed
     assert re.search(r'Epoch: \[1/2\]  \[(\d+)/', printed)[1] == '1'
     assert [line['epoch'] for line in read_log(folder)] == [0, 1]
 
@@ -997,14 +1048,15 @@ def test_row_29_processes_that_find_different_checkpoints(forks, whole, image_fo
 
 
 def test_row_30_other_precisions_and_devices(capsys):
-    with_scale, without = trained('--precision', 'fp16'), trained('--precision', 'fp32', '--device', 'cuda')
+    with_scale, without = trained('--precision', 'fp16'), trained('--precision', 'fp32')
+    without['args']['device'] = 'cuda'
     assert with_scale['scaler'] and not without['scaler']
     for content, now in ((with_scale, 'bf16'), (without, 'fp16')):
         state = resume(arguments('--precision', now), content)
         printed = capsys.readouterr().out
         assert 'the loss scale is left out' in printed and f'precision was {content["args"]["precision"]}' in printed
         assert state.epoch == 3 and state.scaler.is_enabled() == (now == 'fp16')
-    assert 'device was cuda, now None: training goes on, but not exactly' in printed
+    assert 'device was cuda, now cpu: training goes on, but not exactly' in printed
     scaler = resume(arguments('--precision', 'fp16'), with_scale | {'scaler': with_scale['scaler'] | {'scale': 8.0}})
     assert scaler.scaler.get_scale() == 8
 
@@ -1045,26 +1097,23 @@ def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path
         script('main_deit', *flags, tmp_path / 'file' / 'a')
     folder = continued(whole(), tmp_path / 'run', 'checkpoint.pth', 'checkpoint-0001-000000.pth', 'log.txt')
     before = sorted(folder.iterdir())
-    with pytest.raises(InputError, match='holds a run .*--resume or --auto-resume goes on.*--overwrite begins anew'):
+    with pytest.raises(InputError, match='holds a run .*--resume or --auto-resume goes on.*--overwrite starts over'):
         script('main_deit', *flags, folder)
     assert sorted(folder.iterdir()) == before
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     with pytest.raises(InputError, match='holds a run'):
-        checkpoint.claim_output(arguments('--overwrite', '--output_dir', folder))
+        checkpoint.prepare_output_dir(arguments('--overwrite', '--output_dir', folder))
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
-    checkpoint.claim_output(arguments('--auto-resume', '--output_dir', folder))
-    assert sorted(folder.iterdir()) == before
     # What is wrong otherwise is found before anything is removed; what the new run starts from is not removed.
     with pytest.raises(InputError, match='nowhere'):
         script('main_deit', *NANO, '--data-path', tmp_path / 'nowhere', '--overwrite', '--output_dir', folder)
     with pytest.raises(InputError, match='is of the run that --overwrite removes'):
         script('main_deit', *flags, folder, '--overwrite', '--finetune', folder / 'checkpoint.pth')
-    checkpoint.claim_output(arguments('--overwrite', '--output_dir', folder))
-    assert sorted(folder.iterdir()) == before
-    checkpoint.clear_output(arguments('--auto-resume', '--output_dir', folder))
-    assert sorted(folder.iterdir()) == before
-    checkpoint.clear_output(arguments('--overwrite', '--output_dir', folder))
-    assert not list(folder.iterdir())
+    for flag in ('--auto-resume', '--overwrite'):
+        output = checkpoint.prepare_output_dir(arguments(flag, '--output_dir', folder))
+        assert sorted(folder.iterdir()) == before
+        output.clear()
+        assert sorted(folder.iterdir()) == (before if flag == '--auto-resume' else [])
     with pytest.raises(InputError, match='--auto-resume looks for checkpoints in --output_dir'):
         script('main_deit', *NANO, '--auto-resume')
 
@@ -1096,12 +1145,12 @@ def test_row_38_names_that_lead_elsewhere(name, tmp_path):
 
 
 def test_row_40_the_log_after_a_crash(tmp_path):
-    path = tmp_path / 'log.txt'
+    path, folder = tmp_path / 'log.txt', checkpoint.RunFolder(tmp_path)
     for epoch in range(3):
-        checkpoint.write_log(path, {'epoch': epoch, 'loss': float('nan'), 'run': 1})
+        folder.write_log({'epoch': epoch, 'loss': float('nan'), 'run': 1})
     path.write_text(path.read_text() + 'no json\n[1]\n{"epoch": 3, "lo')
     for epoch in (2, 3):
-        checkpoint.write_log(path, {'epoch': epoch, 'loss': float('inf'), 'run': 2})
+        folder.write_log({'epoch': epoch, 'loss': float('inf'), 'run': 2})
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert [(line['epoch'], line['run'], line['loss']) for line in lines] == [
         (0, 1, None), (1, 1, None), (2, 2, None), (3, 2, None),
@@ -1111,33 +1160,31 @@ def test_row_40_the_log_after_a_crash(tmp_path):
 
 def test_row_26_and_row_40_killed_between_the_files_of_an_epoch(tmp_path, monkeypatch):
     """The newest checkpoint comes last: until it is there, a run does the epoch again, and with it the other files."""
-    args = arguments('--output_dir', tmp_path, '--epochs', 5)
-    state = resume(args, None)
+    state, folder = build_state(arguments()), checkpoint.RunFolder(tmp_path)
     state.epoch = 1
-    engine.finish_epoch(args, state, {'epoch': 0, 'test_acc1': 40.0})
-    real = utils.write_checkpoint
+    engine.finish_epoch(state, folder, {'epoch': 0, 'test_acc1': 40.0})
+    real = utils.atomic_write
 
-    def killed(path, content):
+    def killed(path, write):
         if path.name == 'checkpoint.pth':
             raise KeyboardInterrupt
-        real(path, content)
+        real(path, write)
 
-    monkeypatch.setattr(utils, 'write_checkpoint', killed)
+    monkeypatch.setattr(utils, 'atomic_write', killed)
     state.epoch = 2
     with pytest.raises(KeyboardInterrupt):
-        engine.finish_epoch(args, state, {'epoch': 1, 'test_acc1': 60.0})
+        engine.finish_epoch(state, folder, {'epoch': 1, 'test_acc1': 60.0})
     assert weights.read_checkpoint(tmp_path / 'best_checkpoint.pth')['best_acc1'] == 60
     assert weights.read_checkpoint(tmp_path / 'checkpoint.pth')['best_acc1'] == 40
     assert [line['epoch'] for line in read_log(tmp_path)] == [0, 1]
 
 
 def test_row_41_the_last_are_kept_and_the_best(tmp_path, monkeypatch, capsys):
-    args = arguments('--output_dir', tmp_path, '--keep-checkpoints', 2)
-    state = resume(args, None)
+    state, folder = build_state(arguments()), checkpoint.RunFolder(tmp_path, keep=2)
 
     def save(epoch: int, best: bool = False) -> list[str]:
         state.epoch = epoch
-        checkpoint.save(args, state, best)
+        folder.save(state, best)
         assert weights.read_checkpoint(tmp_path / 'checkpoint.pth')['epoch'] == epoch - 1
         return sorted(int(p.name[11:15]) for p in tmp_path.glob('checkpoint-*.pth'))
 
@@ -1198,9 +1245,9 @@ def test_row_43_no_launcher_in_a_slurm_allocation(script, image_folder, monkeypa
 
 
 def test_row_44_no_average_in_the_file(capsys):
-    content, state = trained(), resume(arguments(), None)
+    content, state = trained(), build_state(arguments())
     state.ema = ModelEmaV3(state.model)
-    state.load(content, 'c.pth', arguments())
+    state.load(content, 'c.pth')
     assert 'c.pth has no averaged weights; the average starts from its weights' in capsys.readouterr().out
     for average, weight in zip(state.ema.module.parameters(), state.model.parameters(), strict=True):
         assert torch.equal(average, weight) and torch.equal(

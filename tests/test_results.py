@@ -68,28 +68,28 @@ def test_spread_is_warned_of(slowest, disturbed):
     assert [line.startswith(expected) for line in results.warn_of_spread(rows)] == [True] * disturbed
 
 
-def draw(monkeypatch, rows: list[dict], x: str = 'gmacs') -> Figure:
+def draw(monkeypatch, folder, rows: list[dict], x: str = 'gmacs') -> Figure:
     figures = []
-    monkeypatch.setattr(Figure, 'savefig', lambda figure, path: figures.append(figure))
-    results.plot(rows, x, 'plot.png')
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, file, format: figures.append(figure))
+    results.plot(rows, x, str(folder / 'plot.png'))
     figures[0].draw_without_rendering()
     return figures[0]
 
 
-def test_a_plot_shows_each_point_with_its_spread(monkeypatch):
+def test_a_plot_shows_each_point_with_its_spread(monkeypatch, tmp_path):
     rows = [row_of(f'm{i}', f'm{i}', 1.0 + i, [1.0, 1.0, 1.0, *[2.0 + i] * 3]) for i in range(3)]
-    panel = draw(monkeypatch, [*rows, dict(model='failed', error='KeyError: nothing to draw')]).axes[0]
+    panel = draw(monkeypatch, tmp_path, [*rows, dict(model='failed', error='KeyError: nothing to draw')]).axes[0]
     assert len(panel.containers) == 3
     for i, (line, _, (bars,)) in enumerate(panel.containers):
         np.testing.assert_allclose(line.get_xydata(), [[1.0 + i, rows[i]['images_per_second']]])
         np.testing.assert_allclose(bars.get_segments()[0][:, 1], [1 / (2 + i), 1])
 
 
-def test_lines_are_told_apart_and_twins_belong_together(monkeypatch):
+def test_lines_are_told_apart_and_twins_belong_together(monkeypatch, tmp_path):
     rows = []
     for i in range(12):
         rows += [row_of(f'm{i}', f'm{i}', 1 + i, [1.0, 1 + i]), row_of(f'dense {i}', f'm{i}', 2 + i, [2.0, 2 + i])]
-    figure = draw(monkeypatch, rows)
+    figure = draw(monkeypatch, tmp_path, rows)
     panel = figure.axes[0]
     labels = [text.get_text() for text in panel.get_legend().get_texts()]
     assert sorted(labels) == sorted(row['model'] for row in rows)
@@ -106,13 +106,14 @@ def test_lines_are_told_apart_and_twins_belong_together(monkeypatch):
     assert not legend.overlaps(panel.bbox) and figure.bbox.contains(*legend.min) and figure.bbox.contains(*legend.max)
 
 
-def test_what_else_was_swept_is_in_the_label(monkeypatch):
+def test_what_else_was_swept_is_in_the_label(monkeypatch, tmp_path):
     """One line for each batch and keep ratio, not one that goes back and forth."""
     rows = [
         row_of('m', 'm', 1.0, [1.0, 1.2], image_size=size, batch=batch, keep_ratio=ratio)
         for size in (64, 32) for batch in (1, 3) for ratio in ('0.5', '0.3')
     ]  # fmt: skip
-    panel = draw(monkeypatch, rows, 'image_size').axes[0]
+    panel = draw(monkeypatch, tmp_path, rows, 'image_size').axes[0]
+    assert [text.get_text() for text in panel.get_xticklabels()] == ['32', '64']
     labels = {container.get_label() for container in panel.containers}
     assert labels == {f'm, keep {ratio}, batch {batch}' for ratio in ('0.3', '0.5') for batch in (1, 3)}
     assert all(container.lines[0].get_xdata().tolist() == [32, 64] for container in panel.containers)

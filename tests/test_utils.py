@@ -64,6 +64,3 @@ def test_constraints_pin_every_requirement_within_its_range():
     assert {requirement.name for requirement in requirements} >= utils.UNTESTED.keys()
     for requirement in requirements:
         assert pins[requirement.name] in requirement.specifier
-
-
-# --- reading
