@@ -10,20 +10,19 @@ Shapes: B batch, N patches, K informative patches, C channels, H heads, D channe
 """
 
 import copy
-import math
 import re
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from . import published
-from .vit import EvolvingViT, SavedEvolution, register_variants, why_not_arguments
+from .published import check_tokens, copy_class_head, drop_distillation, fold_layer_scale, match_class_position
+from .vit import EvolvingViT, SavedEvolution, default_cfg, register_variants, why_not_arguments
 
 # Poolings that need no weights of their own. The extra state holds an index into this list: append, never reorder.
 POOLINGS = 'avg', 'token', 'max', 'avgmax'
@@ -164,14 +163,15 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         weights that this model cannot reproduce.
         """
         finetune = resize if finetune is None else finetune
-        published = self.is_published(state)
-        state = self.from_published(state) if published else dict(state)
-        plain = not published and '_extra_state' not in state and 'head_cls.weight' not in state
-        pooling = 'avg' if published else None
-        self._check_tokens(state)
-        dropped = self._drop_distillation(state, finetune)
-        self._fold_layer_scale(state)
-        self._match_class_position(state, resize)
+        is_published = self.is_published(state)
+        state = self.from_published(state) if is_published else dict(state)
+        plain = not is_published and '_extra_state' not in state and 'head_cls.weight' not in state
+        pooling = 'avg' if is_published else None
+        check_tokens(state)
+        dropped = drop_distillation(state, finetune)
+        if len(self.blocks) and isinstance(self.blocks[0].ls1, nn.Identity):
+            fold_layer_scale(state)
+        match_class_position(state, self.patch_embed.num_patches, self.no_embed_class, resize)
         if plain and 'fc_norm.weight' in state:
             pooling = 'avg'
             if isinstance(self.fc_norm, nn.Identity):  # then the norm after the pooling is called `norm` here
@@ -183,7 +183,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
                 state = checkpoint_filter_fn(state, self)
             except Exception as error:  # timm's function meets any file, and fails in many ways
                 raise ValueError(f'its positions and patches cannot be resized to this model: {error}') from error
-        filled = [] if self.fused else self._fill_class_head(state)
+        filled = [] if self.fused else copy_class_head(state)
         pooling = self.global_pool if finetune else pooling
         schedule = state.get('_extra_state', self.get_extra_state())
         if pooling or len(schedule) == 2:  # a file without a pooling leaves the model its own
@@ -192,81 +192,6 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         state['_extra_state'] = schedule
         return state, filled, dropped
 
-    def _check_tokens(self, state: dict[str, Tensor]):
-        """ValueError for the weights of a ViT with other tokens before its patches than one class token."""
-        if 'pos_embed' not in state:
-            return
-        found = ''
-        if 'cls_token' not in state:
-            found = 'it has no class token, by whose attention Evo-DeiT selects patches'
-        elif (registers := state.get('reg_token', state.get('register_tokens'))) is not None:
-            found = f'it has {registers.shape[1]} register tokens, which Evo-DeiT does not have'
-        if found:
-            raise ValueError(f'{found}; use a ViT with one class token and no registers, such as DeiT, DINO or MAE')
-
-    def _drop_distillation(self, state: dict[str, Tensor], finetune: bool) -> list[str]:
-        """Take the distillation token and its head out of `state`; returns their names, none for a plain ViT."""
-        if 'dist_token' not in state or 'pos_embed' not in state:
-            return []
-        if not finetune:
-            raise ValueError(
-                'this is a distilled DeiT, which predicts by the mean of two heads; Evo-DeiT reads one, so its '
-                'predictions would differ. Use a DeiT without distillation; or, to train, start from this one without '
-                'its distillation token: --finetune, or adapt=True'
-            )
-        positions = state['pos_embed']  # of the class token, the distillation token, the patches
-        state['pos_embed'] = torch.cat([positions[:, :1], positions[:, 2:]], 1)
-        names = ['dist_token', 'head_dist.weight', 'head_dist.bias']
-        return [name for name in names if state.pop(name, None) is not None]
-
-    def _fold_layer_scale(self, state: dict[str, Tensor]):
-        """Multiply the scales of LayerScale into the layers before them, if this model has none (`init_values`)."""
-        if len(self.blocks) and not isinstance(self.blocks[0].ls1, nn.Identity):
-            return
-        for key in list(state):
-            if found := re.fullmatch(r'(blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))', key):
-                block, layer = found[1], {'1': 'attn.proj', '2': 'mlp.fc2'}[found[2] or found[3]]
-                scale = state.pop(key)
-                for name, factor in ((f'{block}.{layer}.weight', scale[:, None]), (f'{block}.{layer}.bias', scale)):
-                    if name in state:
-                        state[name] = factor * state[name]
-
-    def _match_class_position(self, state: dict[str, Tensor], resize: bool):
-        """Add or remove the class token's entry in the positions, as this model has one or not (`no_embed_class`).
-
-        A file does not say whether its positions have that entry. Their number does: a grid is this model's or square.
-        """
-        positions = state.get('pos_embed')
-        if positions is None or positions.ndim != 3 or self.pos_embed is None or 'cls_token' not in state:
-            return
-        count, patches = positions.shape[1], self.patch_embed.num_patches
-        square = [n for n in (count, count - 1) if math.isqrt(n) ** 2 == n]
-        if count in (patches, patches + 1):
-            grid = patches
-        elif resize and not square:
-            raise ValueError(
-                f'its {count} positions are of a grid that is not square, which cannot be resized; expected a square '
-                f'grid, or that of this model ({patches} patches)'
-            )
-        else:
-            grid = square[0] if square else count - 1
-        if grid == count and not self.no_embed_class:
-            state['pos_embed'] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
-        elif grid < count and self.no_embed_class:
-            state['cls_token'] = state['cls_token'] + positions[:, :1]
-            state['pos_embed'] = positions[:, 1:]
-
-    def _fill_class_head(self, state: dict[str, Tensor]) -> list[str]:
-        """Give `state` copies of `norm` and `head` as `norm_cls` and `head_cls`, if it has none; returns the names."""
-        norm = 'norm' if 'norm.weight' in state else 'fc_norm'
-        filled = []
-        for copied, plain in (('norm_cls', norm), ('head_cls', 'head')):
-            for leaf in ('weight', 'bias'):
-                if f'{copied}.{leaf}' not in state and f'{plain}.{leaf}' in state:
-                    state[f'{copied}.{leaf}'] = state[f'{plain}.{leaf}'].clone()
-                    filled.append(f'{copied}.{leaf}')
-        return filled
-
 
 def _pretrained_state(state: dict[str, Tensor], model: EvoDeiT) -> dict[str, Tensor]:
     """For timm's pretrained=True: with other classes than the file's, the weights are a start for training."""
@@ -274,22 +199,7 @@ def _pretrained_state(state: dict[str, Tensor], model: EvoDeiT) -> dict[str, Ten
     return model.convert_state(state, resize=True, finetune=other_classes)[0]
 
 
-def _cfg(size: int = 224) -> dict:
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, size, size),
-        'pool_size': None,
-        'crop_pct': 224 / 256,
-        'interpolation': 'bicubic',
-        'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': ('head', 'head_cls'),
-    }
-
-
+_cfg = partial(default_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
 default_cfgs = generate_default_cfgs(
     {
         f'evo_deit_{size}{vis}_patch16_{pixels}': _cfg(pixels)

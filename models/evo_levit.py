@@ -9,12 +9,12 @@ Shapes: B batch, N patches of a stage, K informative patches, C channels, H head
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import evolution, published
 from .evolution import Slow, Tradeoff
-from .vit import SavedEvolution, register_variants
+from .vit import SavedEvolution, default_cfg, register_variants
 
 FIRST_EVOLVING = 2  # as published, and as the second copies of layers in published files have it
 HEADS = ('head', 'head_dist', 'head_cls', 'head_cls_dist')
@@ -382,21 +382,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         return state, [], []
 
 
-def _cfg(size: int) -> dict:
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, size, size),
-        'pool_size': None,
-        'crop_pct': 224 / 256,
-        'interpolation': 'bicubic',
-        'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.conv1.linear',
-        'classifier': tuple(f'{name}.linear' for name in HEADS),
-    }
-
+_cfg = partial(default_cfg, first_conv='patch_embed.conv1.linear', classifier=tuple(f'{name}.linear' for name in HEADS))
 
 SIZES = {
     '128S': dict(embed_dim=(128, 256, 384), num_heads=(4, 6, 8), depth=(2, 3, 4), key_dim=16),

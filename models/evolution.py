@@ -7,7 +7,8 @@ the token that represents it. Who represents a placeholder is a choice:
     'none'      nobody; placeholders stay as they are (the published Evo-DeiT).
     'one'       one token for all placeholders, their mean weighted by score (the paper, the published Evo-LeViT).
     'nearest'   the informative patch with the most similar features; its token is the mean of those it stands for, and
-                counts in attention as often as there are of them. This works without any training.
+                counts in attention as often as there are of them. Informative are then the patches that are attended
+                and resemble none that is more attended. This works without any training.
 
 Informative patches are gathered before the group and scattered back after it. So patches stay in raster order, nothing
 is sorted, the grid is whole after every group, and the score is the only thing that goes from one group to the next.
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 REPRESENTATIVES = ('none', 'one', 'nearest')
+COMPARED = 64  # channels in which patches are compared for novelty
 
 # How much of a block's class attention enters the score: a constant, or a learned scalar.
 Tradeoff = float | Tensor
@@ -164,6 +166,20 @@ def select(score: Tensor, k: int) -> Tensor:
     return score.topk(k, dim=1, sorted=False).indices
 
 
+def novelty(patches: Tensor, score: Tensor) -> Tensor:
+    """How little a patch resembles those that are more attended: (B, N), from 0 (one is the same) to 2.
+
+    It is 1 minus the highest cosine between a patch of (B, N, C) and one with a higher score (B, N). A patch that
+    resembles a more attended one is well represented by it. So score * novelty chooses patches of which each
+    placeholder finds one that is near: the peaks of density peak clustering (Rodriguez and Laio, 2014), with the class
+    attention as density. COMPARED channels are enough to tell, and keep the N x N product cheap.
+    """
+    compared = patches.detach()[..., :: max(1, patches.shape[-1] // COMPARED)]
+    compared = F.normalize(compared, dim=-1)
+    more_attended = score.unsqueeze(1) > score.unsqueeze(2)
+    return 1 - (compared @ compared.mT).masked_fill(~more_attended, -1.0).amax(-1)
+
+
 # --- represent
 
 
@@ -191,8 +207,12 @@ def nearest(patches: Tensor, kept: Tensor) -> Tensor:
 
     Similar is the cosine. An informative patch represents itself.
     """
+    patches = patches.detach()
     informative = F.normalize(_gather(patches, kept), dim=-1)  # the length of the other one changes no argmax
-    cluster = (patches.detach() @ informative.detach().mT).argmax(-1)
+    others = torch.ones_like(patches[:, :, 0]).scatter(1, kept, 0.0)
+    others = select(others, patches.shape[1] - kept.shape[1])
+    cluster = torch.zeros(patches.shape[:2], dtype=torch.int64, device=patches.device)
+    cluster = cluster.scatter(1, others, (_gather(patches, others) @ informative.mT).argmax(-1))
     return cluster.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
 
 
@@ -270,10 +290,10 @@ def evolve(
     if k == n:
         return *run(Slow(tokens), score, blocks, tradeoffs, need_score), None
     if select_anew or selection is None:
-        kept = select(score, k)
         # Where no patch is informative there is none to represent another.
-        cluster = nearest(tokens[:, prefix:], kept) if representative == 'nearest' and k > 0 else None
-        selection = Selection(kept, score, cluster)
+        clusters, patches = representative == 'nearest' and k > 0, tokens[:, prefix:]
+        kept = select(score * novelty(patches, score) if clusters else score, k)
+        selection = Selection(kept, score, nearest(patches, kept) if clusters else None)
     update = partial(run, blocks=blocks, tradeoffs=tradeoffs, need_score=need_score)
     if selection.cluster is not None:
         tokens, score = _evolve_clusters(tokens, score, selection, update, prefix)

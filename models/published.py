@@ -1,10 +1,11 @@
-"""The layouts of the published checkpoints: tables of names, and state dicts from them and back.
+"""The layouts of checkpoints: the published ones, from them and back, and what a plain ViT's lacks for Evo-DeiT.
 
 A published name and ours differ by module; below the module, `weight` is called `weight` everywhere. What a table does
 not name is called the same in both (`cls_token`, `pos_embed`, `head.weight`, ...). A tensor that does not belong keeps
 its name, so that a strict load reports it.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import count
@@ -175,3 +176,84 @@ def _published_depth(state: dict[str, Tensor]) -> list[int]:
     }
     in_order = ''.join('|' if kinds[j] == 'kv' else 'x' for j in sorted(kinds))
     return [len(stage) for stage in in_order.split('|')]
+
+
+# --- a plain ViT's layout for Evo-DeiT; each function changes the state dict in place
+
+
+def check_tokens(state: dict[str, Tensor]):
+    """ValueError for the weights of a ViT with other tokens before its patches than one class token."""
+    if 'pos_embed' not in state:
+        return
+    found = ''
+    if 'cls_token' not in state:
+        found = 'it has no class token, by whose attention Evo-DeiT selects patches'
+    elif (registers := state.get('reg_token', state.get('register_tokens'))) is not None:
+        found = f'it has {registers.shape[1]} register tokens, which Evo-DeiT does not have'
+    if found:
+        raise ValueError(f'{found}; use a ViT with one class token and no registers, such as DeiT, DINO or MAE')
+
+
+def drop_distillation(state: dict[str, Tensor], finetune: bool) -> list[str]:
+    """Take the distillation token and its head out of `state`; returns their names, none for a plain ViT."""
+    if 'dist_token' not in state or 'pos_embed' not in state:
+        return []
+    if not finetune:
+        raise ValueError(
+            'this is a distilled DeiT, which predicts by the mean of two heads; Evo-DeiT reads one, so its '
+            'predictions would differ. Use a DeiT without distillation; or, to train, start from this one without '
+            'its distillation token: --finetune, or adapt=True'
+        )
+    positions = state['pos_embed']  # of the class token, the distillation token, the patches
+    state['pos_embed'] = torch.cat([positions[:, :1], positions[:, 2:]], 1)
+    names = ['dist_token', 'head_dist.weight', 'head_dist.bias']
+    return [name for name in names if state.pop(name, None) is not None]
+
+
+def fold_layer_scale(state: dict[str, Tensor]):
+    """Multiply the scales of LayerScale into the layers before them."""
+    for key in list(state):
+        if found := re.fullmatch(r'(blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))', key):
+            block, layer = found[1], {'1': 'attn.proj', '2': 'mlp.fc2'}[found[2] or found[3]]
+            scale = state.pop(key)
+            for name, factor in ((f'{block}.{layer}.weight', scale[:, None]), (f'{block}.{layer}.bias', scale)):
+                if name in state:
+                    state[name] = factor * state[name]
+
+
+def match_class_position(state: dict[str, Tensor], patches: int, no_embed_class: bool, resize: bool):
+    """Add or remove the class token's entry in the positions, as a model of so many patches has one or not.
+
+    A file does not say whether its positions have that entry. Their number does: a grid is the model's or square.
+    """
+    positions = state.get('pos_embed')
+    if positions is None or positions.ndim != 3 or 'cls_token' not in state:
+        return
+    count = positions.shape[1]
+    square = [n for n in (count, count - 1) if math.isqrt(n) ** 2 == n]
+    if count in (patches, patches + 1):
+        grid = patches
+    elif resize and not square:
+        raise ValueError(
+            f'its {count} positions are of a grid that is not square, which cannot be resized; expected a square '
+            f'grid, or that of the model ({patches} patches)'
+        )
+    else:
+        grid = square[0] if square else count - 1
+    if grid == count and not no_embed_class:
+        state['pos_embed'] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+    elif grid < count and no_embed_class:
+        state['cls_token'] = state['cls_token'] + positions[:, :1]
+        state['pos_embed'] = positions[:, 1:]
+
+
+def copy_class_head(state: dict[str, Tensor]) -> list[str]:
+    """Give `state` copies of `norm` and `head` as `norm_cls` and `head_cls`, if it has none; returns the names."""
+    norm = 'norm' if 'norm.weight' in state else 'fc_norm'
+    filled = []
+    for copied, plain in (('norm_cls', norm), ('head_cls', 'head')):
+        for leaf in ('weight', 'bias'):
+            if f'{copied}.{leaf}' not in state and f'{plain}.{leaf}' in state:
+                state[f'{copied}.{leaf}'] = state[f'{plain}.{leaf}'].clone()
+                filled.append(f'{copied}.{leaf}')
+    return filled

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, AttentionRope, PatchEmbed, apply_rot_embed_cat
 from timm.models import Eva, VisionTransformer, register_model
 from timm.models._features import feature_take_indices
@@ -324,7 +325,8 @@ class EvolvingViT(Evolving):
 
     def tradeoffs(self) -> list[float]:
         # Nothing accumulates in the dense blocks: the first score is the attention of the last of them.
-        return [1.0 if i < self.first_blocks[0] else 0.5 for i in range(len(self.blocks))]
+        first = min(self.first_blocks, default=len(self.blocks))
+        return [1.0 if i < first else 0.5 for i in range(len(self.blocks))]
 
     def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
         """Images (B, channels, height, width) to tokens (B, P + N, C), and the blocks as functions of slow tokens."""
@@ -383,6 +385,22 @@ class EvolvedEva(EvolvingViT, Eva):
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         tokens, rope = self._pos_embed(self.patch_embed(images))
         return self.norm_pre(tokens), rope
+
+
+def default_cfg(size: int, **names: str | tuple[str, ...]) -> dict:
+    """timm's configuration of a published network for images of `size` px, with the names of some of its layers."""
+    return {
+        'url': '',
+        'num_classes': 1000,
+        'input_size': (3, size, size),
+        'pool_size': None,
+        'crop_pct': 224 / 256,
+        'interpolation': 'bicubic',
+        'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        **names,
+    }
 
 
 def register_variants(create: Callable, variants: Iterable[str]):

@@ -243,6 +243,21 @@ def test_sizes_add_up_and_informative_patches_represent_themselves(tokens, score
             assert cluster[image, patch] == similarity.argmax()
 
 
+def test_novelty_is_the_distance_to_what_is_more_attended(tokens, score):
+    patches = tokens[:, 1:]
+    found = evolution.novelty(patches, score)
+    for image in range(B):
+        for patch in range(N):
+            higher = score[image] > score[image, patch]
+            cosines = torch.cosine_similarity(patches[image, patch], patches[image][higher], dim=-1)
+            assert found[image, patch].item() == pytest.approx(1 - cosines.max() if higher.any() else 2)
+    # A copy of a more attended patch is not selected while others are left.
+    patches[:, 3] = patches[:, 7]
+    score[:, 3], score[:, 7] = 0.98, 0.99
+    _, _, selection = evolution.evolve(tokens, score, [], [], 0.9, 'nearest')
+    assert (selection.kept != 3).all() and (selection.cluster[:, 3] == selection.cluster[:, 7]).all()
+
+
 def test_every_patch_moves_by_what_its_slow_token_moved(tokens, score, blocks):
     out, new_score, (kept, _, cluster) = nearest_group(tokens, score, blocks, 0.4)
     size = evolution.cluster_sizes(cluster, 4)

@@ -1,5 +1,6 @@
-"""What holds for both families: names, sizes of images, export, compilation, and that a GPU is not waited for."""
+"""What holds for every network: names, sizes of images, export, compilation, and that a GPU is not waited for."""
 
+import argparse
 from itertools import product
 
 import pytest
@@ -12,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import models
-from utils import InputError
+from models.weights import InputError
 
-FAMILIES = ('evo_deit', 'EvoLeViT')
+FAMILIES = ('evo_deit', 'EvoLeViT', 'vit', 'eva')  # the last two are timm's, evolved
 
 
 def small(family: str, **kwargs) -> nn.Module:
@@ -22,6 +23,13 @@ def small(family: str, **kwargs) -> nn.Module:
     torch.manual_seed(0)
     if family == 'evo_deit':
         return timm.create_model('evo_deit_nano_patch4_32', img_size=16, num_classes=10, depth=6, **kwargs)
+    if family in ('vit', 'eva'):
+        name, representative = (
+            {'vit': 'vit_tiny_patch16_224', 'eva': 'eva02_tiny_patch14_224'}[family],
+            kwargs.pop('representative'),
+        )
+        model = timm.create_model(name, img_size=70 if family == 'eva' else 80, num_classes=10, depth=4, **kwargs)
+        return models.evolve(model, representative=representative)
     return timm.create_model('EvoLeViT_128S', img_size=64, num_classes=10, depth=(3, 2, 1), **kwargs)
 
 
@@ -30,13 +38,16 @@ def images(model: nn.Module, batch: int) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
 
 
-# Layer-wise as trained, and stage-wise as deployed.
-@pytest.fixture(params=[*product(FAMILIES, (False, True))], ids=lambda p: f'{p[0]}-{"fused" if p[1] else "whole"}')
+# Layer-wise as trained, stage-wise as deployed, and evolved without training.
+WAYS = [*product(FAMILIES[:2], ('layer-wise', 'fused', 'nearest')), *product(FAMILIES[2:], ('layer-wise', 'nearest'))]
+
+
+@pytest.fixture(params=WAYS, ids='-'.join)
 def inference_model(request) -> nn.Module:
-    family, fused = request.param
-    model = small(family, representative=not fused).eval()
-    model.set_schedule(stage_wise=fused)
-    return model.fuse() if fused else model
+    family, way = request.param
+    model = small(family, representative={'layer-wise': 'one', 'fused': 'none', 'nearest': 'nearest'}[way]).eval()
+    model.set_schedule(stage_wise=way != 'layer-wise')
+    return model.fuse() if way == 'fused' else model
 
 
 def test_export_with_a_batch_of_any_size(inference_model):
@@ -63,18 +74,22 @@ def test_onnx_with_a_batch_of_any_size(inference_model):
 
 def test_inference_compiles_to_one_graph(inference_model):
     x = images(inference_model, 2)
+    torch.compiler.reset()  # code belongs to a class: each of the models compiles it anew
     compiled = torch.compile(inference_model, fullgraph=True, backend='eager')
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), inference_model(x))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_training_compiles_to_one_graph(family):
-    model = small(family, representative=True).train()
+@pytest.mark.parametrize('representative', ['one', 'nearest'])
+def test_training_compiles_to_one_graph(family, representative):
+    model = small(family, representative=representative).train()
     x, gradients = images(model, 4), []
+    torch.compiler.reset()
     for network in (model, torch.compile(model, fullgraph=True, backend='eager')):
         model.zero_grad()
-        sum(head.square().mean() for head in network(x)).backward()
+        out = network(x)
+        sum(head.square().mean() for head in (out if isinstance(out, tuple) else [out])).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(g is not None for g in gradients[1])
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
@@ -106,7 +121,7 @@ def forward_on_fake_gpu(model: nn.Module, shape: tuple[int, ...], dtype: torch.d
             return functional_call(model, state, (x,))
 
 
-@pytest.mark.parametrize('representative', [False, True])
+@pytest.mark.parametrize('representative', ['none', 'one', 'nearest'])
 @pytest.mark.parametrize('stage_wise', [False, True])
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('family', FAMILIES)
@@ -115,7 +130,7 @@ def test_forward_does_not_wait_for_a_gpu(family, training, stage_wise, represent
     model.set_schedule(stage_wise)
     for dtype in (torch.float32, torch.bfloat16):
         out = forward_on_fake_gpu(model, (4, *images(model, 1).shape[1:]), dtype)
-        assert all(head.is_cuda and head.shape == (4, 10) for head in (out if training else [out]))
+        assert all(head.is_cuda and head.shape == (4, 10) for head in (out if isinstance(out, tuple) else [out]))
 
 
 @pytest.mark.parametrize(
@@ -186,3 +201,29 @@ def test_a_model_that_pads_takes_any_size():
     models.check_input_size(model, 'vit_tiny_patch16_224', 200)
     with pytest.raises(InputError, match='found 200'):
         models.check_input_size(timm.create_model('vit_tiny_patch16_224', depth=1), 'vit_tiny_patch16_224', 200)
+
+
+def test_flags_evolve_a_vit_of_timm():
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    flags = '--model vit_tiny_patch16_224 --evolve --keep-ratio 0.8 0.4 --stages 3 9 --representative one'.split()
+    model = models.build(parser.parse_args(flags), 10, 64)
+    assert model.schedule() == dict(
+        stage_wise=True, evolving=True, stages=[3, 9], keep_ratio=[0.8, 0.4], representative='one'
+    )
+    model = models.build(parser.parse_args(flags[:3]), 10, 64)
+    assert model.schedule() == dict(
+        stage_wise=True, evolving=True, stages=[4, 8], keep_ratio=[0.7, 0.3], representative='nearest'
+    )
+    ours = '--model evo_deit_nano_patch4_32 --representative nearest --stages 6'.split()
+    model = models.build(parser.parse_args(ours), 10, 32)
+    assert (model.representative, model.first_blocks, model.keep_ratio) == ('nearest', (6,), (0.5,))
+    for flag, name in ((['--representative'], 'one'), (['--no-representative'], 'none'), ([], 'none')):
+        assert models.build(parser.parse_args([*ours[:2], *flag]), 10, 32).representative == name
+    for wrong, message in (
+        (['--model', 'resnet18', '--evolve'], '--evolve: ResNet cannot be evolved'),
+        ([*flags, '--stages', '9', '3'], '--evolve: stages: expected ascending'),
+        (['--model', 'resnet18', '--keep-ratio', '0.5'], 'resnet18 cannot be built with'),
+    ):
+        with pytest.raises(InputError, match=message):
+            models.build(parser.parse_args(wrong), 10, 64)

@@ -198,23 +198,6 @@ def test_half_precision(name):
         assert (found.float() - expected).abs().max() < 0.3 * expected.std()
 
 
-@pytest.mark.parametrize(
-    'name', ['vit_tiny_patch16_224', 'vit_medium_patch16_reg4_gap_256', 'vit_small_patch16_dinov3']
-)
-def test_compile_and_export(name):
-    model = vit.evolve(dense(name), (0.7, 0.3))
-    x = images(model)
-    with torch.no_grad():
-        expected = model(x)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend='eager')
-        torch.testing.assert_close(compiled(x), expected)
-        batch = torch.export.Dim('batch', min=1, max=64)
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
-        more = images(model, 5)
-        torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-5)
-
-
 def test_rotations_travel_with_their_patches():
     rope = torch.arange(12.0).view(6, 2)
     places = torch.tensor([[4, 0, 2], [1, 5, 3]])

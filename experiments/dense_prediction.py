@@ -1,0 +1,200 @@
+"""Does a faster ViT still see every place? Segmentation of CamVid from frozen patch tokens, at equal arithmetic.
+
+    python3 experiments/dense_prediction.py --weights deit_tiny_patch16_224_in1k.pth --data-path camvid-jpeg
+
+A linear classifier is trained on the final normalised patch tokens of each model, on all 367 training images, and
+judged on all 233 test images at 480 x 352 px: its logits are upsampled to pixels. No method is trained. `drop` gives
+the values with which a patch was last seen, `merge` those of its cluster. The data set is a folder with
+{train,test}/*.jpg or .png and {train,test}annot/*.png, classes 0 to 10, 11 is void. `--size 960 704` is a larger grid.
+
+Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % bootstrap interval, over test
+images, of the difference in mIoU excludes 0; otherwise they are equal. Evolving is as good as dense where its
+difference is above -0.7.
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import BUDGETS, Rows, add_arguments, build, find_setting, gmacs, images_per_second
+from matplotlib.figure import Figure
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+CLASSES = 11
+VOID = 11
+EDGE = 8  # pixels: so near to another class is a boundary
+METHODS = 'nearest', 'none', 'drop', 'merge'
+
+
+def load_split(root: Path, split: str, size: tuple[int, int], limit: int | None) -> tuple[list[Path], Tensor]:
+    """Paths of the images of a split, and their labels (n, rows, columns), uint8."""
+    paths = sorted([*(root / split).glob('*.jpg'), *(root / split).glob('*.png')])[:limit]
+    if not paths:
+        raise SystemExit(f'{root / split}: expected CamVid as .jpg or .png, found no image')
+    labels = [
+        Image.open(root / f'{split}annot' / f'{p.stem}.png').resize(size, Image.Resampling.NEAREST) for p in paths
+    ]
+    return paths, torch.from_numpy(np.stack([np.asarray(label) for label in labels]))
+
+
+def load_image(path: Path, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
+    """Image file to a normalised tensor (3, rows, columns)."""
+    image = Image.open(path).convert('RGB').resize(size, Image.Resampling.BICUBIC)
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+
+
+@torch.inference_mode()
+def patch_tokens(model: nn.Module, paths: list[Path], size: tuple[int, int], batch_size: int) -> Tensor:
+    """Final normalised patch tokens (n, N, C) of image files, on the CPU."""
+    config, device = resolve_model_data_config(model), next(model.parameters()).device
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
+    tokens = []
+    for start in range(0, len(paths), batch_size):
+        images = torch.stack([load_image(path, size, mean, std) for path in paths[start : start + batch_size]])
+        tokens.append(model.forward_features(images.to(device))[:, model.num_prefix_tokens :].float().cpu())
+    return torch.cat(tokens)
+
+
+def patch_labels(labels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Share of each class in each patch: labels (n, rows, columns) to (n, N, classes), without void."""
+    shares = [F.adaptive_avg_pool2d((labels == c).float()[:, None], grid).flatten(1) for c in range(CLASSES)]
+    return torch.stack(shares, -1)
+
+
+def train_classifier(tokens: Tensor, shares: Tensor, seed: int, epochs: int = 15, batch_size: int = 2048) -> nn.Linear:
+    """A linear classifier of patches, trained on tokens (m, C) to predict shares of classes (m, classes)."""
+    torch.manual_seed(seed)
+    seen = shares.sum(1) > 0.5
+    tokens, shares = tokens[seen], shares[seen] / shares[seen].sum(1, keepdim=True)
+    classifier = nn.Linear(tokens.shape[1], CLASSES)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-2, weight_decay=1e-4)
+    steps = epochs * (len(tokens) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in range(steps):
+        batch = torch.randint(len(tokens), (batch_size,))
+        F.cross_entropy(classifier(tokens[batch]), shares[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return classifier
+
+
+def boundaries(labels: Tensor) -> Tensor:
+    """Where pixels are within EDGE of another class: (n, rows, columns), bool."""
+    width = 2 * EDGE + 1
+    pool = partial(F.max_pool2d, kernel_size=width, stride=1, padding=EDGE)
+    values = labels[:, None].float()
+    return (pool(values) != -pool(-values))[:, 0]
+
+
+@torch.inference_mode()
+def confusion(classifier: nn.Linear, tokens: Tensor, labels: Tensor, edges: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Confusion matrices (n, 2, classes, classes) of each image: inside, and at boundaries; rows are the truth."""
+    matrices = []
+    for image, label, edge in zip(tokens, labels, edges, strict=True):
+        logits = classifier(image).T.unflatten(1, grid)[None]
+        predicted = F.interpolate(logits, label.shape, mode='bilinear')[0].argmax(0)
+        valid = label != VOID
+        index = (edge.long() * CLASSES + label.long()) * CLASSES + predicted
+        matrices.append(torch.bincount(index[valid], minlength=2 * CLASSES**2).view(2, CLASSES, CLASSES))
+    return torch.stack(matrices)
+
+
+def mean_iou(matrices: Tensor) -> float:
+    """Mean intersection over union, in percent, of confusion matrices (n, classes, classes) added up."""
+    total = matrices.sum(0).double()
+    union = total.sum(0) + total.sum(1) - total.diag()
+    return 100 * (total.diag()[union > 0] / union[union > 0]).mean().item()
+
+
+def bootstrap(ours: Tensor, theirs: Tensor, draws: int = 1000) -> tuple[float, float]:
+    """The 95 % interval of the difference in mIoU over test images; matrices (seeds, n, classes, classes)."""
+    generator, differences = torch.Generator().manual_seed(0), []
+    for _ in range(draws):
+        chosen = torch.randint(ours.shape[1], (ours.shape[1],), generator=generator)
+        pair = [np.mean([mean_iou(seed[chosen]) for seed in matrices]) for matrices in (ours, theirs)]
+        differences.append(pair[0] - pair[1])
+    low, high = np.percentile(differences, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, 'dense_prediction')
+    parser.add_argument('--size', type=int, nargs=2, default=(480, 352), metavar=('W', 'H'))
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS[1:])
+    parser.add_argument('--methods', nargs='+', default=METHODS)
+    args = parser.parse_args()
+    size, root, output = tuple(args.size), Path(args.data_path), Path(args.output)
+    rows = Rows(output.with_suffix('.csv'), ('method', 'budget', 'width'))
+    (train_paths, train_labels), (test_paths, test_labels) = (
+        load_split(root, split, size, args.limit) for split in ('train', 'test')
+    )
+    edges = boundaries(test_labels)
+    make = partial(build, args, img_size=size[::-1])
+    dense, reference = make('dense', 1.0), None
+    dense_gmacs = gmacs(dense)
+    for method, budget in [('dense', 1.0), *((m, b) for b in args.budgets for m in args.methods)]:
+        if method != 'dense' and rows.has(method=method, budget=budget, width=size[0]):
+            continue
+        t = 1.0 if method == 'dense' else find_setting(partial(make, method), budget * dense_gmacs)
+        model, started = make(method, t), time.perf_counter()
+        grid = model.patch_embed.grid_size
+        train, test = (patch_tokens(model, paths, size, args.batch_size) for paths in (train_paths, test_paths))
+        shares = patch_labels(train_labels, grid).flatten(0, 1)
+        matrices = torch.stack(
+            [
+                confusion(train_classifier(train.flatten(0, 1), shares, seed), test, test_labels, edges, grid)
+                for seed in range(args.seeds)
+            ]
+        )
+        reference = matrices if method == 'dense' else reference
+        if rows.has(method=method, budget=budget, width=size[0]):  # dense, which all others are compared with
+            continue
+        low, high = bootstrap(matrices.sum(2), reference.sum(2))
+        scores = [[mean_iou(seed) for seed in part] for part in (matrices.sum(2), matrices[:, :, 0], matrices[:, :, 1])]
+        miou, inside, boundary = (float(np.mean(part)) for part in scores)
+        off = miou - float(np.mean([mean_iou(seed) for seed in reference.sum(2)]))
+        speed, speedup = images_per_second(model, dense, min(args.batch_size, 8))
+        rows.add(
+            method=method, budget=budget, width=size[0], setting=t, gmacs=gmacs(model), miou=miou, off=off, off_low=low,
+            off_high=high, miou_inside=inside, miou_boundary=boundary, seed_spread=float(np.ptp(scores[0])),
+            images_per_second=speed, speedup=speedup, n_train=len(train_paths), n_test=len(test_paths),
+            seeds=args.seeds, seconds=round(time.perf_counter() - started),
+        )  # fmt: skip
+    draw(rows.rows, output.with_suffix('.png'), size[0])
+
+
+def draw(rows: list[dict], path: Path, width: int):
+    """mIoU over GMACs and over time, a line for each method, with the interval of the difference to dense."""
+    rows = [row for row in rows if row['width'] == width]
+    dense = next(row for row in rows if row['method'] == 'dense')
+    figure = Figure((10, 4), layout='constrained')
+    for axes, x, label in zip(
+        figure.subplots(1, 2), ('gmacs', 'speedup'), ('GMACs an image', 'times as fast as dense'), strict=True
+    ):
+        axes.axhline(dense['miou'], color='black', linewidth=0.8, linestyle=':')
+        axes.plot(dense[x], dense['miou'], 'k*', markersize=10, label='dense')
+        for method, style in zip(
+            dict.fromkeys(r['method'] for r in rows), ('k*', 'o-', 's--', '^:', 'D-.'), strict=False
+        ):
+            own = sorted((row for row in rows if row['method'] == method != 'dense'), key=lambda row: row[x])
+            if own:
+                spread = [[row['off'] - row['off_low'] for row in own], [row['off_high'] - row['off'] for row in own]]
+                axes.errorbar([r[x] for r in own], [r['miou'] for r in own], spread, fmt=style, capsize=2, label=method)
+        axes.set(xlabel=label, ylabel='mIoU, %')
+    axes.legend(frameon=False)
+    n = dense['n_test']
+    figure.suptitle(f'CamVid, {n} test images, {width} px wide, linear classifier on frozen tokens', fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == '__main__':
+    main()

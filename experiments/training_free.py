@@ -1,0 +1,131 @@
+"""Which way to make a pretrained ViT faster, without training, loses least? Classification at equal arithmetic.
+
+    python3 experiments/training_free.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
+
+The validation images (val/<synset>/*, or folders of synsets) are seen by the dense model and by every method at five
+budgets of its GMACs. A row has top-1, the paired difference to dense with its 95 % interval, the share of predictions
+that are dense's, the mean cosine of the final patch tokens with dense's, GMACs, and images a second in turns with
+dense.
+
+Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % interval of the paired
+difference in top-1 excludes 0; otherwise they are equal. A method loses nothing where the interval of its difference to
+dense holds 0.
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from common import BUDGETS, METHODS, Rows, add_arguments, build, find_setting, gmacs, images_per_second, paired_interval
+from matplotlib.figure import Figure
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+STYLES = dict(
+    nearest='o-', none='s--', one='P--', merge='^:', drop='D-.', fuse='v-.', random='x:'
+)  # told apart in grey too
+
+
+def find_images(root: Path, limit: int | None) -> tuple[list[Path], Tensor]:
+    """Image files in folders named by ImageNet's synsets, and their labels."""
+    root = root / 'val' if (root / 'val').is_dir() else root
+    label = {synset: i for i, synset in enumerate(ImageNetInfo().label_names())}
+    paths = sorted(path for path in root.glob('*/*') if path.parent.name in label)[:limit]
+    if not paths:
+        raise SystemExit(f'{root}: expected folders named by synsets, such as n01440764, with images')
+    return paths, torch.tensor([label[path.parent.name] for path in paths])
+
+
+def load_images(paths: list[Path], model: nn.Module) -> Tensor:
+    """Images (n, 3, rows, columns) as the model's own configuration wants them."""
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Predictions (n,) and final patch tokens (n, N, C)."""
+    predictions, grids = [], []
+    for batch in images.split(batch_size):
+        tokens = model.forward_features(batch.to(next(model.parameters()).device))
+        predictions.append(model.forward_head(tokens).argmax(1).cpu())
+        grids.append(tokens[:, model.num_prefix_tokens :].float().cpu())
+    return torch.cat(predictions), torch.cat(grids)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, 'training_free')
+    parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS)
+    parser.add_argument('--methods', nargs='+', default=list(METHODS))
+    args = parser.parse_args()
+    output = Path(args.output)
+    rows = Rows(output.with_suffix('.csv'), ('method', 'budget'))
+    make = partial(build, args)
+    dense = make('dense', 1.0)
+    paths, labels = find_images(Path(args.data_path), args.limit)
+    images = load_images(paths, dense)
+    reference, reference_grid = predict(dense, images, args.batch_size)
+    right, dense_gmacs = (reference == labels).float(), gmacs(dense)
+    for method, budget in [('dense', 1.0), *((m, b) for b in args.budgets for m in args.methods)]:
+        if rows.has(method=method, budget=budget):
+            continue
+        torch.manual_seed(0)  # of the random selection
+        started, t = time.perf_counter(), 1.0
+        if method != 'dense':
+            t = find_setting(partial(make, method), budget * dense_gmacs)
+        model = make(method, t)
+        predictions, grid = predict(model, images, args.batch_size)
+        off, interval = paired_interval(100 * (predictions == labels).float(), 100 * right)
+        speed, speedup = images_per_second(model, dense, min(args.batch_size, 32))
+        rows.add(
+            method=method, budget=budget, setting=t, gmacs=gmacs(model),
+            top1=100 * (predictions == labels).float().mean().item(),
+            off=off, interval=interval, same=100 * (predictions == reference).float().mean().item(),
+            grid=torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item(),
+            images_per_second=speed, speedup=speedup, n=len(labels), seconds=round(time.perf_counter() - started),
+        )  # fmt: skip
+    draw(rows.rows, output.with_suffix('.png'))
+
+
+def draw(rows: list[dict], path: Path):
+    """Difference to dense over GMACs and over time, and what needs no labels, a line for each method."""
+    dense = next(row for row in rows if row['method'] == 'dense')
+    figure = Figure((13, 4), layout='constrained')
+    panels = [
+        ('gmacs', 'off', 'top-1 minus dense, points'),
+        ('speedup', 'off', ''),
+        ('gmacs', 'grid', 'cosine of patch tokens with dense'),
+    ]
+    names = {'gmacs': 'GMACs an image', 'speedup': 'times as fast as dense, measured'}
+    for axes, (x, y, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.axhline(dense[y], color='black', linewidth=0.8, linestyle=':')
+        for i, (method, style) in enumerate(STYLES.items()):
+            own = sorted((row for row in rows if row['method'] == method), key=lambda row: row[x])
+            if own and y == 'off':
+                axes.errorbar(
+                    [r[x] for r in own],
+                    [r[y] for r in own],
+                    [r['interval'] for r in own],
+                    fmt=style,
+                    label=method,
+                    color=f'C{i}',
+                    capsize=2,
+                    alpha=0.9,
+                )
+            elif own:
+                axes.plot([r[x] for r in own], [r[y] for r in own], style, label=method, color=f'C{i}')
+        axes.set(xlabel=names[x], ylabel=label)
+    axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        f'without training, {dense["n"]} ImageNet validation images, 95 % intervals of the paired difference',
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,71 @@
+"""Each experiment runs to its end on toy data."""
+
+import csv
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run an experiment's main with flags, twice as if it had been stopped; returns its rows."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model('vit_tiny_patch16_224').state_dict(), tmp_path / 'w.pth')
+    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
+
+    def start(name: str, *flags) -> list[dict]:
+        spec = importlib.util.spec_from_file_location(name, ROOT / 'experiments' / f'{name}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        common = [
+            '--model',
+            'vit_tiny_patch16_224',
+            '--weights',
+            tmp_path / 'w.pth',
+            '--output',
+            tmp_path / 'out' / name,
+        ]
+        monkeypatch.setattr(
+            sys, 'argv', [name, *map(str, [*common, '--data-path', tmp_path, '--batch-size', 2, *flags])]
+        )
+        for _ in range(2):  # the second time there is nothing left to compute, and the picture is drawn again
+            module.main()
+            with open(tmp_path / 'out' / f'{name}.csv', newline='') as file:
+                rows = list(csv.DictReader(file))
+            assert (tmp_path / 'out' / f'{name}.png').stat().st_size > 10_000
+        return rows
+
+    return start
+
+
+def noise(path, *size: int):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+
+
+def test_training_free(run, tmp_path):
+    for synset in ('n01440764', 'n01443537'):
+        noise(tmp_path / 'val' / synset / 'a.png', 230, 240)
+    rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge')
+    assert [row['method'] for row in rows] == ['dense', 'nearest', 'merge']
+    dense, *others = (float(row['gmacs']) for row in rows)
+    assert all(0.55 * dense < gmacs <= 0.6 * dense for gmacs in others)
+    assert {row['n'] for row in rows} == {'2'} and all(row['commit'] for row in rows)
+
+
+def test_dense_prediction(run, tmp_path):
+    for split in ('train', 'test'):
+        for i in range(2):
+            noise(tmp_path / split / f'{i}.jpg', 60, 80)
+            (tmp_path / f'{split}annot').mkdir(exist_ok=True)
+            labels = np.random.default_rng(i).integers(0, 12, (6, 8), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+            Image.fromarray(labels).save(tmp_path / f'{split}annot' / f'{i}.png')
+    rows = run('dense_prediction', '--budgets', 0.6, '--methods', 'nearest', '--seeds', 1, '--size', 96, 64)
+    assert [row['method'] for row in rows] == ['dense', 'nearest']
+    assert float(rows[0]['off']) == 0 and 0 <= float(rows[1]['miou']) <= 100

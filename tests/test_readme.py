@@ -1,0 +1,61 @@
+"""The README's Python runs word for word, and its commands are flags that exist."""
+
+import re
+import shlex
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+
+import benchmark
+import engine
+import models  # noqa: F401
+import visualize
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+COMMANDS = sorted(
+    {
+        line.strip()
+        for page in PAGES
+        for block in re.findall(r'^```\n(.*?)^```', page.read_text(), re.M | re.S)
+        for line in block.splitlines()
+        if re.search(r'(main_deit|main_levit|benchmark|visualize)\.py ', line + ' ')
+    }
+)
+
+
+def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
+    """One block after another, as a reader would; only what must be downloaded is made here."""
+    create, saved = timm.create_model, tmp_path / 'checkpoint.pth'
+    torch.save(create('evo_deit_small_patch16_224').state_dict(), saved)
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **options: create(name, **options))
+    blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S)
+    assert len(blocks) >= 4
+    names = {}
+    for block in blocks:
+        exec(block.replace('/path/to/checkpoint.pth', str(saved)), names)
+        if 'grids' in names and 'program' not in names:
+            assert [tuple(grid.shape) for grid in names['grids']] == [(2, 192, 14, 14)] * 3
+            assert names['tokens'].shape == (2, 197, 192) and names['selection']['blocks.8'].shape == (2, 58)
+        if 'program' in names and 'published' not in names:
+            x = torch.randn(3, 3, 224, 224)
+            torch.testing.assert_close(names['program'].module()(x), names['model'](x), rtol=1e-3, atol=1e-3)
+    assert 'qks.0.qk.weight' in names['published'] and names['selection'].cluster.shape == (2, 196)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_have_flags_that_exist(command, monkeypatch):
+    command = re.sub(r'\$\w+', '1', command)
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.endswith('.py') and word != 'setup.py')
+    name, flags = words[script].removesuffix('.py'), words[script + 1 :]
+    parsers = {'benchmark': benchmark.get_parser, 'visualize': visualize.get_parser}
+    if name in parsers:
+        _, unknown = parsers[name]().parse_known_args(flags)
+    else:
+        module = __import__(name)
+        parser = module.get_parser() if hasattr(module, 'get_parser') else engine.get_parser('', module.RECIPE)
+        args, unknown = parser.parse_known_args(flags)
+        assert timm.is_model(args.model)
+    assert not unknown or name == 'benchmark'

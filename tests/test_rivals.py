@@ -1,0 +1,119 @@
+"""Rivals: what their papers say of them, and the one seam."""
+
+import copy
+
+import pytest
+import torch
+from test_vit import dense, images
+
+from models import evolution, rivals
+
+
+def run(model, x):
+    with torch.no_grad():
+        return model(x), model.evolve(x)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'vit_medium_patch16_reg4_gap_256', 'eva02_tiny_patch14_224'])
+@pytest.mark.parametrize(
+    'method, same, less',
+    [
+        ('drop', dict(keep_ratio=1.0), dict(keep_ratio=0.5)),
+        ('fuse', dict(keep_ratio=1.0), dict(keep_ratio=0.5)),
+        ('merge', dict(r=0), dict(r=3)),
+    ],
+)
+def test_reducing_nothing_is_dense_and_the_grid_stays_whole(name, method, same, less):
+    model = dense(name)
+    x = images(model)
+    with torch.no_grad():
+        expected, tokens = model(x), model.forward_features(x)
+    reduced = rivals.apply(copy.deepcopy(model), method, **same)
+    torch.testing.assert_close(run(reduced, x)[0], expected, rtol=1e-4, atol=1e-5)
+    reduced = rivals.apply(copy.deepcopy(model), method, **less)
+    logits, (found, selections, _) = run(reduced, x)
+    assert found.shape == tokens.shape and found.isfinite().all()
+    assert (logits - expected).abs().max() > 1e-3
+    assert selections or method == 'merge'
+
+
+def test_what_leaves_never_comes_back_and_keeps_its_last_values():
+    model = rivals.apply(dense(depth=8), 'drop', keep_ratio=0.6)
+    x = images(model)
+    with torch.no_grad():
+        _, selections, outputs = model.evolve(x, [3, 5, 7])
+    kept = [set(s.kept[0].tolist()) for s in selections.values()]
+    assert len(kept) == 3 and kept[0] > kept[1] > kept[2]
+    gone = sorted(set(range(25)) - kept[0])
+    assert torch.equal(outputs[0][0, 1:][gone], outputs[2][0, 1:][gone])
+
+
+def test_the_fused_token_is_the_mean_of_all_that_left():
+    """With blocks that do nothing, all that ever left is in the token, weighted by its attention."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, score = torch.randn(2, 11, 4, generator=generator), torch.rand(2, 10, generator=generator)
+
+    def block(slow, need_attention):
+        n = slow.tokens.shape[1] - 1
+        return slow.tokens, torch.full((2, n), 1.0 / n)
+
+    x, s, first = rivals.fuse(tokens, score, [block], [0.5], 0.6, 'none')
+    weight = score.scatter(1, first.kept, 0)
+    expected = (weight[..., None] * tokens[:, 1:]).sum(1) / weight.sum(1, keepdim=True)
+    torch.testing.assert_close(first.token[:, 0], expected)
+    assert (s.scatter(1, first.kept, -torch.inf) == -torch.inf).all()
+    x, s, second = rivals.fuse(x, s, [block], [0.5], 0.3, 'none', first)
+    assert all(set(b.tolist()) < set(a.tolist()) for a, b in zip(first.kept, second.kept, strict=True))
+    assert torch.equal(x, tokens)
+
+
+def test_matching_merges_the_most_similar_pairs():
+    torch.manual_seed(0)
+    metric = torch.randn(2, 9, 6)
+    metric[:, 4], metric[:, 0] = metric[:, 3], metric[:, 7]  # two pairs that are the same
+    for r in (0, 1, 2, 3, 9):
+        target = rivals.match(metric, r)
+        remaining = 9 - min(r, 4)
+        assert all(sorted(set(row.tolist())) == list(range(remaining)) for row in target)  # nobody is lost
+        assert (target[:, 4] == target[:, 3]).all() == (r >= 2) and (target[:, 0] == target[:, 7]).all() == (r >= 2)
+
+
+def test_merging_counts_and_unmerges():
+    model = rivals.apply(dense(), 'merge', r=4)
+    x = images(model)
+    seen = []
+
+    def spy(*args, **kwargs):
+        out = rivals.merge(*args, r=4, **kwargs)
+        seen.append(out[2])
+        return out
+
+    model.update_group = spy
+    with torch.no_grad():
+        tokens, _, outputs = model.evolve(x, [2, 4])
+    for selection, count in zip(seen, (25 - 3 * 4, 25 - 5 * 4), strict=True):  # merging goes on after a cut
+        size = evolution.cluster_sizes(selection.cluster, count)
+        assert torch.equal(size.sum(1), torch.full((2,), 25.0)) and (size >= 1).all()
+    # Every patch has the value of its cluster.
+    first = torch.stack(
+        [torch.stack([o[c == j][0] for j in range(5)]) for o, c in zip(tokens[:, 1:], seen[1].cluster, strict=True)]
+    )
+    torch.testing.assert_close(tokens[:, 1:], first.gather(1, seen[1].cluster[..., None].expand(-1, -1, 192)))
+    whole = rivals.apply(dense(), 'merge', r=4)
+    with torch.no_grad():
+        torch.testing.assert_close(whole.evolve(x)[0], tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_and_selection_at_random_differs():
+    for method in rivals.METHODS:
+        model = rivals.apply(dense(), method, **({'r': 3} if method == 'merge' else {'keep_ratio': 0.6})).train()
+        model(images(model)).square().sum().backward()
+        assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    model = rivals.apply(dense(), 'random', keep_ratio=0.5)
+    kept = [model.evolve(images(model))[1]['blocks.1'].kept.sort().values for _ in range(2)]
+    assert not torch.equal(*kept)
+
+
+def test_other_methods_are_refused():
+    with pytest.raises(ValueError, match='expected one of drop, fuse, merge, random, found .prune.'):
+        rivals.apply(dense(), 'prune')
