@@ -286,11 +286,11 @@ def test_half_precision_trains(bench):
     assert [tuple(row[name] for name in columns) for row in rows] == expected
 
 
+@torch._inductor.config.patch(freezing=False)
+@torch._dynamo.config.patch(recompile_limit=8)  # what the benchmark sets is put back
 def test_compile_takes_cuda_graphs_where_they_apply(bench, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, 'compile', lambda self, **how: compiled.append(how))
-    monkeypatch.setattr(torch._inductor.config, 'freezing', False)
-    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)
     _, rows = bench('--bench', 'both', '-b', 2, '--torchscript', '--num_bench_iter', 1, '--no-compare')
     assert [row['compile'] for row in rows] == ['default'] * 2
     graphs = {'dynamic': False, 'options': {'triton.cudagraphs': False}}
