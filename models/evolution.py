@@ -174,10 +174,14 @@ def novelty(patches: Tensor, score: Tensor) -> Tensor:
     placeholder finds one that is near: the peaks of density peak clustering (Rodriguez and Laio, 2014), with the class
     attention as density. COMPARED channels are enough to tell, and keep the N x N product cheap.
     """
+    order = score.argsort(1, descending=True)
     compared = patches.detach()[..., :: max(1, patches.shape[-1] // COMPARED)]
-    compared = F.normalize(compared, dim=-1)
-    more_attended = score.unsqueeze(1) > score.unsqueeze(2)
-    return 1 - (compared @ compared.mT).masked_fill(~more_attended, -1.0).amax(-1)
+    compared = F.normalize(take(compared, order), dim=-1)
+    n = score.shape[1]
+    # In order of attention the more attended are those before; nobody is as far as cosine -1.
+    others = torch.full((n, n), -4.0, dtype=compared.dtype, device=compared.device).triu()
+    closest = torch.baddbmm(others, compared, compared.mT).amax(-1).clamp(min=-1.0)
+    return torch.zeros_like(score).scatter(1, order, (1 - closest).to(score.dtype))
 
 
 # --- represent
@@ -202,31 +206,40 @@ def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
     return weight.unsqueeze(1).to(patches.dtype) @ patches
 
 
-def nearest(patches: Tensor, kept: Tensor) -> Tensor:
-    """For each of the patches (B, N, C) its cluster (B, N): the informative patch with the most similar features.
+def nearest(tokens: Tensor, order: Tensor, k: int, prefix: int = 1) -> Tensor:
+    """For each patch its cluster (B, N): the informative one with the most similar features (cosine).
 
-    Similar is the cosine. An informative patch represents itself.
+    tokens (B, P + N, C); order (B, N): the patches, the k informative ones first, each of which represents itself.
     """
-    patches = patches.detach()
-    informative = F.normalize(_gather(patches, kept), dim=-1)  # the length of the other one changes no argmax
-    others = torch.ones_like(patches[:, :, 0]).scatter(1, kept, 0.0)
-    others = select(others, patches.shape[1] - kept.shape[1])
-    cluster = torch.zeros(patches.shape[:2], dtype=torch.int64, device=patches.device)
-    cluster = cluster.scatter(1, others, (_gather(patches, others) @ informative.mT).argmax(-1))
-    return cluster.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+    tokens, kept, others = tokens.detach(), order[:, :k] + prefix, order[:, k:] + prefix
+    informative = F.normalize(take(tokens, kept), dim=-1)  # the length of the other one changes no argmax
+    closest = (take(tokens, others) @ informative.mT).argmax(-1)
+    own = torch.arange(k, device=order.device).expand(order.shape[0], -1)
+    return torch.zeros_like(order).scatter(1, order, torch.cat([own, closest], 1))
 
 
 def cluster_sizes(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """How many patches belong to each of k clusters: (B, N) to (B, k)."""
+    """How many belong to each of k clusters: (B, N) to (B, k)."""
     ones = torch.ones_like(cluster, dtype=dtype)
     return ones.new_zeros(cluster.shape[0], k).scatter_add(1, cluster, ones)
 
 
-def cluster_means(patches: Tensor, cluster: Tensor, size: Tensor) -> Tensor:
-    """Means (B, K, C) of the patches (B, N, C) of each cluster."""
-    index = cluster.unsqueeze(-1).expand_as(patches)
-    sums = patches.new_zeros(patches.shape[0], size.shape[1], patches.shape[2]).scatter_add(1, index, patches)
-    return sums / size.unsqueeze(-1).to(patches.dtype)
+def cluster_means(tokens: Tensor, cluster: Tensor, size: Tensor) -> Tensor:
+    """Means (B, K, C) of the tokens (B, N, C) of each cluster."""
+    batch, k = size.shape
+    sums = tokens.new_zeros(batch * k, tokens.shape[2])
+    sums = sums.index_add(0, _flat(cluster, k), tokens.flatten(0, 1)).unflatten(0, (batch, k))
+    return sums / size.unsqueeze(-1).to(tokens.dtype)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, n, C) of x (B, N, C) at index (B, n); several times as fast on a CPU as gather with an index of C."""
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def _flat(index: Tensor, n: int) -> Tensor:
+    """Indices (B, m) into rows of n each to indices (B * m) into all rows."""
+    return (index + n * torch.arange(index.shape[0], device=index.device).unsqueeze(1)).flatten()
 
 
 # --- update
@@ -290,10 +303,11 @@ def evolve(
     if k == n:
         return *run(Slow(tokens), score, blocks, tradeoffs, need_score), None
     if select_anew or selection is None:
-        # Where no patch is informative there is none to represent another.
-        clusters, patches = representative == 'nearest' and k > 0, tokens[:, prefix:]
-        kept = select(score * novelty(patches, score) if clusters else score, k)
-        selection = Selection(kept, score, nearest(patches, kept) if clusters else None)
+        if representative == 'nearest' and k > 0:  # where no patch is informative there is none to represent another
+            order = (score * novelty(tokens[:, prefix:], score)).argsort(1, descending=True)
+            selection = Selection(order[:, :k], score, nearest(tokens, order, k, prefix))
+        else:
+            selection = Selection(select(score, k), score)
     update = partial(run, blocks=blocks, tradeoffs=tradeoffs, need_score=need_score)
     if selection.cluster is not None:
         tokens, score = _evolve_clusters(tokens, score, selection, update, prefix)
@@ -324,19 +338,14 @@ def _evolve_kept(
 def _evolve_clusters(
     tokens: Tensor, score: Tensor, selection: Selection, update: Callable, prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """Update the mean of each cluster slowly; every patch moves as the mean of its cluster does."""
+    """Update the mean of each cluster slowly; every token moves as the mean of its cluster does."""
     kept, _, cluster = selection
-    k = kept.shape[1]
-    size = cluster_sizes(cluster, k, score.dtype)
-    before = cluster_means(tokens[:, prefix:], cluster, size)
-    score = score.new_zeros(size.shape).scatter_add(1, cluster, score) / size
-    key_bias = F.pad(size.log(), (prefix, 0))[:, None, None]
-    slow, score = update(Slow(torch.cat([tokens[:, :prefix], before], 1), kept, key_bias), score, size=size)
-    change = (slow[:, prefix:] - before).to(tokens.dtype)
-    patches = tokens[:, prefix:] + change.gather(1, cluster.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
-    return torch.cat([slow[:, :prefix].to(tokens.dtype), patches], 1), score.gather(1, cluster)
-
-
-def _gather(patches: Tensor, kept: Tensor) -> Tensor:
-    """The patches (B, K, C) at `kept` of (B, N, C)."""
-    return patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+    # Each prefix token is a cluster of its own, so all tokens are treated alike.
+    alone = torch.arange(prefix, device=cluster.device).expand(cluster.shape[0], -1)
+    cluster_of_token = torch.cat([alone, cluster + prefix], 1)
+    sizes = cluster_sizes(cluster_of_token, prefix + kept.shape[1], score.dtype)
+    size = sizes[:, prefix:]
+    before = cluster_means(tokens, cluster_of_token, sizes)
+    score = torch.zeros_like(size).scatter_add(1, cluster, score) / size
+    slow, score = update(Slow(before, kept, sizes.log()[:, None, None]), score, size=size)
+    return tokens + take((slow - before).to(tokens.dtype), cluster_of_token), score.gather(1, cluster)
