@@ -10,6 +10,7 @@ from timm.models import VisionTransformer
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from costs import count_gmacs
 from models import evolution, vit
 
 NAMES = [
@@ -86,6 +87,12 @@ def test_the_interface_stays_and_the_tokens_evolve(pair, representative):
     assert {name: kept.shape[1] for name, kept in selection.items()} == {'blocks.1': 17, 'blocks.3': 7}
     for kept in selection.values():
         assert (kept.diff() > 0).all() and kept.min() >= 0 and kept.max() < 25
+
+    assert count_gmacs(evolved, [x]) < 0.95 * count_gmacs(model, [x])
+    half = copy.deepcopy(evolved).bfloat16()
+    with torch.no_grad():
+        found, expected = half(x.bfloat16()).float(), logits
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.9
 
     evolved.train().zero_grad()
     evolved(x).square().sum().backward()
