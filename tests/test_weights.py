@@ -14,7 +14,6 @@ import timm
 import torch
 
 import models  # noqa: F401
-import utils
 from models import weights
 from utils import InputError
 
@@ -27,7 +26,7 @@ def nano(**kwargs):
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / 'checkpoint.pth'
-    utils.write_checkpoint(path, {'model': nano().state_dict(), 'epoch': 3})
+    torch.save({'model': nano().state_dict(), 'epoch': 3}, path)
     return path
 
 
