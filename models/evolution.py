@@ -99,6 +99,8 @@ def informative(n: int, keep_ratio: float) -> int:
     """How many of n patches are informative; ValueError if that is none of several."""
     # Rounded down from a product of floats, so int(100 * 0.29) is 28: the published code counts like this, and another
     # rounding would select other patches with its checkpoints.
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f'keep_ratio: expected a value in (0, 1], found {keep_ratio}')
     k = int(n * keep_ratio)
     if k == 0 and n > 1:
         raise ValueError(
@@ -227,9 +229,10 @@ def cluster_sizes(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -
 def cluster_means(tokens: Tensor, cluster: Tensor, size: Tensor) -> Tensor:
     """Means (B, K, C) of the tokens (B, N, C) of each cluster."""
     batch, k = size.shape
-    sums = tokens.new_zeros(batch * k, tokens.shape[2])
-    sums = sums.index_add(0, _flat(cluster, k), tokens.flatten(0, 1)).unflatten(0, (batch, k))
-    return sums / size.unsqueeze(-1).to(tokens.dtype)
+    dtype = torch.promote_types(tokens.dtype, torch.float32)  # sums of many members overflow in half precision
+    sums = torch.zeros(batch * k, tokens.shape[2], dtype=dtype, device=tokens.device)
+    sums = sums.index_add(0, _flat(cluster, k), tokens.flatten(0, 1).to(dtype)).unflatten(0, (batch, k))
+    return (sums / size.unsqueeze(-1)).to(tokens.dtype)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -298,6 +301,7 @@ def evolve(
 
     Source: paper, section 3.2 and figure 3. The published code sorts tokens; gathering them gives the same function.
     """
+    representative = check_representative(representative)
     n = tokens.shape[1] - prefix
     k = informative(n, keep_ratio)
     if k == n:

@@ -60,7 +60,7 @@ def fuse(
     """
     tradeoffs = [1.0] * len(tradeoffs)
     n = tokens.shape[1] - prefix
-    k = int(n * keep_ratio)
+    k = evolution.informative(n, keep_ratio)
     if k == n:
         return *evolution.run(Slow(tokens), score, blocks, tradeoffs, need_score), None
     if select_anew or selection is None:
@@ -134,6 +134,8 @@ def match(metric: Tensor, r: int) -> Tensor:
     """
     n = metric.shape[1]
     r = min(r, n // 2)
+    if r == 0:
+        return torch.arange(n, device=metric.device).expand(metric.shape[0], -1)
     metric = F.normalize(metric, dim=-1)
     similarity, nearest = (metric[:, ::2] @ metric[:, 1::2].mT).max(-1)
     order = similarity.argsort(1, descending=True)
@@ -148,7 +150,7 @@ def match(metric: Tensor, r: int) -> Tensor:
 
 
 def select_at_random(tokens: Tensor, score: Tensor | None, *args, **kwargs):
-    """A control: evolution.evolve, with patches chosen at random."""
+    """A control: evolution.evolve with random numbers in place of the attention; with 'nearest' novelty counts too."""
     return evolution.evolve(tokens, None if score is None else torch.rand_like(score), *args, **kwargs)
 
 
@@ -177,7 +179,7 @@ def apply(
         model = evolve(model, keep_ratio, stages)
     else:
         # EViT drops after the attention of its blocks 3, 6 and 9 of 12: before the next block begins.
-        stages = sorted({depth * i // 4 + 1 for i in (1, 2, 3)}) if stages is None else stages
+        stages = sorted({min(depth * i // 4 + 1, depth - 1) for i in (1, 2, 3)}) if stages is None else stages
         ratios = [keep_ratio ** (i + 1) for i in range(len(stages))]
         model = evolve(model, ratios, stages, representative='none')
     model.update_group = METHODS[method]

@@ -29,9 +29,9 @@ from .evolution import Group, Selection, Slow
 class Evolving:
     """A network whose blocks evolve tokens: its schedule, and the loop over its groups of blocks.
 
-    Attributes, which may be changed at any time:
-        keep_ratio: share of informative patches, a tuple with one number for each stage.
+    Attributes; all but `first_blocks` may be changed at any time:
         first_blocks: the first block of each stage, counted over the network; the blocks before see every patch.
+        keep_ratio: share of informative patches, a tuple with one number for each stage.
         representative: who represents placeholders: 'none', 'one' or 'nearest'.
         stage_wise: select before each stage, or before each of its blocks.
         evolving: False makes every block see every patch.
@@ -59,9 +59,17 @@ class Evolving:
                 f'{depth - 1}, found {stages}'
             )
         self.first_blocks = stages
-        self.representative = evolution.check_representative(representative)
+        self.representative = representative
         self.stage_wise, self.evolving = stage_wise, True
         self.keep_ratio = keep_ratio
+
+    @property
+    def representative(self) -> str:
+        return self._representative
+
+    @representative.setter
+    def representative(self, value: str | bool):
+        self._representative = evolution.check_representative(value)
 
     @property
     def keep_ratio(self) -> tuple[float, ...]:
@@ -425,7 +433,8 @@ def evolve(
 
     Weights and their names, heads, pooling and timm's interface stay as they are; `forward_features` still returns all
     tokens in order. With keep_ratio=1 the model computes what it did before. A model that was evolved already gets
-    the new schedule.
+    the new schedule. Blocks and attentions are no longer called as modules, so hooks on them do not run; for features
+    on the way there is `forward_intermediates`.
 
     Args:
         model: an instance of timm's VisionTransformer (DeiT, AugReg, DINOv2, CLIP, SigLIP, ...), its distilled
@@ -442,15 +451,18 @@ def evolve(
     reason = why_not(model)
     if reason:
         raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
-    depth = len(model.blocks)
-    old = type(model)
-    model.__class__ = EVOLVED.get(old, old)
+    if stages is None:
+        depth = len(model.blocks)
+        stages = sorted({depth // 3, 2 * depth // 3} - {0})
+    before, attributes = type(model), dict(vars(model))
+    model.__class__ = EVOLVED.get(before, before)
+    model.__dict__.pop('update_group', None)  # of another method
     try:
-        model.init_evolution(
-            keep_ratio, (depth // 3, 2 * depth // 3) if stages is None else stages, representative, stage_wise
-        )
+        model.init_evolution(keep_ratio, stages, representative, stage_wise)
     except ValueError:
-        model.__class__ = old
+        model.__class__ = before
+        model.__dict__.clear()
+        model.__dict__.update(attributes)
         raise
     return model
 
@@ -459,7 +471,7 @@ def why_not(model: nn.Module) -> str:
     """Why a model cannot be evolved, '' if it can."""
     if type(model) not in (*EVOLVED, *EVOLVED.values()):
         known = ', '.join(cls.__name__ for cls in EVOLVED)
-        return f'expected a model of timm whose blocks keep one sequence of patches ({known})'
+        return f"expected one of timm's classes {known}, whose blocks keep one sequence of patches"
     return why_not_arguments(model)
 
 
