@@ -150,7 +150,10 @@ class State:
             raise InputError(
                 f'{source}: its optimizer state is of other parameters; --finetune takes the weights alone'
             )
-        self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': new['param_groups']})
+        # Some optimizers (LAMB, Adan) count their steps in the groups; all else there is what the flags say.
+        steps = [{k: v for k, v in group.items() if k.endswith('step')} for group in saved['param_groups']]
+        groups = [group | step for group, step in zip(new['param_groups'], steps, strict=True)]
+        self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
         # A fused step takes it for granted that moments lie in memory as their parameter does (--channels-last).
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
@@ -409,7 +412,10 @@ def prepare_output_dir(args: argparse.Namespace) -> RunFolder:
     except OSError as error:
         raise InputError(f'--output_dir {path.absolute()} cannot be written to: {error}') from error
     existing = (*list_checkpoints(path), *path.glob('best_checkpoint.pth'), *path.glob('log.txt'))
-    if not existing or args.resume or args.auto_resume:
+    # A checkpoint from elsewhere starts another run here. (A job that its launcher starts again wrote this one itself.)
+    elsewhere = weights.is_url(args.resume) or Path(args.resume).resolve().parent != path.resolve()
+    goes_on = args.auto_resume or (args.resume and (not elsewhere or utils.restarts()))
+    if not existing or goes_on:
         return RunFolder(path, args.keep_checkpoints)
     # What a launcher starts again must not remove what it wrote itself.
     if not args.overwrite or utils.restarts():
@@ -417,7 +423,7 @@ def prepare_output_dir(args: argparse.Namespace) -> RunFolder:
             f'--output_dir {path} holds a run ({", ".join(file.name for file in existing)}): '
             '--resume or --auto-resume goes on with it, --overwrite starts over'
         )
-    for source in filter(None, (args.finetune, args.teacher_path)):
+    for source in filter(None, (args.resume, args.finetune, args.teacher_path)):
         if Path(source).exists() and any(file.samefile(source) for file in existing):
             raise InputError(f'{source} is of the run that --overwrite removes; move it to another folder first')
     return RunFolder(path, args.keep_checkpoints, existing)

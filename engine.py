@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--opt', default='adamw', metavar='NAME', help='any optimizer of timm')
     add('--opt-eps', type=float, default=1e-8, help='epsilon of the optimizer')
     add('--opt-betas', type=float, nargs=2, help="default: the optimizer's own")
-    add('--clip-grad', type=float, metavar='NORM', help='clip gradients (default: not)')
+    add('--clip-grad', type=utils.above_zero, metavar='NORM', help='clip gradients (default: not)')
     add('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='the norm, each value, or adaptive (AGC)')
     add('--momentum', type=float, default=0.9, help='of optimizers that have one')
     add('--weight-decay', type=float, default=0.05, help='not on biases, norms, positions')

@@ -136,6 +136,13 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return integer
 
 
+def above_zero(text: str) -> float:
+    """The `type` of a flag: a number above 0."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f'expected a number above 0, found {text}; leave the flag out to turn it off')
+    return float(text)
+
+
 def check_source(flag: str, source: str, advice: str = ''):
     """InputError where the value of a flag is neither a URL nor a file; `advice` ends the message."""
     if source and not is_url(source) and not Path(source).is_file():

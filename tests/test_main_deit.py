@@ -718,3 +718,20 @@ def test_models_that_are_not_ours_train_too(script, flags):
     assert 'resnet10t' in printed and 'done' in printed
     args = engine.get_parser('', main_deit.RECIPE).parse_args(['--model', 'vit_tiny_patch16_224', '--input-size', '32'])
     assert models.build(args, 3).patch_embed.num_patches == 4
+
+
+@pytest.mark.parametrize('opt', ['lamb', 'adan'])
+def test_optimizers_that_count_steps_in_their_groups_resume_exactly(script, flags, tmp_path, opt):
+    recipe = [*flags, '--opt', opt, '--lr', 0.05, '--warmup-epochs', 0, '--no-model-ema', '--epochs', 2]
+    script('main_deit', *recipe, '--output_dir', tmp_path / 'whole')
+    source = tmp_path / 'whole' / 'checkpoint-0001-000000.pth'
+    script('main_deit', *recipe, '--output_dir', tmp_path / 'resumed', '--resume', source)
+    whole, resumed = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth') for name in ('whole', 'resumed'))
+    assert all(torch.equal(value, resumed['model'][key]) for key, value in whole['model'].items())
+
+
+@pytest.mark.parametrize('value', ['0', '-1'])
+def test_clipping_needs_a_norm(script, flags, value, capfd):
+    with pytest.raises(SystemExit):
+        script('main_deit', *flags, '--clip-grad', value)
+    assert 'expected a number above 0' in capfd.readouterr().err

@@ -1100,6 +1100,15 @@ def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path
     with pytest.raises(InputError, match='holds a run .*--resume or --auto-resume goes on.*--overwrite starts over'):
         script('main_deit', *flags, folder)
     assert sorted(folder.iterdir()) == before
+    # A checkpoint from elsewhere would start another run here.
+    shutil.copy(folder / 'checkpoint.pth', tmp_path / 'other.pth')
+    with pytest.raises(InputError, match='holds a run'):
+        script('main_deit', *flags, folder, '--resume', tmp_path / 'other.pth')
+    assert sorted(folder.iterdir()) == before
+    checkpoint.prepare_output_dir(arguments('--output_dir', folder, '--resume', folder / 'checkpoint.pth'))
+    with pytest.raises(InputError, match='is of the run that --overwrite removes'):
+        (tmp_path / 'link.pth').hardlink_to(folder / 'checkpoint.pth')
+        script('main_deit', *flags, folder, '--overwrite', '--resume', tmp_path / 'link.pth')
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     with pytest.raises(InputError, match='holds a run'):
         checkpoint.prepare_output_dir(arguments('--overwrite', '--output_dir', folder))

@@ -183,6 +183,22 @@ def test_schedules_that_cannot_be_are_refused(wrong, message):
     assert type(model) is VisionTransformer
 
 
+def test_a_refused_schedule_changes_nothing():
+    model = vit.evolve(dense(), (0.7, 0.3))
+    x, before = images(model), model.schedule()
+    expected = model(x)
+    for wrong in (dict(stages=(1, 2, 3)), dict(representative='two'), dict(keep_ratio=2.0), dict(keep_ratio=0.01)):
+        with pytest.raises(ValueError):
+            vit.evolve(model, **({'keep_ratio': (0.7, 0.3)} | wrong))
+        assert model.schedule() == before and torch.equal(model(x), expected)
+    model.representative = True
+    assert model.representative == 'one'
+    with pytest.raises(ValueError, match='expected one of none, one, nearest'):
+        model.representative = 'nearst'
+    model.update_group = lambda *args, **kwargs: 1 / 0
+    assert vit.evolve(model, (0.7, 0.3)).schedule() == before and torch.equal(model(x), expected)
+
+
 def test_two_equal_images_of_a_batch_give_equal_results():
     model = vit.evolve(dense(), (0.7, 0.3))
     x = images(model, 1)
