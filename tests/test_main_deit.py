@@ -332,7 +332,8 @@ def test_classes_go_by_name(script, flags, tmp_path, image_folder):
         (tmp_path / split).mkdir()
         for i, name in enumerate(names):
             (tmp_path / split / name).symlink_to(image_folder / split / f'class{i}')
-    last = f'Acc@1 {read_log(tmp_path)[0]["test_acc1"]:.3f} '
+    log = read_log(tmp_path)[0]
+    last = f'Acc@1 {log["test_acc1"]:.3f} Acc@5 {log["test_acc5"]:.3f} loss {log["test_loss"]:.3f}'
     evaluate = [*flags[:-1], tmp_path, '--eval', '--resume', tmp_path / 'renamed.pth']
     assert last in script('main_deit', *evaluate)
     del content['classes']
