@@ -88,20 +88,26 @@ def find_setting(make: Callable[[float], nn.Module], target: float) -> float:
 
 
 class Rows:
-    """A CSV file of results; what it has already is not computed again."""
+    """A CSV file of results; what it has of the same setup (model, weights, sizes) is not computed again."""
 
-    def __init__(self, path: Path, key: tuple[str, ...]):
-        self.path, self.key, self.rows = path, key, []
+    def __init__(self, path: Path, setup: dict):
+        self.path, self.setup, self.rows = path, setup, []
         if path.exists():
             with open(path, newline='') as file:
                 self.rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
+    def ours(self) -> list[dict]:
+        """The rows of this setup."""
+        return [row for row in self.rows if all(row.get(name) == value for name, value in self.setup.items())]
+
     def has(self, **key) -> bool:
-        return any(all(row[name] == key[name] for name in self.key) for row in self.rows)
+        return any(all(row[name] == value for name, value in key.items()) for row in self.ours())
 
     def add(self, **row):
         """Write a row, with the circumstances of its measurement, and keep the file whole."""
-        row = {k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in (row | circumstances()).items()}
+        row = {
+            k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in (row | self.setup | circumstances()).items()
+        }
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix('.tmp')

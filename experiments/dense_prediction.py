@@ -133,16 +133,17 @@ def main():
     parser.add_argument('--methods', nargs='+', default=METHODS)
     args = parser.parse_args()
     size, root, output = tuple(args.size), Path(args.data_path), Path(args.output)
-    rows = Rows(output.with_suffix('.csv'), ('method', 'budget', 'width'))
     (train_paths, train_labels), (test_paths, test_labels) = (
         load_split(root, split, size, args.limit) for split in ('train', 'test')
     )
     edges = boundaries(test_labels)
+    setup = dict(model=args.model, weights=Path(args.weights).name, n_train=len(train_paths), n_test=len(test_paths))
+    rows = Rows(output.with_suffix('.csv'), setup | dict(width=size[0], seeds=args.seeds))
     make = partial(build, args, img_size=size[::-1])
     dense, reference = make('dense', 1.0), None
     dense_gmacs = gmacs(dense)
     for method, budget in [('dense', 1.0), *((m, b) for b in args.budgets for m in args.methods)]:
-        if method != 'dense' and rows.has(method=method, budget=budget, width=size[0]):
+        if method != 'dense' and rows.has(method=method, budget=budget):
             continue
         t = 1.0 if method == 'dense' else find_setting(partial(make, method), budget * dense_gmacs)
         model, started = make(method, t), time.perf_counter()
@@ -156,7 +157,7 @@ def main():
             ]
         )
         reference = matrices if method == 'dense' else reference
-        if rows.has(method=method, budget=budget, width=size[0]):  # dense, which all others are compared with
+        if rows.has(method=method, budget=budget):  # dense, which all others are compared with
             continue
         low, high = bootstrap(matrices.sum(2), reference.sum(2))
         scores = [[mean_iou(seed) for seed in part] for part in (matrices.sum(2), matrices[:, :, 0], matrices[:, :, 1])]
@@ -164,17 +165,15 @@ def main():
         off = miou - float(np.mean([mean_iou(seed) for seed in reference.sum(2)]))
         speed, speedup = images_per_second(model, dense, min(args.batch_size, 8))
         rows.add(
-            method=method, budget=budget, width=size[0], setting=t, gmacs=gmacs(model), miou=miou, off=off, off_low=low,
+            method=method, budget=budget, setting=t, gmacs=gmacs(model), miou=miou, off=off, off_low=low,
             off_high=high, miou_inside=inside, miou_boundary=boundary, seed_spread=float(np.ptp(scores[0])),
-            images_per_second=speed, speedup=speedup, n_train=len(train_paths), n_test=len(test_paths),
-            seeds=args.seeds, seconds=round(time.perf_counter() - started),
+            images_per_second=speed, speedup=speedup, seconds=round(time.perf_counter() - started),
         )  # fmt: skip
-    draw(rows.rows, output.with_suffix('.png'), size[0])
+    draw(rows.ours(), output.with_suffix('.png'), size[0])
 
 
 def draw(rows: list[dict], path: Path, width: int):
     """mIoU over GMACs and over time, a line for each method, with the interval of the difference to dense."""
-    rows = [row for row in rows if row['width'] == width]
     dense = next(row for row in rows if row['method'] == 'dense')
     figure = Figure((10, 4), layout='constrained')
     for axes, x, label in zip(

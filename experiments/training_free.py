@@ -63,13 +63,13 @@ def main():
     parser.add_argument('--methods', nargs='+', default=list(METHODS))
     args = parser.parse_args()
     output = Path(args.output)
-    rows = Rows(output.with_suffix('.csv'), ('method', 'budget'))
     make = partial(build, args)
     dense = make('dense', 1.0)
     paths, labels = find_images(Path(args.data_path), args.limit)
     images = load_images(paths, dense)
     reference, reference_grid = predict(dense, images, args.batch_size)
     right, dense_gmacs = (reference == labels).float(), gmacs(dense)
+    rows = Rows(output.with_suffix('.csv'), dict(model=args.model, weights=Path(args.weights).name, n=len(labels)))
     for method, budget in [('dense', 1.0), *((m, b) for b in args.budgets for m in args.methods)]:
         if rows.has(method=method, budget=budget):
             continue
@@ -86,9 +86,9 @@ def main():
             top1=100 * (predictions == labels).float().mean().item(),
             off=off, interval=interval, same=100 * (predictions == reference).float().mean().item(),
             grid=torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item(),
-            images_per_second=speed, speedup=speedup, n=len(labels), seconds=round(time.perf_counter() - started),
+            images_per_second=speed, speedup=speedup, seconds=round(time.perf_counter() - started),
         )  # fmt: skip
-    draw(rows.rows, output.with_suffix('.png'))
+    draw(rows.ours(), output.with_suffix('.png'))
 
 
 def draw(rows: list[dict], path: Path):

@@ -43,6 +43,11 @@ def build(args: argparse.Namespace, num_classes: int, input_size: int | None = N
     schedule = {name: value for name, value in schedule.items() if value is not None}
     options = {} if args.drop_path is None else {'drop_path_rate': args.drop_path}
     if not args.evolve:
+        if schedule and not args.model.startswith(('evo_deit_', 'EvoLeViT_')) and timm.is_model(args.model):
+            names = ', '.join(f'--{name.replace("_", "-")}' for name in schedule)
+            raise InputError(
+                f'{names}: expected a model that evolves, found {args.model}; add --evolve for a ViT of timm'
+            )
         options |= schedule
     model = create(args.model, num_classes, input_size or args.input_size, drop_rate=args.drop, **options)
     if not args.evolve:

@@ -57,6 +57,9 @@ def test_training_free(run, tmp_path):
     dense, *others = (float(row['gmacs']) for row in rows)
     assert all(0.55 * dense < gmacs <= 0.6 * dense for gmacs in others)
     assert {row['n'] for row in rows} == {'2'} and all(row['commit'] for row in rows)
+    # A trial with fewer images is not taken for the whole.
+    rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', '--limit', 1)
+    assert [row['n'] for row in rows] == ['2', '2', '2', '1', '1']
 
 
 def test_dense_prediction(run, tmp_path):

@@ -223,7 +223,10 @@ def test_flags_evolve_a_vit_of_timm():
     for wrong, message in (
         (['--model', 'resnet18', '--evolve'], '--evolve: ResNet cannot be evolved'),
         ([*flags, '--stages', '9', '3'], '--evolve: stages: expected ascending'),
-        (['--model', 'resnet18', '--keep-ratio', '0.5'], 'resnet18 cannot be built with'),
+        (
+            ['--model', 'resnet18', '--keep-ratio', '0.5'],
+            '--keep-ratio: expected a model that evolves, found resnet18; add --evolve',
+        ),
     ):
         with pytest.raises(InputError, match=message):
             models.build(parser.parse_args(wrong), 10, 64)
