@@ -239,11 +239,11 @@ def make_case(
     size = size or models.published_cfg(name).input_size[-1]
     if args.data_path and not isinstance(size, int):
         raise InputError(f'--data-path: the loader makes square images, not {size}; use --img_size')
-    evolve = flags.evolve and not twin  # ours evolve anyway
-    twin = (name, {}) if evolve else twin
+    method = None if twin else flags.method  # ours evolve anyway
+    twin = (name, {}) if method else twin
     schedule = {} if twin else dict(stages=None, representative=None)  # which other models do not know
     case = dict(
-        mode=mode, model=name, twin=twin, evolve=evolve, input_size=size, batch_size=batch, seed=args.seed,
+        mode=mode, model=name, twin=twin, method=method, input_size=size, batch_size=batch, seed=args.seed,
         autocast=mode == 'train' or args.amp, precision=args.precision, compile=args.compile,
         channels_last=args.channels_last, data_path=args.data_path,
     )  # fmt: skip
@@ -255,7 +255,7 @@ def list_models(args: Namespace, case: Namespace) -> list[tuple[str, Callable[..
     listed = []
     for ratio in args.keep_ratio if args.keep_ratio and case.twin else [None]:
         flags = Namespace(**vars(case) | {'keep_ratio': ratio})
-        label = f'{case.model} evolved' if case.evolve else case.model
+        label = case.model + {None: '', 'evolve': ' evolved'}.get(case.method, f' {case.method}')
         listed.append((label, partial(models.build, flags, input_size=case.input_size)))
     if case.twin and args.compare:
         name, options = case.twin

@@ -29,7 +29,7 @@ MAY_CHANGE = dict.fromkeys(
     True,
 )
 # Flags of the model that an evaluation takes from the training, besides those of the images.
-MODEL_FLAGS = 'evolve', 'stages', 'keep_ratio', 'representative'
+MODEL_FLAGS = 'method', 'stages', 'keep_ratio', 'representative', 'merge_r', 'model_kwargs'
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -292,6 +292,8 @@ def saved_flags(content: dict) -> dict:
     flags = dict(flags) if isinstance(flags, dict) else {}
     if isinstance(flags.get('representative'), bool):  # as it was before there was a third choice
         flags['representative'] = 'one' if flags['representative'] else 'none'
+    if 'evolve' in flags:  # as it was before there was --method
+        flags['method'] = 'evolve' if flags.pop('evolve') else None
     return flags
 
 

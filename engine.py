@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add(
         '--stage-epoch', type=int, metavar='N',
         help='select before each layer until this epoch, then before each stage (default: two thirds of the epochs; '
-        'with --evolve 0)',
+        'with --method 0)',
     )  # fmt: skip
     add('--prune-warmup-epoch', type=int, default=0, metavar='N', help='first N epochs without selection')
     add(
@@ -595,7 +595,7 @@ def first_stage_wise_epoch(args: argparse.Namespace) -> int:
     """The first epoch with one selection a stage; published: 200 of 300. A pretrained ViT needs no earlier ones."""
     if args.stage_epoch is not None:
         return args.stage_epoch
-    return 0 if args.evolve else 2 * args.epochs // 3
+    return 0 if args.method else 2 * args.epochs // 3
 
 
 def finish_epoch(state: State, folder: RunFolder, record: dict):

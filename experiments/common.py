@@ -40,7 +40,7 @@ METHODS: dict[str, Callable[[nn.Module, float], nn.Module]] = {
     'one': evolve('one'),
     'drop': lambda model, t: rivals.apply(model, 'drop', keep_ratio=t),
     'fuse': lambda model, t: rivals.apply(model, 'fuse', keep_ratio=t),
-    'merge': lambda model, t: rivals.apply(model, 'merge', r=merged_per_block(model, t)),
+    'merge': lambda model, t: rivals.apply(model, 'merge', merge_r=merged_per_block(model, t)),
     'random': lambda model, t: rivals.apply(model, 'random', keep_ratio=(min(t + 0.2, 1.0), max(t - 0.2, 0.02))),
 }
 

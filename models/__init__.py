@@ -8,9 +8,10 @@ from contextlib import suppress
 import timm
 from timm.layers import to_2tuple
 from timm.models import PretrainedCfg
+from timm.utils import ParseKwargs
 from torch import nn
 
-from . import evo_deit, evo_levit, evolution
+from . import evo_deit, evo_levit, evolution, rivals
 from .vit import evolve
 from .weights import InputError, load_weights
 
@@ -24,7 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--model', metavar='NAME', help='any Evo-ViT or timm model')
     add('--drop', type=float, default=0.0, metavar='RATE', help='dropout before the head')
     add('--drop-path', type=float, metavar='RATE', help="stochastic depth; without, the model's own")
-    add('--evolve', action='store_true', help='give slow-fast evolution to a ViT of timm (models.evolve)')
+    add('--pretrained', action='store_true', help="begin with timm's weights of the model, downloaded once")
+    add('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', help='for its constructor')
+    add(
+        '--method', choices=['evolve', *rivals.METHODS],
+        help='make a ViT of timm faster: evolve (models.evolve), or for comparison a rival (models.rivals)',
+    )  # fmt: skip
+    add('--evolve', dest='method', action='store_const', const='evolve', help='the same as --method evolve')
+    add('--merge-r', type=int, metavar='R', help='--method merge: patches that each block merges away (default: 8)')
     add('--keep-ratio', type=float, nargs='+', metavar='R', help='share of informative patches, one or one a stage')
     add('--stages', type=int, nargs='+', metavar='BLOCK', help='first block of each stage that evolves')
     add(
@@ -38,31 +46,42 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def build(args: argparse.Namespace, num_classes: int, input_size: int | None = None) -> nn.Module:
-    """The model that the flags ask for, with random weights; InputError with the nearest names where there is none."""
-    schedule = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}
-    schedule = {name: value for name, value in schedule.items() if value is not None}
+    """The model that the flags ask for; InputError with the nearest names where there is none."""
+    flags = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}
+    flags = {name: value for name, value in (flags | {'merge_r': args.merge_r}).items() if value is not None}
     options = {} if args.drop_path is None else {'drop_path_rate': args.drop_path}
-    if not args.evolve:
-        if schedule and not args.model.startswith(('evo_deit_', 'EvoLeViT_')) and timm.is_model(args.model):
-            names = ', '.join(f'--{name.replace("_", "-")}' for name in schedule)
+    options |= {'pretrained': True} if args.pretrained else {}
+    if not args.method:
+        if flags and not args.model.startswith(('evo_deit_', 'EvoLeViT_')) and timm.is_model(args.model):
+            names = ', '.join(f'--{name.replace("_", "-")}' for name in flags)
             raise InputError(
                 f'{names}: expected a model that evolves, found {args.model}; add --evolve for a ViT of timm'
             )
-        options |= schedule
+        options |= flags
+    options |= args.model_kwargs or {}
     model = create(args.model, num_classes, input_size or args.input_size, drop_rate=args.drop, **options)
-    if not args.evolve:
-        return model
     try:
-        return evolve(model, **schedule)
+        return apply(model, args.method, **flags) if args.method else model
     except ValueError as error:
-        raise InputError(f'--evolve: {error}') from error
+        raise InputError(f'--method {args.method}: {error}') from error
+
+
+def apply(model: nn.Module, method: str, **flags) -> nn.Module:
+    """Give a ViT of timm `evolve` or a rival, in place; ValueError for a flag that the method does not have."""
+    known = ('keep_ratio', 'stages', 'representative') if method == 'evolve' else rivals.ARGUMENTS[method]
+    if unknown := [f'--{name.replace("_", "-")}' for name in flags if name not in known]:
+        raise ValueError(f'{", ".join(unknown)} means nothing here')
+    return evolve(model, **flags) if method == 'evolve' else rivals.apply(model, method, **flags)
 
 
 def create(name: str, num_classes: int, input_size: int | None = None, **options) -> nn.Module:
     """Any registered model for images of `input_size` px (None: its own); InputError if there is none, or none with
     these options.
     """
-    if published_cfg(name).fixed_input_size and input_size is not None:
+    cfg = published_cfg(name)
+    if options.get('pretrained') and not cfg.has_weights:
+        raise InputError(f'--pretrained: timm has no weights of {name}; load a file with --finetune')
+    if cfg.fixed_input_size and input_size is not None:
         options['img_size'] = input_size
     try:
         model = timm.create_model(name, num_classes=num_classes, **options)

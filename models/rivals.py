@@ -9,6 +9,8 @@ Written from the papers' formulas. Shapes as in evolution.py.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -155,7 +157,11 @@ def select_at_random(tokens: Tensor, score: Tensor | None, *args, **kwargs):
 
 
 def apply(
-    model: nn.Module, method: str, keep_ratio: float = 0.7, r: int = 8, stages: Sequence[int] | None = None
+    model: nn.Module,
+    method: str,
+    keep_ratio: float | Sequence[float] = 0.7,
+    stages: Sequence[int] | None = None,
+    merge_r: int = 8,
 ) -> nn.Module:
     """Give a ViT of timm one of the rivals, in place, with the schedule of its paper; returns the model.
 
@@ -163,27 +169,31 @@ def apply(
         method: 'drop', 'fuse', 'merge' or 'random'.
         keep_ratio: drop, fuse: the share of the patches still there that goes on, at each of the stages (EViT: 0.7).
             random: as in `models.evolve`.
-        r: merge: how many patches each block merges away.
         stages: drop, fuse: the blocks before which patches leave; by default 4, 7 and 10 of 12, and in proportion.
+        merge_r: merge: how many patches each block merges away.
 
     Raises ValueError, with the reason, for another method or a model that cannot be evolved.
     """
     if method not in METHODS:
         raise ValueError(f'method: expected one of {", ".join(METHODS)}, found {method!r}')
-    depth = len(getattr(model, 'blocks', ()))
     if method == 'merge':
+        if merge_r < 0:
+            raise ValueError(f'merge_r: expected 0 or more patches, found {merge_r}')
         model = evolve(model, 1.0, stages=(), representative='none')
-        model.update_group = partial(merge, r=r)
+        model.update_group = partial(merge, r=merge_r)
         return model
     if method == 'random':
         model = evolve(model, keep_ratio, stages)
     else:
+        depth = len(getattr(model, 'blocks', ()))
         # EViT drops after the attention of its blocks 3, 6 and 9 of 12: before the next block begins.
         stages = sorted({min(depth * i // 4 + 1, depth - 1) for i in (1, 2, 3)}) if stages is None else stages
-        ratios = [keep_ratio ** (i + 1) for i in range(len(stages))]
-        model = evolve(model, ratios, stages, representative='none')
+        shares = evolution.check_keep_ratio(keep_ratio, len(stages))
+        model = evolve(model, list(accumulate(shares, mul)), stages, representative='none')
     model.update_group = METHODS[method]
     return model
 
 
 METHODS: dict[str, Callable] = {'drop': drop, 'fuse': fuse, 'merge': merge, 'random': select_at_random}
+# What `apply` has of arguments for each.
+ARGUMENTS = dict.fromkeys(('drop', 'fuse', 'random'), ('keep_ratio', 'stages')) | {'merge': ('merge_r',)}

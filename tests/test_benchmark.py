@@ -198,7 +198,7 @@ def test_what_cannot_be_evolved_ends_its_row_alone(bench, tmp_path):
     with pytest.raises(SystemExit):
         bench('--model', 'resnet10t', '--evolve', *flags)
     rows = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
-    assert rows[0]['error'].startswith('InputError: --evolve: ResNet cannot be evolved') and rows[1]['ms'] > 0
+    assert rows[0]['error'].startswith('InputError: --method evolve: ResNet cannot be evolved') and rows[1]['ms'] > 0
 
 
 def test_end_to_end_is_never_mixed_up_with_noise(bench, image_folder):

@@ -72,7 +72,7 @@ def test_every_published_flag_is_accepted():
 def test_what_may_change_in_a_resumed_run_is_flags():
     flags = vars(engine.get_parser('', main_deit.RECIPE).parse_args([]))
     assert set(flags) >= set(engine.MAY_CHANGE)
-    assert not {'model', 'lr', 'epochs', 'seed', 'batch_size', 'mixup', 'evolve'} & set(engine.MAY_CHANGE)
+    assert not {'model', 'lr', 'epochs', 'seed', 'batch_size', 'mixup', 'method'} & set(engine.MAY_CHANGE)
 
 
 def test_the_recipe_is_the_published_one():
@@ -514,6 +514,7 @@ def test_evaluation_restores_the_model_of_the_training(capsys, saved, now):
     args = engine.get_parser('', {}).parse_args(['--resume', 'c.pth'])
     before = dict(vars(args))
     restored = checkpoint.restore_model_args(args, {'args': trained})
+    assert trained.pop('evolve') and restored.method == 'evolve'  # its name today
     assert {name: getattr(restored, name) for name in trained} == trained | {'representative': now}
     assert vars(args) == before and not capsys.readouterr().out
     args.input_size = 32

@@ -1,11 +1,15 @@
 """Rivals: what their papers say of them, and the one seam."""
 
+import argparse
 import copy
 
 import pytest
+import timm
 import torch
 from test_vit import dense, images
 
+import models
+from costs import count_gmacs
 from models import evolution, rivals
 
 
@@ -20,7 +24,7 @@ def run(model, x):
     [
         ('drop', dict(keep_ratio=1.0), dict(keep_ratio=0.5)),
         ('fuse', dict(keep_ratio=1.0), dict(keep_ratio=0.5)),
-        ('merge', dict(r=0), dict(r=3)),
+        ('merge', dict(merge_r=0), dict(merge_r=3)),
     ],
 )
 def test_reducing_nothing_is_dense_and_the_grid_stays_whole(name, method, same, less):
@@ -79,7 +83,7 @@ def test_matching_merges_the_most_similar_pairs():
 
 
 def test_merging_counts_and_unmerges():
-    model = rivals.apply(dense(), 'merge', r=4)
+    model = rivals.apply(dense(), 'merge', merge_r=4)
     x = images(model)
     seen = []
 
@@ -99,14 +103,14 @@ def test_merging_counts_and_unmerges():
         [torch.stack([o[c == j][0] for j in range(5)]) for o, c in zip(tokens[:, 1:], seen[1].cluster, strict=True)]
     )
     torch.testing.assert_close(tokens[:, 1:], first.gather(1, seen[1].cluster[..., None].expand(-1, -1, 192)))
-    whole = rivals.apply(dense(), 'merge', r=4)
+    whole = rivals.apply(dense(), 'merge', merge_r=4)
     with torch.no_grad():
         torch.testing.assert_close(whole.evolve(x)[0], tokens, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_flow_and_selection_at_random_differs():
     for method in rivals.METHODS:
-        model = rivals.apply(dense(), method, **({'r': 3} if method == 'merge' else {'keep_ratio': 0.6})).train()
+        model = rivals.apply(dense(), method, **({'merge_r': 3} if method == 'merge' else {'keep_ratio': 0.6})).train()
         model(images(model)).square().sum().backward()
         assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     model = rivals.apply(dense(), 'random', keep_ratio=0.5)
@@ -117,3 +121,23 @@ def test_gradients_flow_and_selection_at_random_differs():
 def test_other_methods_are_refused():
     with pytest.raises(ValueError, match='expected one of drop, fuse, merge, random, found .prune.'):
         rivals.apply(dense(), 'prune')
+
+
+@pytest.mark.parametrize(
+    'method, flags', [('drop', ['--keep-ratio', '0.6']), ('merge', ['--merge-r', '3']), ('evolve', [])]
+)
+def test_flags_choose_the_method(method, flags):
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    args = parser.parse_args(['--model', 'vit_tiny_patch16_224', '--method', method, *flags])
+    args.input_size, x = 64, torch.randn(1, 3, 64, 64)
+    dense = timm.create_model('vit_tiny_patch16_224', img_size=64)
+    assert count_gmacs(models.build(args, 5).eval(), [x]) < 0.9 * count_gmacs(dense.eval(), [x])
+    args.merge_r, args.representative = 3, 'none'
+    with pytest.raises(models.InputError, match='means nothing here'):
+        models.build(args, 5)
+
+
+def test_models_without_weights_of_timm_are_not_pretrained():
+    with pytest.raises(models.InputError, match='has no weights'):
+        models.create('evo_deit_tiny_patch16_224', 5, pretrained=True)
