@@ -2,11 +2,12 @@
 
 import argparse
 import csv
+import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,35 +20,27 @@ from torch import Tensor, nn  # noqa: E402
 
 import models  # noqa: E402
 from costs import count_gmacs  # noqa: E402
-from models import rivals  # noqa: E402
 
 BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # of the dense model's GMACs
 
 
-def evolve(representative: str) -> Callable[[nn.Module, float], nn.Module]:
-    """A method of one number t in (0, 1): ratios around t, as 0.7 and 0.3 are around 0.5."""
-
-    def apply(model: nn.Module, t: float) -> nn.Module:
-        return models.evolve(model, (min(t + 0.2, 1.0), max(t - 0.2, 0.02)), representative=representative)
-
-    return apply
+def around(t: float) -> tuple[float, float]:
+    """Keep ratios of two stages around t, as 0.7 and 0.3 are around 0.5."""
+    return round(min(t + 0.2, 1.0), 4), round(max(t - 0.2, 0.02), 4)
 
 
-# Each takes a dense ViT and a number in (0, 1): the more, the more arithmetic.
-METHODS: dict[str, Callable[[nn.Module, float], nn.Module]] = {
-    'nearest': evolve('nearest'),
-    'none': evolve('none'),
-    'one': evolve('one'),
-    'drop': lambda model, t: rivals.apply(model, 'drop', keep_ratio=t),
-    'fuse': lambda model, t: rivals.apply(model, 'fuse', keep_ratio=t),
-    'merge': lambda model, t: rivals.apply(model, 'merge', merge_r=merged_per_block(model, t)),
-    'random': lambda model, t: rivals.apply(model, 'random', keep_ratio=(min(t + 0.2, 1.0), max(t - 0.2, 0.02))),
-}
+METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge', 'random'
 
 
-def merged_per_block(model: nn.Module, t: float) -> int:
-    """How many patches each block merges, so that t of them would be left after the last."""
-    return round((1 - t) * model.patch_embed.num_patches / len(model.blocks))
+def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
+    """The method of models.apply and its arguments, for one number t in (0, 1): the more, the more arithmetic."""
+    if method == 'merge':  # so many in each block that t of the patches would be left after the last
+        return method, dict(merge_r=round((1 - t) * model.patch_embed.num_patches / len(model.blocks)))
+    if method == 'random':
+        return method, dict(keep_ratio=around(t))
+    if method in ('drop', 'fuse'):
+        return method, dict(keep_ratio=round(t, 4))
+    return 'evolve', dict(keep_ratio=around(t), representative=method)
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: str):
@@ -59,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser, output: str):
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--batch-size', type=int, default=50)
     parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
+    parser.add_argument(
+        '--speed', choices=['missing', 'all', 'none'], default='missing',
+        help='measure the speed of these rows once there are results; it needs a quiet machine',
+    )  # fmt: skip
 
 
 def build(args: argparse.Namespace, method: str, t: float, img_size: int | tuple[int, int] | None = None) -> nn.Module:
@@ -67,7 +64,9 @@ def build(args: argparse.Namespace, method: str, t: float, img_size: int | tuple
     models.load_weights(model, args.weights)
     if img_size is not None:
         model.set_input_size(img_size)
-    model = model if method == 'dense' else METHODS[method](model, t)
+    if method != 'dense':
+        name, arguments = settings(method, t, model)
+        models.apply(model, name, **arguments)
     return model.eval().to(args.device)
 
 
@@ -109,14 +108,37 @@ class Rows:
             k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in (row | self.setup | circumstances()).items()
         }
         self.rows.append(row)
+        self.write()
+        print(', '.join(f'{k} {v}' for k, v in list(row.items())[:10]), flush=True)
+
+    def write(self):
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix('.tmp')
         with open(temporary, 'w', newline='') as file:
-            writer = csv.DictWriter(file, list(row), lineterminator='\n')
+            writer = csv.DictWriter(file, names, lineterminator='\n')
             writer.writeheader()
             writer.writerows(self.rows)
         temporary.replace(self.path)
-        print(', '.join(f'{k} {v}' for k, v in list(row.items())[:10]), flush=True)
+
+    def measure(self, which: str, make: Callable[[str, float], nn.Module], batch_size: int, train: bool = False):
+        """Images a second of the rows whose speed is missing, or of all, a method and setting once.
+
+        `make` builds a model from both.
+        """
+        pending = [row for row in self.ours() if which == 'all' or row.get('images_per_second', '') == '']
+        groups = list(dict.fromkeys((row['method'], row['setting']) for row in pending))
+        if which == 'none' or not groups:
+            return
+        dense = make('dense', 1.0)
+        for key in groups:
+            speed, speedup = images_per_second(make(*key), dense, batch_size, train=train)
+            measured = dict(images_per_second=round(speed, 2), speedup=round(speedup, 3))
+            for row in pending:
+                if (row['method'], row['setting']) == key:
+                    row.update(measured, threads=torch.get_num_threads())
+            print(*key, f'{speed:.1f} img/s, {speedup:.2f}x dense', flush=True)
+            self.write()
 
 
 def _number(text: str) -> float | int | str:
@@ -144,19 +166,67 @@ def paired_interval(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     return difference.mean().item(), 1.96 * difference.std().item() / math.sqrt(len(difference))
 
 
-def images_per_second(model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 5) -> tuple[float, float]:
-    """Images a second of a model, and how many times faster than dense it is: medians, the two measured in turns."""
-    device = next(model.parameters()).device
-    x = torch.randn(batch_size, 3, *model.patch_embed.img_size, device=device)
+def train(flags: Sequence, folder: Path) -> dict:
+    """Run main_deit.py in a process of its own to the end, or on from where it stopped; the last line of its log."""
+    command = [sys.executable, ROOT / 'main_deit.py', *flags, '--output_dir', folder, '--auto-resume']
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
+    return json.loads((folder / 'log.txt').read_text().splitlines()[-1])
+
+
+def method_flags(method: str, arguments: dict) -> list[str]:
+    """The flags of main_deit.py for a method of models.apply."""
+    flags = ['--method', method]
+    for name, value in arguments.items():
+        flags += [f'--{name.replace("_", "-")}', *(value if isinstance(value, tuple) else [value])]
+    return [str(flag) for flag in flags]
+
+
+def t_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean of a few values, and half of its 95 % interval by Student's t; infinite for one value."""
+    values = torch.tensor(list(values), dtype=torch.float64)
+    n = len(values)
+    if n < 2:
+        return values.mean().item(), math.inf
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(n, 2.571)  # of n - 1 degrees of freedom; 6 or more: of 5
+    return values.mean().item(), quantile * values.std().item() / math.sqrt(n)
+
+
+def images_per_second(
+    model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 5, train: bool = False
+) -> tuple[float, float]:
+    """Images a second of a model, and how many times faster than dense it is: medians, the two measured in turns.
+
+    Of inference, or with `train` of steps of AdamW, with autocast to bfloat16. Each has images of its own size.
+    """
     seconds = {model: [], dense: []}
-    with torch.inference_mode():
-        for turn in range(turns + 1):
-            for each in (dense, model):
-                started = time.perf_counter()
-                each(x)
-                if device.type == 'cuda':
-                    torch.cuda.synchronize()
-                if turn:  # the first is a warm-up
-                    seconds[each].append(time.perf_counter() - started)
+    steps = {each: _make_step(each, batch_size, train) for each in (dense, model)}
+    for turn in range(turns + 1):
+        for each, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:  # the first is a warm-up
+                seconds[each].append(time.perf_counter() - started)
     ratios = torch.tensor(seconds[dense]) / torch.tensor(seconds[model])
     return batch_size / torch.tensor(seconds[model]).median().item(), ratios.median().item()
+
+
+def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
+    device = next(model.parameters()).device
+    x = torch.randn(batch_size, 3, *model.patch_embed.img_size, device=device)
+    if not train:
+        model.eval()
+        return torch.inference_mode()(lambda: model(x))
+    targets = torch.zeros(batch_size, dtype=torch.long, device=device)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.0)
+
+    def step():
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = model(x)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        torch.nn.functional.cross_entropy(logits.float(), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

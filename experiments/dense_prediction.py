@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import BUDGETS, Rows, add_arguments, build, find_setting, gmacs, images_per_second
+from common import BUDGETS, Rows, add_arguments, build, find_setting, gmacs
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -163,13 +163,14 @@ def main():
         scores = [[mean_iou(seed) for seed in part] for part in (matrices.sum(2), matrices[:, :, 0], matrices[:, :, 1])]
         miou, inside, boundary = (float(np.mean(part)) for part in scores)
         off = miou - float(np.mean([mean_iou(seed) for seed in reference.sum(2)]))
-        speed, speedup = images_per_second(model, dense, min(args.batch_size, 8))
         rows.add(
             method=method, budget=budget, setting=t, gmacs=gmacs(model), miou=miou, off=off, off_low=low,
             off_high=high, miou_inside=inside, miou_boundary=boundary, seed_spread=float(np.ptp(scores[0])),
-            images_per_second=speed, speedup=speedup, seconds=round(time.perf_counter() - started),
+            seconds=round(time.perf_counter() - started),
         )  # fmt: skip
-    draw(rows.ours(), output.with_suffix('.png'), size[0])
+    rows.measure(args.speed, make, min(args.batch_size, 8))
+    if args.speed != 'none':
+        draw(rows.ours(), output.with_suffix('.png'), size[0])
 
 
 def draw(rows: list[dict], path: Path, width: int):

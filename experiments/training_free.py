@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import BUDGETS, METHODS, Rows, add_arguments, build, find_setting, gmacs, images_per_second, paired_interval
+from common import BUDGETS, METHODS, Rows, add_arguments, build, find_setting, gmacs, paired_interval
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
@@ -60,7 +60,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, 'training_free')
     parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS)
-    parser.add_argument('--methods', nargs='+', default=list(METHODS))
+    parser.add_argument('--methods', nargs='+', default=METHODS)
     args = parser.parse_args()
     output = Path(args.output)
     make = partial(build, args)
@@ -80,15 +80,16 @@ def main():
         model = make(method, t)
         predictions, grid = predict(model, images, args.batch_size)
         off, interval = paired_interval(100 * (predictions == labels).float(), 100 * right)
-        speed, speedup = images_per_second(model, dense, min(args.batch_size, 32))
         rows.add(
             method=method, budget=budget, setting=t, gmacs=gmacs(model),
             top1=100 * (predictions == labels).float().mean().item(),
             off=off, interval=interval, same=100 * (predictions == reference).float().mean().item(),
             grid=torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item(),
-            images_per_second=speed, speedup=speedup, seconds=round(time.perf_counter() - started),
+            seconds=round(time.perf_counter() - started),
         )  # fmt: skip
-    draw(rows.ours(), output.with_suffix('.png'))
+    rows.measure(args.speed, make, min(args.batch_size, 32))
+    if args.speed != 'none':
+        draw(rows.ours(), output.with_suffix('.png'))
 
 
 def draw(rows: list[dict], path: Path):
