@@ -16,7 +16,10 @@ sys.path.insert(0, str(ROOT))  # experiments are run as scripts
 
 import timm  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from timm.data import ImageNetInfo, create_transform  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torchvision.transforms import Compose  # noqa: E402
 
 import models  # noqa: E402
 from costs import count_gmacs  # noqa: E402
@@ -43,10 +46,11 @@ def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
     return 'evolve', dict(keep_ratio=around(t), representative=method)
 
 
-def add_arguments(parser: argparse.ArgumentParser, output: str):
+def add_arguments(parser: argparse.ArgumentParser, output: str, model: str = 'deit_tiny_patch16_224', pretrained=True):
     """Flags of every experiment; results go to OUTPUT.csv and OUTPUT.png."""
-    parser.add_argument('--model', default='deit_tiny_patch16_224', help="a ViT of timm's that models.evolve takes")
-    parser.add_argument('--weights', required=True, metavar='PATH', help='its weights: .pth, .safetensors or URL')
+    parser.add_argument('--model', default=model, help='default: %(default)s')
+    if pretrained:
+        parser.add_argument('--weights', required=True, metavar='PATH', help='its weights: .pth, .safetensors or URL')
     parser.add_argument('--data-path', required=True, metavar='PATH')
     parser.add_argument('--output', default=f'experiments/{output}', metavar='PATH', help='without an ending')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -160,10 +164,32 @@ def circumstances() -> dict:
     )  # fmt: skip
 
 
+def find_images(root: Path, limit: int | None) -> tuple[list[Path], Tensor]:
+    """Image files in folders named by ImageNet's synsets, and their labels."""
+    root = root / 'val' if (root / 'val').is_dir() else root
+    label = {synset: i for i, synset in enumerate(ImageNetInfo().label_names())}
+    paths = sorted(path for path in root.glob('*/*') if path.parent.name in label)[:limit]
+    if not paths:
+        raise SystemExit(f'{root}: expected folders named by synsets, such as n01440764, with images')
+    return paths, torch.tensor([label[path.parent.name] for path in paths])
+
+
+def image_transform(config: dict) -> tuple[int, Callable, Callable]:
+    """From timm's configuration of a model: its crop in px, and functions that resize a PIL image and normalise one."""
+    resize, *_, to_tensor, normalise = create_transform(**config, is_training=False).transforms
+    return config['input_size'][-1], resize, Compose([to_tensor, normalise])
+
+
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """Mean of values (n,), and half of its 95 % interval."""
+    values = values.double().cpu()
+    deviation = values.std().item() if len(values) > 1 else math.inf
+    return values.mean().item(), 1.96 * deviation / math.sqrt(len(values))
+
+
 def paired_interval(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """Mean of the paired difference of two (n,) tensors, and half of its 95 % interval."""
-    difference = (ours.double() - theirs.double()).cpu()
-    return difference.mean().item(), 1.96 * difference.std().item() / math.sqrt(len(difference))
+    return mean_interval(ours.double() - theirs.double())
 
 
 def train(flags: Sequence, folder: Path) -> dict:
@@ -230,3 +256,25 @@ def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
         optimizer.zero_grad()
 
     return step
+
+
+def draw_seeds(rows: list[dict], others: Sequence[str], title: str, path: Path):
+    """Print the difference in top-1 of every method to each of `others`, and draw that to the first over its speed."""
+    methods = list(dict.fromkeys(row['method'] for row in rows))
+    top1 = {method: {row['seed']: row['top1'] for row in rows if row['method'] == method} for method in methods}
+    axes = (figure := Figure((6, 4), layout='constrained')).subplots()
+    for method, marker in zip(methods, '*sovPD^x', strict=False):
+        speed = next(row['speedup'] for row in rows if row['method'] == method)
+        offs = [t_interval(top1[method][seed] - top1[other][seed] for seed in top1[method]) for other in others]
+        mean = t_interval(top1[method].values())[0]
+        words = ', '.join(
+            f'{off:+.2f} ± {half:.2f} to {other}' for (off, half), other in zip(offs, others, strict=True)
+        )
+        print(f'{method:14} {mean:.2f} % ({len(top1[method])} seeds), {words}, {speed:.2f}x in training')
+        off, half = offs[0]
+        axes.errorbar(speed, off, half if math.isfinite(half) else 0, fmt=marker, capsize=3, label=method)
+    axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
+    axes.set(xlabel='times as fast as dense in training, measured', ylabel='top-1 minus dense, points')
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f'{title}: mean and 95 % interval over {len(top1[methods[0]])} seeds', fontsize=10)
+    figure.savefig(path, dpi=150)

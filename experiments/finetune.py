@@ -22,19 +22,18 @@ from common import (
     Rows,
     add_arguments,
     build,
+    draw_seeds,
     find_setting,
     gmacs,
     method_flags,
     settings,
-    t_interval,
     train,
 )
-from matplotlib.figure import Figure
 from torch import nn
 
 METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge'
 SMALLER = 176  # px
-RECIPE = """--warmup-epochs 0 --lr 8e-4 --batch-size 32 --weight-decay 0.05 --drop-path 0 --mixup 0 --cutmix 0
+RECIPE = """--warmup-epochs 0 --lr 8e-4 --weight-decay 0.05 --drop-path 0 --mixup 0 --cutmix 0
     --reprob 0 --color-jitter 0 --no-repeated-aug --no-model-ema --precision bf16 --num_workers 1""".split()
 
 
@@ -64,6 +63,7 @@ def main():
     parser.add_argument('--epochs', type=int, default=3)
     parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2))
     parser.add_argument('--methods', nargs='+', default=METHODS)
+    parser.set_defaults(batch_size=32)
     args = parser.parse_args()
     output, runs = Path(args.output), args.runs.absolute()
 
@@ -77,6 +77,7 @@ def main():
     data = link_subset(Path(args.data_path), runs / 'data', *args.images)
     common = ['--model', args.model, '--finetune', Path(args.weights).absolute(), '--data-path', data, *RECIPE]
     common += ['--aa', '', '--epochs', args.epochs, '--eval-interval', args.epochs, '--device', args.device]
+    common += ['--batch-size', args.batch_size]
     for seed in args.seeds:
         for method in ('dense', 'smaller image', *args.methods):
             if rows.has(method=method, seed=seed):
@@ -92,32 +93,9 @@ def main():
                 method=method, seed=seed, setting=t, gmacs=gmacs(make(method, t)), top1=log['test_acc1'],
                 seconds=round(time.perf_counter() - started),
             )  # fmt: skip
-    rows.measure(args.speed, make, 32, train=True)
+    rows.measure(args.speed, make, args.batch_size, train=True)
     if args.speed != 'none':
-        report(rows.ours(), output.with_suffix('.png'))
-
-
-def report(rows: list[dict], path: Path):
-    """Print the difference of every method to dense and to the smaller image, and draw it over training time."""
-    methods = list(dict.fromkeys(row['method'] for row in rows))
-    top1 = {method: {row['seed']: row['top1'] for row in rows if row['method'] == method} for method in methods}
-    figure = Figure((6, 4), layout='constrained')
-    axes = figure.subplots()
-    for method, marker in zip(methods, '*sovPD^x', strict=False):
-        speed = next(row['speedup'] for row in rows if row['method'] == method)
-        offs = []
-        for other in ('dense', 'smaller image'):
-            off, interval = t_interval(top1[method][seed] - top1[other][seed] for seed in top1[method])
-            offs.append(f'{off:+.2f} ± {interval:.2f} to {other}')
-            if other == 'dense':
-                axes.errorbar(speed, off, interval if method != 'dense' else 0, fmt=marker, capsize=3, label=method)
-        mean = t_interval(top1[method].values())[0]
-        print(f'{method:14} {mean:.2f} % ({len(top1[method])} seeds), {", ".join(offs)}, {speed:.2f}x in training')
-    axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
-    axes.set(xlabel='times as fast as dense in training, measured', ylabel='top-1 minus dense, points')
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f'fine-tuned, mean and 95 % interval over {len(top1["dense"])} seeds', fontsize=10)
-    figure.savefig(path, dpi=150)
+        draw_seeds(rows.ours(), ['dense', 'smaller image'], 'fine-tuned', output.with_suffix('.png'))
 
 
 if __name__ == '__main__':

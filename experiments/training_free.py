@@ -18,25 +18,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import BUDGETS, METHODS, Rows, add_arguments, build, find_setting, gmacs, paired_interval
+from common import BUDGETS, METHODS, Rows, add_arguments, build, find_images, find_setting, gmacs, paired_interval
 from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 STYLES = dict(
     nearest='o-', none='s--', one='P--', merge='^:', drop='D-.', fuse='v-.', random='x:'
 )  # told apart in grey too
-
-
-def find_images(root: Path, limit: int | None) -> tuple[list[Path], Tensor]:
-    """Image files in folders named by ImageNet's synsets, and their labels."""
-    root = root / 'val' if (root / 'val').is_dir() else root
-    label = {synset: i for i, synset in enumerate(ImageNetInfo().label_names())}
-    paths = sorted(path for path in root.glob('*/*') if path.parent.name in label)[:limit]
-    if not paths:
-        raise SystemExit(f'{root}: expected folders named by synsets, such as n01440764, with images')
-    return paths, torch.tensor([label[path.parent.name] for path in paths])
 
 
 def load_images(paths: list[Path], model: nn.Module) -> Tensor:

@@ -23,17 +23,12 @@ def run(monkeypatch, tmp_path):
         spec = importlib.util.spec_from_file_location(name, ROOT / 'experiments' / f'{name}.py')
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        common = [
-            '--model',
-            'vit_tiny_patch16_224',
-            '--weights',
-            tmp_path / 'w.pth',
-            '--output',
-            tmp_path / 'out' / name,
-        ]
-        monkeypatch.setattr(
-            sys, 'argv', [name, *map(str, [*common, '--data-path', tmp_path, '--batch-size', 2, *flags])]
-        )
+        common = ['--output', tmp_path / 'out' / name, '--data-path', tmp_path, '--batch-size', 2]
+        if name in ('finetune', 'from_scratch'):
+            common += ['--runs', tmp_path / 'runs']
+        if name != 'from_scratch':
+            common += ['--model', 'vit_tiny_patch16_224', '--weights', tmp_path / 'w.pth']
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, [*common, *flags])])
         for _ in range(2):  # the second time there is nothing left to compute, and the picture is drawn again
             module.main()
             with open(tmp_path / 'out' / f'{name}.csv', newline='') as file:
@@ -72,3 +67,48 @@ def test_dense_prediction(run, tmp_path):
     rows = run('dense_prediction', '--budgets', 0.6, '--methods', 'nearest', '--seeds', 1, '--size', 96, 64)
     assert [row['method'] for row in rows] == ['dense', 'nearest']
     assert float(rows[0]['off']) == 0 and 0 <= float(rows[1]['miou']) <= 100
+
+
+def test_selection(run, tmp_path):
+    noise(tmp_path / 'val' / 'n01440764' / 'a.png', 230, 240)
+    (tmp_path / 'boxes.json').write_text('{"a.png": [[20, 20, 130, 220]]}')
+    rows = run('selection')
+    assert [(row['method'], row['block']) for row in rows[::11]] == [
+        ('attention', '1'),
+        ('novelty', '1'),
+        ('random', '1'),
+    ]
+    assert all(0 < float(row['kept_of_box']) < 100 for row in rows)
+    assert all(0 < float(row['kept_again_8px']) <= 100 for row in rows)
+
+
+def test_boxes_go_where_the_crop_shows_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
+    from selection import crop_boxes
+
+    # Twice as wide as high, halved, cropped to its middle: the left half of the crop, and one beside the crop.
+    cover = crop_boxes([[200, 0, 400, 400], [0, 0, 150, 400]], (800, 400), (400, 200), 200, 4).view(4, 4)
+    assert cover[:, :2].eq(1).all() and cover[:, 2:].eq(0).all()
+
+
+@pytest.fixture
+def classes(tmp_path):
+    for split in ('train', 'val'):
+        for i in range(8):
+            noise(tmp_path / split / f'class{i % 2}' / f'{i}.png', 32, 32)
+
+
+@pytest.mark.slow
+def test_finetune(run, classes):
+    flags = '--images', 4, 2, '--epochs', 1, '--seeds', 0, 1, '--methods', 'nearest', 'merge'
+    rows = run('finetune', *flags)
+    assert [row['method'] for row in rows] == 2 * ['dense', 'smaller image', 'nearest', 'merge']
+    assert len({row['gmacs'] for row in rows}) == 4 and all(float(row['speedup']) > 0 for row in rows)
+    assert all(float(row['gmacs']) <= float(rows[1]['gmacs']) for row in rows[2:4])
+
+
+@pytest.mark.slow
+def test_from_scratch(run, classes):
+    rows = run('from_scratch', '--epochs', 1, '--seeds', 0, '--methods', 'dense', 'nearest')
+    assert [row['method'] for row in rows] == ['dense', 'nearest']
+    assert float(rows[1]['gmacs']) < float(rows[0]['gmacs'])

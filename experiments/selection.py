@@ -1,0 +1,141 @@
+"""Does the selection find the object, and does it find it again in an image that was flipped or shifted?
+
+    python3 experiments/selection.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
+
+Validation images of ImageNet with the boxes of their objects (boxes.json beside val/: {file: [[x0, y0, x1, y1], ...]},
+pixels of the original). The pretrained model selects half of the patches once, before each of its blocks in turn:
+by class attention ('attention', as published), by attention and novelty ('novelty', what 'nearest' selects by), or at
+random. A row has the share of the box's area that is kept, minus the share of patches that is kept (what chance
+gives), with the 95 % interval over images; and the share of the kept patches that is kept again in the mirrored image
+and in one shifted by 4 and by 8 px.
+
+Rule, stated before it was run: a selection finds the object if the interval of the difference to chance is above 0;
+of two, one finds it better if their intervals do not overlap. Where patches are dropped, they are selected
+by 'attention'.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import timm
+import torch
+from common import Rows, add_arguments, find_images, image_transform, mean_interval
+from matplotlib.figure import Figure
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.transforms import functional
+
+import models
+
+# Representatives: 'nearest' selects by attention and novelty, 'none' by attention or what stands in for it.
+METHODS = {'attention': ('evolve', 'none'), 'novelty': ('evolve', 'nearest'), 'random': ('random', 'none')}
+SHIFTS = 4, 8  # px
+KEEP_RATIO = 0.5
+
+
+def crop_boxes(boxes: list, size: tuple[int, int], resized: tuple[int, int], crop: int, grid: int) -> Tensor:
+    """The share of each patch (N,) that boxes cover, after resizing an image of (width, height) and a central crop."""
+    mask = torch.zeros(crop, crop)
+    for box in boxes:
+        scaled = [value * new / old for value, new, old in zip(box, resized * 2, size * 2, strict=True)]
+        x0, y0, x1, y1 = (round(v - (n - crop) / 2) for v, n in zip(scaled, resized * 2, strict=True))
+        mask[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = 1
+    return nn.functional.adaptive_avg_pool2d(mask[None], grid).flatten()
+
+
+@torch.inference_mode()
+def kept(model: nn.Module, images: Tensor, block: int, batch_size: int) -> Tensor:
+    """Which patches (n, rows, columns) of images are selected before a block, bool."""
+    device, masks = next(model.parameters()).device, []
+    for batch in images.split(batch_size):
+        selection = model.evolve(batch.to(device), [block], stop_early=True)[1][f'blocks.{block}']
+        mask = torch.zeros(len(batch), model.patch_embed.num_patches, dtype=torch.bool, device=device)
+        masks.append(mask.scatter(1, selection.kept, True).unflatten(1, model.patch_embed.grid_size).cpu())
+    return torch.cat(masks)
+
+
+def kept_again(first: Tensor, second: Tensor) -> float:
+    """The share, in percent, of the patches of one selection that the other has too."""
+    return 100 * ((first & second).sum() / first.sum()).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, 'selection')
+    args = parser.parse_args()
+    output, root = Path(args.output), Path(args.data_path)
+    boxes = json.loads((root / 'boxes.json').read_text())
+    paths, _ = find_images(root, args.limit)
+    paths = [path for path in paths if path.name in boxes]
+    model = timm.create_model(args.model)
+    models.load_weights(model, args.weights)
+    model.eval().to(args.device)
+    crop, resize, normalise = image_transform(resolve_model_data_config(model))
+    views, cover = {'plain': [], 'mirrored': [], **{shift: [] for shift in SHIFTS}}, []
+    for path in paths:
+        image = Image.open(path).convert('RGB')
+        small = resize(image)
+        cover.append(crop_boxes(boxes[path.name], image.size, small.size, crop, model.patch_embed.grid_size[0]))
+        left, top = (round((n - crop) / 2) for n in small.size)
+        views['plain'].append(normalise(small.crop((left, top, left + crop, top + crop))))
+        views['mirrored'].append(functional.hflip(views['plain'][-1]))
+        for shift in SHIFTS:
+            views[shift].append(normalise(small.crop((left + shift, top, left + shift + crop, top + crop))))
+    views, cover = {name: torch.stack(images) for name, images in views.items()}, torch.stack(cover)
+    seen = cover.sum(1) > 0
+    rows = Rows(output.with_suffix('.csv'), dict(model=args.model, weights=Path(args.weights).name, n=len(paths)))
+    for name, (method, representative) in METHODS.items():
+        for block in range(1, len(model.blocks)):
+            if rows.has(method=name, block=block):
+                continue
+            started = time.perf_counter()
+            torch.manual_seed(block)  # of the random selection
+            models.apply(model, method, keep_ratio=KEEP_RATIO, stages=(block,))
+            model.representative = representative
+            masks = {view: kept(model, images, block, args.batch_size) for view, images in views.items()}
+            plain = masks['plain']
+            inside = (plain.flatten(1) * cover).sum(1)[seen] / cover.sum(1)[seen]
+            off, interval = mean_interval(100 * (inside - plain[seen].float().mean((1, 2))))
+            rows.add(
+                method=name, block=block, keep_ratio=KEEP_RATIO, kept_of_box=100 * inside.mean().item(),
+                off=off, interval=interval, kept_again_mirrored=kept_again(plain, masks['mirrored'].flip(2)),
+                **{f'kept_again_{shift}px': kept_again(plain, masks[shift]) for shift in SHIFTS},
+                seconds=round(time.perf_counter() - started),
+            )  # fmt: skip
+    draw(rows.ours(), output.with_suffix('.png'))
+
+
+def draw(rows: list[dict], path: Path):
+    """Over the blocks: how much more of the box than by chance is kept, and how much is kept again."""
+    figure = Figure((10, 4), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    for method, marker in zip(METHODS, 'os^', strict=True):
+        own = sorted((row for row in rows if row['method'] == method), key=lambda row: row['block'])
+        blocks = [row['block'] for row in own]
+        line = left.errorbar(
+            blocks, [r['off'] for r in own], [r['interval'] for r in own], fmt=f'{marker}-', capsize=2, label=method
+        )
+        for view, style in (('mirrored', '-'), (f'{SHIFTS[-1]}px', ':')):
+            label = f'{method}, ' + ('mirrored' if view == 'mirrored' else f'shifted by {SHIFTS[-1]} px')
+            again = [row[f'kept_again_{view}'] for row in own]
+            right.plot(blocks, again, marker + style, color=line[0].get_color(), label=label)
+    left.axhline(0, color='black', linewidth=0.8, linestyle=':')
+    right.axhline(100 * KEEP_RATIO, color='black', linewidth=0.8, linestyle=':')
+    left.set(xlabel='selected before block', ylabel="kept share of the object's box, points above chance")
+    right.set(xlabel='selected before block', ylabel='of the kept patches, kept again, %')
+    left.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=7, loc='center', bbox_to_anchor=(0.5, 0.25))
+    for axes in (left, right):
+        axes.set_xticks(sorted({row['block'] for row in rows}))
+    figure.suptitle(
+        f'{rows[0]["n"]} ImageNet validation images, half of the patches kept; dotted: chance; 95 % intervals',
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == '__main__':
+    main()
