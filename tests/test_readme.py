@@ -19,9 +19,9 @@ COMMANDS = sorted(
     {
         line.strip()
         for page in PAGES
-        for block in re.findall(r'^```\n(.*?)^```', page.read_text(), re.M | re.S)
+        for language, block in re.findall(r'^```(\w*)\n(.*?)^```$', page.read_text(), re.M | re.S)
         for line in block.splitlines()
-        if re.search(r'(main_deit|main_levit|benchmark|visualize)\.py ', line + ' ')
+        if not language and re.search(r'(main_deit|main_levit|benchmark|visualize)\.py ', line + ' ')
     }
 )
 
