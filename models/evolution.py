@@ -291,7 +291,8 @@ def evolve(
         keep_ratio: int(N * keep_ratio) patches are informative; ValueError if that is none of several.
         representative: 'none', 'one' or 'nearest', see above.
         selection: that of the group before, None before the first; select_anew: let the score choose another one.
-        need_score: False after the last selection of a network: the attentions of the class token are not computed.
+        need_score: False after the last selection of a network: the attentions of the class token are not computed,
+            and the score stays as it is.
         prefix: P, how many tokens stand before the patches; all of them are updated slowly.
 
     Returns:
