@@ -176,14 +176,14 @@ def novelty(patches: Tensor, score: Tensor) -> Tensor:
     placeholder finds one that is near: the peaks of density peak clustering (Rodriguez and Laio, 2014), with the class
     attention as density. COMPARED channels are enough to tell, and keep the N x N product cheap.
     """
-    order = score.argsort(1, descending=True)
-    compared = patches.detach()[..., :: max(1, patches.shape[-1] // COMPARED)]
+    order = score.argsort(1)
+    compared = patches.detach()[..., :: max(1, patches.shape[-1] // COMPARED)].contiguous()
     compared = F.normalize(take(compared, order), dim=-1)
     n = score.shape[1]
-    # In order of attention the more attended are those before; nobody is as far as cosine -1.
-    others = torch.full((n, n), -4.0, dtype=compared.dtype, device=compared.device).triu()
-    closest = torch.baddbmm(others, compared, compared.mT).amax(-1).clamp(min=-1.0)
-    return torch.zeros_like(score).scatter(1, order, (1 - closest).to(score.dtype))
+    # In order of attention the more attended are those behind; nobody is as far as cosine -1.
+    others = torch.full((n, n), -4.0, dtype=compared.dtype, device=compared.device).tril_()
+    closest = torch.baddbmm(others, compared, compared.mT).amax(-1).clamp_(min=-1.0)
+    return torch.empty_like(score).scatter_(1, order, (1 - closest).to(score.dtype))
 
 
 # --- represent
@@ -213,36 +213,39 @@ def nearest(tokens: Tensor, order: Tensor, k: int, prefix: int = 1) -> Tensor:
 
     tokens (B, P + N, C); order (B, N): the patches, the k informative ones first, each of which represents itself.
     """
-    tokens, kept, others = tokens.detach(), order[:, :k] + prefix, order[:, k:] + prefix
-    informative = F.normalize(take(tokens, kept), dim=-1)  # the length of the other one changes no argmax
-    closest = (take(tokens, others) @ informative.mT).argmax(-1)
+    ordered = take(tokens.detach(), order + prefix)
+    informative = F.normalize(ordered[:, :k], dim=-1)  # the length of the other one changes no argmax
+    closest = torch.bmm(ordered[:, k:], informative.mT).argmax(-1)
     own = torch.arange(k, device=order.device).expand(order.shape[0], -1)
-    return torch.zeros_like(order).scatter(1, order, torch.cat([own, closest], 1))
+    return torch.empty_like(order).scatter_(1, order, torch.cat([own, closest], 1))
 
 
 def cluster_sizes(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """How many belong to each of k clusters: (B, N) to (B, k)."""
     ones = torch.ones_like(cluster, dtype=dtype)
-    return ones.new_zeros(cluster.shape[0], k).scatter_add(1, cluster, ones)
+    return ones.new_zeros(cluster.shape[0], k).scatter_add_(1, cluster, ones)
 
 
 def cluster_means(tokens: Tensor, cluster: Tensor, size: Tensor) -> Tensor:
     """Means (B, K, C) of the tokens (B, N, C) of each cluster."""
-    batch, k = size.shape
+    return _means(tokens, _flat(cluster, size.shape[1]), size)
+
+
+def _means(tokens: Tensor, rows: Tensor, size: Tensor) -> Tensor:
     dtype = torch.promote_types(tokens.dtype, torch.float32)  # sums of many members overflow in half precision
-    sums = torch.zeros(batch * k, tokens.shape[2], dtype=dtype, device=tokens.device)
-    sums = sums.index_add(0, _flat(cluster, k), tokens.flatten(0, 1).to(dtype)).unflatten(0, (batch, k))
+    sums = torch.zeros(size.numel(), tokens.shape[2], dtype=dtype, device=tokens.device)
+    sums = sums.index_add_(0, rows, tokens.flatten(0, 1).to(dtype)).view(*size.shape, -1)
     return (sums / size.unsqueeze(-1)).to(tokens.dtype)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows (B, n, C) of x (B, N, C) at index (B, n); several times as fast on a CPU as gather with an index of C."""
-    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[2])
 
 
 def _flat(index: Tensor, n: int) -> Tensor:
     """Indices (B, m) into rows of n each to indices (B * m) into all rows."""
-    return (index + n * torch.arange(index.shape[0], device=index.device).unsqueeze(1)).flatten()
+    return (index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)).flatten()
 
 
 # --- update
@@ -254,12 +257,8 @@ def run(
     blocks: Sequence[Block],
     tradeoffs: Sequence[Tradeoff],
     need_score: bool = True,
-    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Send tokens through blocks, and update the score (B, m) of the first m <= n patches among them.
-
-    `size` (B, m): how many patches each stands for; the class token's attention is divided among them.
-    """
+    """Send tokens through blocks, and update the score (B, m) of the first m <= n patches among them."""
     for i, (block, tradeoff) in enumerate(zip(blocks, tradeoffs, strict=True)):
         # A later constant tradeoff of 1 overwrites everything before it: those attentions need not be computed.
         overwritten = any([isinstance(t, float) and t == 1 for t in tradeoffs[i + 1 :]])
@@ -267,7 +266,7 @@ def run(
         slow = slow._replace(tokens=tokens)
         if attention is not None:
             attention = attention if score is None else attention[:, : score.shape[1]]
-            score = update_score(score, attention if size is None else attention / size, tradeoff)
+            score = update_score(score, attention, tradeoff)
     return slow.tokens, score
 
 
@@ -292,7 +291,8 @@ def evolve(
         keep_ratio: int(N * keep_ratio) patches are informative; ValueError if that is none of several.
         representative: 'none', 'one' or 'nearest', see above.
         selection: that of the group before, None before the first; select_anew: let the score choose another one.
-        need_score: False after the last selection of a network: the attentions of the class token are not computed.
+        need_score: False after the last selection of a network: the attentions of the class token are not computed,
+            and the score stays as it is.
         prefix: P, how many tokens stand before the patches; all of them are updated slowly.
 
     Returns:
@@ -314,7 +314,7 @@ def evolve(
             selection = Selection(select(score, k), score)
     update = partial(run, blocks=blocks, tradeoffs=tradeoffs, need_score=need_score)
     if selection.cluster is not None:
-        tokens, score = _evolve_clusters(tokens, score, selection, update, prefix)
+        tokens, score = _evolve_clusters(tokens, score, selection, update, need_score, prefix)
     else:
         tokens, score = _evolve_kept(tokens, score, selection.kept, update, prefix, representative == 'one')
     return tokens, score, selection
@@ -340,7 +340,7 @@ def _evolve_kept(
 
 
 def _evolve_clusters(
-    tokens: Tensor, score: Tensor, selection: Selection, update: Callable, prefix: int
+    tokens: Tensor, score: Tensor, selection: Selection, update: Callable, need_score: bool, prefix: int
 ) -> tuple[Tensor, Tensor]:
     """Update the mean of each cluster slowly; every token moves as the mean of its cluster does."""
     kept, _, cluster = selection
@@ -348,8 +348,12 @@ def _evolve_clusters(
     alone = torch.arange(prefix, device=cluster.device).expand(cluster.shape[0], -1)
     cluster_of_token = torch.cat([alone, cluster + prefix], 1)
     sizes = cluster_sizes(cluster_of_token, prefix + kept.shape[1], score.dtype)
-    size = sizes[:, prefix:]
-    before = cluster_means(tokens, cluster_of_token, sizes)
-    score = torch.zeros_like(size).scatter_add(1, cluster, score) / size
-    slow, score = update(Slow(before, kept, sizes.log()[:, None, None]), score, size=size)
-    return tokens + take((slow - before).to(tokens.dtype), cluster_of_token), score.gather(1, cluster)
+    rows = _flat(cluster_of_token, sizes.shape[1])
+    before = _means(tokens, rows, sizes)
+    # The class token attends to a cluster as to all members together, so the blocks update the sum of their scores.
+    total = score.new_zeros(kept.shape).scatter_add_(1, cluster, score) if need_score else None
+    slow, total = update(Slow(before, kept, sizes.log()[:, None, None]), total)
+    if need_score:
+        score = (total / sizes[:, prefix:]).gather(1, cluster)
+    change = (slow - before).to(tokens.dtype).flatten(0, 1).index_select(0, rows)
+    return tokens + change.view_as(tokens), score

@@ -273,6 +273,14 @@ def test_every_patch_moves_by_what_its_slow_token_moved(tokens, score, blocks):
     assert torch.equal(new_score, new_score.gather(1, kept).gather(1, cluster))  # a cluster has one score
 
 
+@pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
+def test_a_score_that_nobody_needs_stays_and_changes_no_token(tokens, score, blocks, representative):
+    group = tokens, score, blocks, [0.5] * 3, 0.4, representative
+    expected, _, _ = evolution.evolve(*group)
+    out, same, _ = evolution.evolve(*group, need_score=False)
+    assert torch.equal(out, expected) and torch.equal(same, score)
+
+
 def test_equal_patches_act_like_themselves(score, blocks):
     """Clusters of equal patches, each with an informative one, compute what the dense group does: attention counts."""
     torch.manual_seed(3)
