@@ -3,11 +3,9 @@
 import argparse
 import csv
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +18,7 @@ from torch import Tensor, nn  # noqa: E402
 import models  # noqa: E402
 from costs import count_gmacs  # noqa: E402
 from models import rivals  # noqa: E402
+from results import circumstances  # noqa: E402
 
 BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # of the dense model's GMACs
 
@@ -126,16 +125,6 @@ def _number(text: str) -> float | int | str:
         except ValueError:
             continue
     return text
-
-
-def circumstances() -> dict:
-    """Where and with what a row was measured."""
-    git = ['git', 'describe', '--always', '--dirty', '--exclude', '*']
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return dict(
-        torch=torch.__version__, timm=timm.__version__, threads=torch.get_num_threads(), commit=commit or 'unknown',
-        date=datetime.now(UTC).date().isoformat(),
-    )  # fmt: skip
 
 
 def paired_interval(ours: Tensor, theirs: Tensor) -> tuple[float, float]:

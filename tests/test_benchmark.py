@@ -226,9 +226,9 @@ def test_end_to_end_is_never_mixed_up_with_noise(bench, image_folder):
 
 
 def test_images_are_normalised_as_the_model_wants_them(image_folder):
-    args, training_flags = parse('--data-path', image_folder, '--num_workers', 0)
+    args, training_flags = parse('--data-path', image_folder, '--num_workers', 0, '--num_bench_iter', 1)
     case = benchmark.make_case(args, training_flags, 'inference', 'vit_tiny_patch16_224', 32, 8)
-    load, _ = benchmark.build_loader(case, 1, CPU)
+    load, _ = benchmark.build_loader(case)
     levels = (next(load())[0] + 1) / 2 * 255  # its mean and standard deviation are 0.5
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
 
@@ -240,7 +240,7 @@ def test_a_pass_loads_no_more_than_it_uses(image_folder, monkeypatch, mode):
     real = Image.open
     monkeypatch.setattr(Image, 'open', lambda *args, **kwargs: (opened.add_(1), real(*args, **kwargs))[1])
     args, training_flags = parse(*NANO, '--data-path', image_folder, '--num_workers', 1)
-    load, _ = benchmark.build_loader(benchmark.make_case(args, training_flags, mode, NANO[1], None, 4), 2, CPU)
+    load, _ = benchmark.build_loader(benchmark.make_case(args, training_flags, mode, NANO[1], None, 4))
     for passes in (1, 2):
         assert [len(images) for images, _ in load()] == [4, 4]
         time.sleep(0.2)
