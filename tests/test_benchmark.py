@@ -507,9 +507,13 @@ def test_a_run_on_disk_is_never_touched(bench, tmp_path, capfd, flags):
     with pytest.raises(SystemExit):
         bench('--bench', 'train', '-b', 2, '--no-compare', *flags, tmp_path)
     assert f'unrecognized arguments: {flags[0]}' in capfd.readouterr().err
-    # Nor could it be by the flags that are let through: those of checkpoints are not among them.
-    bench('--bench', 'train', '-b', 2, '--no-compare')
     assert {name: (tmp_path / name).read_bytes() for name in names} == {name: name.encode() for name in names}
+
+
+def test_training_writes_nothing_beside_its_results(bench, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    bench('--bench', 'train', '-b', 2, '--no-compare')
+    assert [path.name for path in tmp_path.iterdir()] == ['results.jsonl']
 
 
 def test_no_flag_of_checkpoints_reaches_a_case():

@@ -63,6 +63,8 @@ def test_everything_is_as_published(name):
         with torch.no_grad():
             logits, selection = model.forward_with_selection(x)
         np.testing.assert_allclose(logits[:, ::10], golden[f'eval_{schedule}'], rtol=0, atol=1e-4)
+        other = golden['eval_layer' if schedule == 'stage' else 'eval_stage']
+        assert 'base' in name or np.abs(logits[:, ::10] - other).max() > 1e-2  # it is this schedule that was computed
         starts = (4, 8) if schedule == 'stage' else range(4, 12)
         assert list(selection) == [f'blocks.{i}' for i in starts]
         for i in starts:
@@ -83,11 +85,6 @@ def test_everything_is_as_published(name):
         gradients = model.to_published({key: p.grad for key, p in model.named_parameters()})
         norms = [gradients[key].norm().item() for key in parameters]
         np.testing.assert_allclose(norms, golden[f'train_{schedule}_gradnorm'], rtol=1e-5, atol=1e-12)
-
-
-def test_the_schedules_differ_on_golden_weights():
-    _, golden = fill.load('evo_deit_tiny_patch16_224')
-    assert np.abs(golden['eval_stage'] - golden['eval_layer']).max() > 1e-2
 
 
 @pytest.mark.parametrize('name', NAMES)
