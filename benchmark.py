@@ -28,6 +28,7 @@ import sys
 import time
 import traceback
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def main():
     args, training_flags = get_parser().parse_known_args()
     device = utils.set_up_processes(args)
     args = resolve_args(args, device)
-    set_up_torch(args, device)
+    set_up_torch(args.threads, args.precision, device, args.compile, args.freeze)
     cases = [
         make_case(args, training_flags, mode, name, size, batch)
         for mode in args.bench
@@ -180,19 +181,19 @@ def resolve_args(args: Namespace, device: torch.device) -> Namespace:
     return Namespace(**vars(args) | resolved)
 
 
-def set_up_torch(args: Namespace, device: torch.device):
+def set_up_torch(threads: int | None, precision: str, device: torch.device, compiled: bool, freeze: bool):
     """Set the switches of the process: threads, memory, precision of products, compiler."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if threads:
+        torch.set_num_threads(threads)
     with suppress(OSError, AttributeError):  # a C library other than GNU's
         # Keep freed memory (M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h): new pages from the kernel take time, by
         # chance in the calls of one model and not in those of another.
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    engine.set_backends(args.precision, device)
-    if args.compile:
+    engine.set_backends(precision, device)
+    if compiled:
         torch._dynamo.config.recompile_limit = 256  # after 8 models of a class PyTorch would silently stop compiling
-        torch._inductor.config.freezing = args.freeze  # as an option of a single compilation it comes too late
+        torch._inductor.config.freezing = freeze  # as an option of a single compilation it comes too late
     os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # the profiler complains where there is no GPU
 
 
@@ -283,8 +284,7 @@ def measure(case: Namespace) -> list[dict]:
     if case.data_path:
         load, num_classes = build_loader(case)
         candidates.append(Candidate(row | {'model': 'the loader alone'}, batches=load))
-        for _ in load():  # from here on files come from memory, for all that are timed; a damaged one ends the run
-            pass
+        deque(load(), 0)  # from here on files come from memory, for all that are timed; a damaged one ends the run
     for label, build in list_models(case):
         candidates.append(Candidate(row | {'model': label}))
         run_or_record_error(prepare, candidates[-1], case, build, num_classes)
@@ -292,10 +292,11 @@ def measure(case: Namespace) -> list[dict]:
     repeats = PASSES if load else case.num_bench_iter * (LATENCY_CALLS if case.mode == 'latency' else 1)
     for candidate in repeats * candidates:
         run_or_record_error(time_batches, candidate, case.device)
-    twin = candidates[-1] if case.twin and case.compare else None
+    last = candidates[-1]
+    twin = (last.row, last.seconds) if case.twin and case.compare and 'error' not in last.row else ()
     for candidate in candidates:
         if 'error' not in candidate.row:
-            compared = (twin.row, twin.seconds) if twin not in (None, candidate) and 'error' not in twin.row else ()
+            compared = () if candidate is last else twin
             candidate.row |= results.summarise(candidate.row, candidate.seconds, *compared)
     return [candidate.row for candidate in candidates]
 

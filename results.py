@@ -40,10 +40,9 @@ def check_file(path: str | None, suffixes: Iterable[str]):
         return
     if Path(path).suffix not in suffixes or not Path(path).absolute().parent.is_dir():
         raise InputError(f'{path}: expected a file in a folder that exists, named {" or ".join(suffixes)}')
-    if path.endswith('.csv') and Path(path).exists():
-        header = Path(path).read_text().partition('\n')[0]
-        if header and header.split(',') != list(COLUMNS):
-            raise InputError(f'{path} has other columns than {",".join(COLUMNS)}; choose another file')
+    header = Path(path).read_text().partition('\n')[0] if path.endswith('.csv') and Path(path).exists() else ''
+    if header and header.split(',') != list(COLUMNS):
+        raise InputError(f'{path} has other columns than {",".join(COLUMNS)}; choose another file')
 
 
 def summarise(row: dict, seconds: list[float], twin: dict | None = None, twin_seconds: list[float] = ()) -> dict:
@@ -91,10 +90,8 @@ def warn_if_busy(load: float, threads: int) -> Iterable[str]:
     """A warning where other programs use the machine, given its load average before the start."""
     cores = os.cpu_count()
     if load + threads > cores + BUSY_LOAD:
-        yield (
-            f'warning: the machine was busy before this started (load {load:.1f} of the last minute, {cores} cores, '
-            f'{threads} needed here): times may be too long, speed-ups too small'
-        )
+        used = f'load {load:.1f} of the last minute, {cores} cores, {threads} needed here'
+        yield f'warning: the machine was busy before this started ({used}): times may be too long, speed-ups too small'
 
 
 def warn_of_spread(rows: list[dict]) -> Iterable[str]:
@@ -102,10 +99,8 @@ def warn_of_spread(rows: list[dict]) -> Iterable[str]:
     for row in rows:
         spread = row.get('images_per_second_p90', 1) / row.get('images_per_second_p10', 1)
         if spread > DISTURBED:
-            yield (
-                f'warning: {row["mode"]}, {row["model"]}, {row["image_size"]} px, batch {row["batch"]}: img/s differ '
-                f'by {spread:.1f} times (p90 / p10); take more calls, or an idle machine'
-            )
+            case = f'{row["mode"]}, {row["model"]}, {row["image_size"]} px, batch {row["batch"]}'
+            yield f'warning: {case}: img/s differ by {spread:.1f} times (p90 / p10); take more calls or an idle machine'
 
 
 def table_line(row: dict, model_width: int) -> str:
