@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import noise, without_gradient
+from conftest import noise as images
+from conftest import without_gradient
 from golden import fill
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_weight_decay
@@ -128,7 +129,7 @@ def test_second_copies_in_a_published_file():
 def test_fused_agrees(stage_wise):
     model = small('EvoLeViT_192', num_classes=100)
     model.set_schedule(stage_wise)
-    x = noise(4, 3, 64, 64)
+    x = images(4, 3, 64, 64)
     fused = copy.deepcopy(model).fuse()
     with torch.no_grad():
         expected, found = model(x), fused(x)
@@ -160,7 +161,7 @@ def test_fused_refuses_training_and_unfused_weights():
 def test_small_grids(size):
     model = small(f'EvoLeViT_{size}')
     assert [stage.grid for stage in model.stages] == [(4, 4), (2, 2), (1, 1)]
-    logits, selections = model.forward_with_selection(noise(2, 3, 64, 64))
+    logits, selections = model.forward_with_selection(images(2, 3, 64, 64))
     assert logits.isfinite().all()
     expected = {'stages.0.blocks.2': (2, 8), 'stages.1.blocks.0': (2, 2), 'stages.2.blocks.0': (2, 0)}
     if size == '128S':
@@ -171,9 +172,9 @@ def test_small_grids(size):
 def test_sizes_of_noise():
     model = small(img_size=(48, 80))
     assert [stage.grid for stage in model.stages] == [(3, 5), (2, 3), (1, 2)]
-    assert model(noise(1, 3, 48, 80)).shape == (1, 10)
+    assert model(images(1, 3, 48, 80)).shape == (1, 10)
     with pytest.raises(ValueError, match=r'expected \(48, 80\).*found \(64, 64\)'):
-        model(noise(1, 3, 64, 64))
+        model(images(1, 3, 64, 64))
     for size in (100, (64, 40), 0):
         with pytest.raises(ValueError, match='multiples of 16'):
             small(img_size=size)
@@ -183,7 +184,7 @@ def test_sizes_of_noise():
 def test_selection(stage_wise):
     model = small('EvoLeViT_128', img_size=128)
     model.set_schedule(stage_wise)
-    x = noise(3, 3, 128, 128)
+    x = images(3, 3, 128, 128)
     logits, selections = model.forward_with_selection(x)
     assert torch.equal(logits, model(x))
     layers = {0: (2, 3), 1: range(4), 2: range(4)}
@@ -197,7 +198,7 @@ def test_selection(stage_wise):
 
 
 def test_keeping_everything_is_the_dense_network():
-    x = noise(2, 3, 64, 64)
+    x = images(2, 3, 64, 64)
     model, dense = small('EvoLeViT_128', keep_ratio=1.0), small('EvoLeViT_128')
     dense.set_schedule(True, evolving=False)
     torch.testing.assert_close(model(x), dense(x))
@@ -209,7 +210,7 @@ def test_keeping_everything_is_the_dense_network():
 
 
 def test_keep_ratio_can_be_assigned():
-    model, x = small('EvoLeViT_128', img_size=128), noise(2, 3, 128, 128)
+    model, x = small('EvoLeViT_128', img_size=128), images(2, 3, 128, 128)
     model.keep_ratio = 0.25
     assert model.keep_ratio == (0.25, 0.25, 0.25)
     assert torch.equal(model(x), small('EvoLeViT_128', img_size=128, keep_ratio=0.25)(x))
@@ -226,10 +227,10 @@ def test_keep_ratio_can_be_assigned():
 def test_stages_can_be_chosen():
     assert small().first_blocks == (2, 5) and small('EvoLeViT_128').first_blocks == (2, 4, 8)
     model = small('EvoLeViT_128', img_size=128, stages=(3, 6), keep_ratio=(0.75, 0.5))
-    kept = {name: k.shape[1] for name, k in model.forward_with_selection(noise(2, 3, 128, 128))[1].items()}
+    kept = {name: k.shape[1] for name, k in model.forward_with_selection(images(2, 3, 128, 128))[1].items()}
     # A new grid selects anew, with the ratio of the stage that it is in.
     assert kept == {'stages.0.blocks.3': 48, 'stages.1.blocks.0': 12, 'stages.1.blocks.2': 8, 'stages.2.blocks.0': 2}
-    assert small(depth=(2, 1, 1), keep_ratio=0.3, stages=())(noise(1, 3, 64, 64)).shape == (1, 10)
+    assert small(depth=(2, 1, 1), keep_ratio=0.3, stages=())(images(1, 3, 64, 64)).shape == (1, 10)
     for wrong, message in ((dict(stages=(0, 4)), 'stages: expected'), (dict(depth=(2, 0, 1)), 'depth: expected')):
         with pytest.raises(ValueError, match=message):
             small(**wrong)
@@ -240,7 +241,7 @@ def test_scores_that_are_all_zero_stay_finite():
     score[1, 5] = 0.6  # row 1, column 1, which down-sampling leaves out
     score[2] = torch.arange(16)
     score.requires_grad_()
-    tokens = noise(3, 17, 128).requires_grad_()
+    tokens = images(3, 17, 128).requires_grad_()
     x, found = small('EvoLeViT_128').stages[1].downsample(tokens, score, 0.0)
     total = score.sum(1)
     torch.testing.assert_close(found[:2], (total[:2, None] / 4).expand(-1, 4))
@@ -253,7 +254,7 @@ def test_placeholders_move_alike_or_not_at_all():
     """In a stage with one selection, all placeholders of an image are given the same update."""
     for representative in (True, False):
         model = small('EvoLeViT_128', representative=representative)
-        x = noise(2, 3, 64, 64)
+        x = images(2, 3, 64, 64)
         _, selections, outputs = model.evolve(x, [3, 7])
         kept = selections['stages.1.blocks.0'].kept
         before = model.stages[1].downsample(outputs[0], None, 0.5)[0]
@@ -271,7 +272,7 @@ def test_every_parameter_has_a_gradient(stage_wise, learned, evolving):
     for representative in (True, False):
         model = small(depth=(3, 2, 2), representative=representative).train()
         model.stage_wise, model.learned_tradeoff, model.evolving = stage_wise, learned, evolving
-        heads = model(noise(4, 3, 64, 64))
+        heads = model(images(4, 3, 64, 64))
         assert isinstance(heads, Heads) and [tuple(head.shape) for head in heads] == [(4, 10)] * 4
         sum(head.square().mean() for head in heads).backward()
         assert without_gradient(model) == []
@@ -281,7 +282,7 @@ def test_every_parameter_has_a_gradient(stage_wise, learned, evolving):
 
 def test_one_head_alone_reaches_every_tradeoff():
     model = small().train()
-    model(noise(4, 3, 64, 64)).head_cls_dist.square().mean().backward()
+    model(images(4, 3, 64, 64)).head_cls_dist.square().mean().backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None}
     assert {name.split('.')[0] for name in idle} == {'head', 'head_dist', 'head_cls'}
 
@@ -289,7 +290,7 @@ def test_one_head_alone_reaches_every_tradeoff():
 def test_models_do_not_disturb_each_other():
     a, b = small('EvoLeViT_128'), small('EvoLeViT_128S')
     b.set_schedule(False)
-    xs = [noise(2, 3, 64, 64, seed=i) for i in range(4)]
+    xs = [images(2, 3, 64, 64, seed=i) for i in range(4)]
     alone = [[model(x) for x in xs] for model in (a, b)]
     for i, x in enumerate(xs):
         assert torch.equal(b(x), alone[1][i]) and torch.equal(a(x), alone[0][i])
@@ -297,7 +298,7 @@ def test_models_do_not_disturb_each_other():
 
 def test_two_threads_on_one_model():
     model = small('EvoLeViT_128')
-    xs = [noise(2, 3, 64, 64, seed=i) for i in range(16)]
+    xs = [images(2, 3, 64, 64, seed=i) for i in range(16)]
     with torch.no_grad():
         alone = [model(x) for x in xs]
 
@@ -314,7 +315,7 @@ def test_forward_leaves_nothing_behind():
     model = small('EvoLeViT_128')
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
     weights = copy.deepcopy(model.state_dict())
-    x = noise(2, 3, 64, 64).requires_grad_()
+    x = images(2, 3, 64, 64).requires_grad_()
     before = x.detach().clone()
     model(x).sum().backward()
     assert torch.equal(x, before) and x.grad.any()
@@ -324,7 +325,7 @@ def test_forward_leaves_nothing_behind():
 
 def test_half_precision_keeps_scores_and_indices_exact():
     model = small(img_size=384).eval()
-    x = noise(1, 3, 384, 384)
+    x = images(1, 3, 384, 384)
     exact = model(x)
     with torch.autocast('cpu', torch.bfloat16):
         logits, selections = model.forward_with_selection(x)
@@ -336,7 +337,7 @@ def test_half_precision_keeps_scores_and_indices_exact():
 
 
 def test_fused_attention_kernel_agrees_with_the_plain_one():
-    q, k, v = (noise(2, 3, n, d, seed=n + d) for n, d in ((5, 16), (17, 16), (17, 32)))
+    q, k, v = (images(2, 3, n, d, seed=n + d) for n, d in ((5, 16), (17, 16), (17, 32)))
     values, row = attend(q, k, v, True)
     half, half_row = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), True)
     torch.testing.assert_close(half.float(), values, rtol=0, atol=0.02)
@@ -386,7 +387,7 @@ def test_schedule_travels_with_the_weights():
 
 def test_drop_path_and_dropout():
     assert [m.drop_prob for m in timm.create_model('EvoLeViT_384').modules() if hasattr(m, 'drop_prob')] == [0.1] * 14
-    x = noise(4, 3, 64, 64)
+    x = images(4, 3, 64, 64)
     for kwargs in ({'drop_path_rate': 0.5}, {'drop_rate': 0.5}):
         model = small(**kwargs)
         assert torch.equal(model(x), model(x))
@@ -417,7 +418,7 @@ def test_pretrained_weights_through_timm(tmp_path):
     torch.save(model.to_published(model.state_dict()), tmp_path / 'weights.pth')
     overlay = dict(file=str(tmp_path / 'weights.pth'))
     loaded = timm.create_model('EvoLeViT_128S', pretrained=True, img_size=64, pretrained_cfg_overlay=overlay).eval()
-    x = noise(2, 3, 64, 64)
+    x = images(2, 3, 64, 64)
     assert torch.equal(loaded(x), model(x))
     timm.create_model('EvoLeViT_128S', pretrained=True, img_size=96, num_classes=7, pretrained_cfg_overlay=overlay)
 
@@ -435,7 +436,7 @@ def test_configuration(name):
 
 
 def test_heads_and_features():
-    x = noise(2, 3, 64, 64)
+    x = images(2, 3, 64, 64)
     model = small('EvoLeViT_256')
     assert model.num_features == model.head_hidden_size == 512 and model.num_classes == 10
     tokens = model.forward_features(x)
@@ -459,7 +460,7 @@ def test_heads_and_features():
 
 
 def test_intermediates():
-    x = noise(2, 3, 128, 128)
+    x = images(2, 3, 128, 128)
     model = small(img_size=128)
     tokens, grids = model.forward_intermediates(x)
     assert torch.equal(tokens, model.forward_features(x))

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import images, small_vit, without_gradient
+from conftest import images, without_gradient
+from conftest import small_vit as dense
 
 from models import evolution, rivals
 
@@ -24,7 +25,7 @@ def run(model, x):
     ],
 )
 def test_reducing_nothing_is_dense_and_the_grid_stays_whole(name, method, same, less):
-    model = small_vit(name)
+    model = dense(name)
     x = images(model)
     with torch.no_grad():
         expected, tokens = model(x), model.forward_features(x)
@@ -38,7 +39,7 @@ def test_reducing_nothing_is_dense_and_the_grid_stays_whole(name, method, same, 
 
 
 def test_what_leaves_never_comes_back_and_keeps_its_last_values():
-    model = rivals.apply(small_vit(depth=8), 'drop', keep_ratio=0.6)
+    model = rivals.apply(dense(depth=8), 'drop', keep_ratio=0.6)
     x = images(model)
     with torch.no_grad():
         _, selections, outputs = model.evolve(x, [3, 5, 7])
@@ -79,7 +80,7 @@ def test_matching_merges_the_most_similar_pairs():
 
 
 def test_merging_counts_and_unmerges():
-    model = rivals.apply(small_vit(), 'merge', r=4)
+    model = rivals.apply(dense(), 'merge', r=4)
     x = images(model)
     seen = []
 
@@ -99,21 +100,21 @@ def test_merging_counts_and_unmerges():
         [torch.stack([o[c == j][0] for j in range(5)]) for o, c in zip(tokens[:, 1:], seen[1].cluster, strict=True)]
     )
     torch.testing.assert_close(tokens[:, 1:], first.gather(1, seen[1].cluster[..., None].expand(-1, -1, 192)))
-    whole = rivals.apply(small_vit(), 'merge', r=4)
+    whole = rivals.apply(dense(), 'merge', r=4)
     with torch.no_grad():
         torch.testing.assert_close(whole.evolve(x)[0], tokens, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_flow_and_selection_at_random_differs():
     for method in rivals.METHODS:
-        model = rivals.apply(small_vit(), method, **({'r': 3} if method == 'merge' else {'keep_ratio': 0.6})).train()
+        model = rivals.apply(dense(), method, **({'r': 3} if method == 'merge' else {'keep_ratio': 0.6})).train()
         model(images(model)).square().sum().backward()
         assert without_gradient(model) == []
-    model = rivals.apply(small_vit(), 'random', keep_ratio=0.5)
+    model = rivals.apply(dense(), 'random', keep_ratio=0.5)
     kept = [model.evolve(images(model))[1]['blocks.1'].kept.sort().values for _ in range(2)]
     assert not torch.equal(*kept)
 
 
 def test_other_methods_are_refused():
     with pytest.raises(ValueError, match='expected one of drop, fuse, merge, random, found .prune.'):
-        rivals.apply(small_vit(), 'prune')
+        rivals.apply(dense(), 'prune')

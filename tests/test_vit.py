@@ -6,7 +6,8 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import images, small_vit, without_gradient
+from conftest import images, without_gradient
+from conftest import small_vit as dense
 from timm.models import VisionTransformer
 from timm.models._features import FeatureGetterNet
 from torch import nn
@@ -35,7 +36,7 @@ NAMES = [
 @pytest.fixture(scope='module', params=NAMES)
 def pair(request) -> tuple[nn.Module, nn.Module]:
     """A dense model, and a copy of it to evolve."""
-    model = small_vit(request.param)
+    model = dense(request.param)
     return model, copy.deepcopy(model)
 
 
@@ -90,13 +91,13 @@ def test_the_interface_stays_and_the_tokens_evolve(pair, representative):
 
 @pytest.mark.parametrize('stage_wise', [True, False])
 def test_both_schedules(stage_wise):
-    model = vit.evolve(small_vit(), 0.5, stages=(2, 4), stage_wise=stage_wise)
+    model = vit.evolve(dense(), 0.5, stages=(2, 4), stage_wise=stage_wise)
     names = ['blocks.2', 'blocks.4'] if stage_wise else ['blocks.2', 'blocks.3', 'blocks.4']
     assert list(model.forward_with_selection(images(model))[1]) == names
 
 
 def test_intermediates_are_the_tokens_on_the_way():
-    model = vit.evolve(small_vit(depth=6), (0.7, 0.3))
+    model = vit.evolve(dense(depth=6), (0.7, 0.3))
     x = images(model)
     with torch.no_grad():
         tokens, outputs = model.forward_intermediates(x, output_fmt='NLC')
@@ -107,7 +108,7 @@ def test_intermediates_are_the_tokens_on_the_way():
 
 
 def test_timms_ways_of_changing_a_model():
-    model = vit.evolve(small_vit(), (0.7, 0.3))
+    model = vit.evolve(dense(), (0.7, 0.3))
     x = images(model)
     expected = model(x)
     model.set_grad_checkpointing()
@@ -121,9 +122,9 @@ def test_timms_ways_of_changing_a_model():
     assert model.forward_features(torch.randn(1, 3, 96, 64)).shape == (1, 25, 192)
     vit.evolve(model, (0.9, 0.5), stages=(1, 4))  # again, with another schedule
     assert model.first_blocks == (1, 4) and model.keep_ratio == (0.9, 0.5)
-    dynamic = vit.evolve(small_vit(dynamic_img_size=True), (0.7, 0.3))
+    dynamic = vit.evolve(dense(dynamic_img_size=True), (0.7, 0.3))
     assert dynamic.forward_features(torch.randn(1, 3, 96, 64)).shape == (1, 25, 192)
-    features = FeatureGetterNet(vit.evolve(small_vit(), (0.7, 0.3)), out_indices=[1, 3])
+    features = FeatureGetterNet(vit.evolve(dense(), (0.7, 0.3)), out_indices=[1, 3])
     assert [tuple(grid.shape) for grid in features(x)] == [(2, 192, 5, 5)] * 2
 
 
@@ -160,14 +161,14 @@ def test_models_that_cannot_be_evolved_are_refused_with_the_reason(name, kwargs,
     ],
 )
 def test_schedules_that_cannot_be_are_refused(wrong, message):
-    model = small_vit()
+    model = dense()
     with pytest.raises(ValueError, match=message):
         vit.evolve(model, **wrong)
     assert type(model) is VisionTransformer
 
 
 def test_a_refused_schedule_changes_nothing():
-    model = vit.evolve(small_vit(), (0.7, 0.3))
+    model = vit.evolve(dense(), (0.7, 0.3))
     x, before = images(model), model.schedule()
     expected = model(x)
     for wrong in (dict(stages=(1, 2, 3)), dict(representative='two'), dict(keep_ratio=2.0), dict(keep_ratio=0.01)):
@@ -183,7 +184,7 @@ def test_a_refused_schedule_changes_nothing():
 
 
 def test_two_equal_images_of_a_batch_give_equal_results():
-    model = vit.evolve(small_vit(), (0.7, 0.3))
+    model = vit.evolve(dense(), (0.7, 0.3))
     x = images(model, 1)
     with torch.no_grad():
         out = model(torch.cat([x, torch.randn_like(x), x]))
@@ -192,7 +193,7 @@ def test_two_equal_images_of_a_batch_give_equal_results():
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'eva02_tiny_patch14_224'])
 def test_half_precision(name):
-    model = vit.evolve(small_vit(name), (0.7, 0.3))
+    model = vit.evolve(dense(name), (0.7, 0.3))
     x = images(model)
     with torch.no_grad():
         expected = model(x)
