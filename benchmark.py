@@ -13,6 +13,9 @@ Any ViT of timm, evolved and not; sweeps of keep ratio or of resolution; end to 
     python3 benchmark.py --img_size 224 384 512 768 --plot sizes.png
     python3 benchmark.py --bench train --data-path /path/to/imagenet
 
+Flags of the model, the training step and the loader are those of main_deit.py and main_levit.py, with the defaults of
+the model's recipe: --stages, --representative, --opt, --weight_decay, --drop_path, --data-set, --num_workers ...
+
 A model and its twin take turns, call by call, so that whatever else the machine does slows both alike. The speed-up is
 the median ratio of neighbouring calls. The ratio of the arithmetic beside it is the speed-up that MACs alone allow.
 """
@@ -25,6 +28,7 @@ import sys
 import time
 import traceback
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -77,9 +81,9 @@ def get_parser() -> utils.Parser:
     add('--data-path', metavar='PATH', help='measure end to end, with the loader (default: the model alone, on noise)')
 
     add = parser.add_argument_group('how it runs').add_argument
-    precisions = ['fp32', 'tf32', *HALF, 'amp']
     about = 'of weights in inference, of autocast in training (default: half on a GPU, fp32 on a CPU)'
-    add('--precision', type=lambda name: PRECISIONS.get(name, name), choices=precisions, help=about)
+    choices = ['fp32', 'tf32', *HALF, 'amp']
+    add('--precision', type=lambda name: PRECISIONS.get(name, name), choices=choices, help=about)
     add('--amp', action='store_true', help='autocast in inference too, in half precision; also --precision amp')
     add('--compile', '--torchscript', action='store_true', help='torch.compile, in inference on a GPU with CUDA graphs')
     add('--freeze', action='store_true', help='in inference: compile, with the weights as constants')
@@ -97,11 +101,6 @@ def get_parser() -> utils.Parser:
     add('--gp', metavar='POOL', help='accepted without effect: the pooling belongs to the model')
     add('--drop_block', type=float, metavar='RATE', help='accepted without effect: these models have no such layer')
     utils.add_arguments(parser)
-    parser.add_argument_group(
-        'model, training step and loader',
-        'All other flags of main_deit.py and main_levit.py, with the defaults of the recipe of the model:\n'
-        '--evolve --stages --representative --opt --weight_decay --drop_path --data-set --num_workers ...',
-    )
     return parser
 
 
@@ -119,7 +118,7 @@ def main():
     args, training_flags = get_parser().parse_known_args()
     device = utils.set_up_processes(args)
     args = resolve_args(args, device)
-    set_up_torch(args, device)
+    set_up_torch(args.threads, args.precision, device, args.compile, args.freeze)
     cases = [
         make_case(args, training_flags, mode, name, size, batch)
         for mode in args.bench
@@ -129,29 +128,24 @@ def main():
     ]
     if args.keep_ratio and not any(case.twin for case in cases):
         raise InputError('--keep-ratio: none of these models evolves; add --evolve for ViTs of timm')
-    common = results.describe_machine(device) | dict(precision=args.precision, channels_last=args.channels_last)
-    print_rank0(', '.join(f'{key} {value}' for key, value in (common | {'compile': args.compile}).items()))
+    common = results.circumstances(args.precision, device)
+    print_rank0(', '.join(f'{key} {value}' for key, value in common.items()))
     for warning in results.warn_if_busy(load, torch.get_num_threads() if device.type == 'cpu' else 1):
         print_rank0(warning)
-    widths = {'model': max(len(label) for case in cases for label, _ in list_models(args, case))}
-    print_rank0(results.table_line(results.COLUMNS, widths))
+    width = max(len(label) for case in cases for label, _ in list_models(case))
+    print_rank0(results.table_line(results.COLUMNS, width))
     rows = []
-    for i, case in enumerate(cases, 1):
-        progress = f'[{i}/{len(cases)}] {case.mode}, {case.model}, {case.input_size} px, batch {case.batch_size}'
-        print(progress, file=sys.stderr, flush=True)
-        for row in measure(args, case, device):
+    for case in cases:
+        for row in measure(case):
             rows.append(common | row)
-            print_rank0(results.table_line(row, widths))
-            if args.results_file:
-                results.write_row(rows[-1], args.results_file)
+            print_rank0(results.table_line(row, width))
+            results.write_row(rows[-1], args.results_file)
         torch.compiler.reset()  # compiled code belongs to a class: that of earlier cases would count as recompilation
-        free_memory(device)
     for warning in results.warn_of_spread(rows):
         print_rank0(warning)
     if args.plot:
         x = 'image_size' if len(args.img_size) > 1 else 'batch' if len(args.batch_size) > 1 else 'gmacs'
         results.plot(rows, x, args.plot)
-        print_rank0(f'written: {args.plot}')
     failed = sum(row.get('error', OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows)
     if failed:
         print(f'{failed} of {len(rows)} rows could not be measured: the end of each says why', file=sys.stderr)
@@ -181,25 +175,25 @@ def resolve_args(args: Namespace, device: torch.device) -> Namespace:
         num_warm_iter=args.num_warm_iter or warm_up_calls,
         precision='bf16' if amp and precision not in HALF else precision,
         amp=amp,
+        device=device,
         compile=args.compile or args.freeze,
     )
     return Namespace(**vars(args) | resolved)
 
 
-def set_up_torch(args: Namespace, device: torch.device):
+def set_up_torch(threads: int | None, precision: str, device: torch.device, compiled: bool, freeze: bool):
     """Set the switches of the process: threads, memory, precision of products, compiler."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if threads:
+        torch.set_num_threads(threads)
     with suppress(OSError, AttributeError):  # a C library other than GNU's
-        # Keep freed memory (M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h): getting new pages of the kernel takes time,
-        # by chance in the calls of one model and not in those of another.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
-    engine.set_backends(args.precision, device)
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 256  # after 8 models of a class PyTorch would silently stop to compile
-        torch._inductor.config.freezing = args.freeze  # as an option of a single compilation it comes too late
+        # Keep freed memory (M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h): new pages from the kernel take time, by
+        # chance in the calls of one model and not in those of another.
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    engine.set_backends(precision, device)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 256  # after 8 models of a class PyTorch would silently stop compiling
+        torch._inductor.config.freezing = freeze  # as an option of a single compilation it comes too late
     os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # the profiler complains where there is no GPU
 
 
@@ -209,20 +203,20 @@ def find_models(names: list[str], file: str | None = None) -> list[str]:
         names = Path(file).read_text().split() if Path(file).is_file() else []
         if not names:
             raise InputError(f'--model_list {file}: expected names of models, found none; write one a line')
-    matches = []
+    models_found = []
     for name in names:
-        # A pattern leaves out the second names of the same networks.
-        found = [name] if timm.is_model(name) else timm.list_models(name, exclude_filters='*_vis_*')
-        if found in ([], [name]):  # no model, or what may be one with a tag that timm does not know
-            models.published_cfg(name)
-        matches += found
-    return list(dict.fromkeys(matches))
+        # Patterns leave out the second names of the same networks.
+        matches = [name] if timm.is_model(name) else timm.list_models(name, exclude_filters='*_vis_*')
+        for match in matches or [name]:
+            models.published_cfg(match)  # InputError where there is none, or not with this tag
+        models_found += matches
+    return list(dict.fromkeys(models_found))
 
 
 def make_case(
     args: Namespace, training_flags: list[str], mode: str, name: str, size: int | tuple[int, int] | None, batch: int
 ) -> Namespace:
-    """One measurement: what main_deit.py or main_levit.py would run with, the mode, and the dense twin.
+    """One measurement: the flags of this script, what main_deit.py or main_levit.py would train with, the dense twin.
 
     There are no flags of checkpoints: nothing is read from a run on disk, or written to one.
     """
@@ -241,23 +235,24 @@ def make_case(
         raise InputError(f'--data-path: the loader makes square images, not {size}; use --img_size')
     method = None if twin else flags.method  # ours evolve anyway
     twin = (name, {}) if method else twin
-    schedule = {} if twin else dict(stages=None, representative=None)  # which other models do not know
-    case = dict(
-        mode=mode, model=name, twin=twin, method=method, input_size=size, batch_size=batch, seed=args.seed,
-        autocast=mode == 'train' or args.amp, precision=args.precision, compile=args.compile,
-        channels_last=args.channels_last, data_path=args.data_path,
-    )  # fmt: skip
-    return Namespace(**vars(flags) | schedule | case)
+    case = vars(flags) | vars(args) | dict(mode=mode, model=name, twin=twin, method=method, input_size=size)
+    autocast = mode == 'train' or args.amp
+    # Of images and weights, which are in half precision only where there is no autocast.
+    dtype = torch.float32 if autocast else HALF.get(args.precision, torch.float32)
+    memory_format = torch.channels_last if args.channels_last else torch.preserve_format
+    tensors = dict(device=args.device, dtype=dtype, memory_format=memory_format)
+    case |= dict(batch_size=batch, autocast=autocast, tensors=tensors)
+    return Namespace(**case | ({} if twin else dict(stages=None, representative=None)))  # others have no schedule
 
 
-def list_models(args: Namespace, case: Namespace) -> list[tuple[str, Callable[..., nn.Module]]]:
+def list_models(case: Namespace) -> list[tuple[str, Callable[..., nn.Module]]]:
     """The models of a case: labels, and functions of the number of classes that build them. The dense twin is last."""
     listed = []
-    for ratio in args.keep_ratio if args.keep_ratio and case.twin else [None]:
+    for ratio in case.keep_ratio if case.keep_ratio and case.twin else [None]:
         flags = Namespace(**vars(case) | {'keep_ratio': ratio})
         label = case.model + {None: '', 'evolve': ' evolved'}.get(case.method, f' {case.method}')
         listed.append((label, partial(models.build, flags, input_size=case.input_size)))
-    if case.twin and args.compare:
+    if case.twin and case.compare:
         name, options = case.twin
         label = ' '.join([name, *(f'{key}={value}' for key, value in options.items())])
         rates = {'drop_rate': case.drop} | ({} if case.drop_path is None else {'drop_path_rate': case.drop_path})
@@ -270,9 +265,8 @@ def list_models(args: Namespace, case: Namespace) -> list[tuple[str, Callable[..
 
 @dataclass
 class Candidate:
-    """What is timed: a call, what it is called with, its row of the results, and the seconds of a batch, each time.
-
-    `step` takes images (B, 3, rows, columns) and targets.
+    """What is timed: `step` of images (B, 3, rows, columns) and targets, the batches of one measurement, its row of
+    the results, and the seconds of a batch in each measurement.
     """
 
     row: dict
@@ -281,42 +275,39 @@ class Candidate:
     seconds: list[float] = field(default_factory=list)
 
 
-def measure(args: Namespace, case: Namespace, device: torch.device) -> list[dict]:
+def measure(case: Namespace) -> list[dict]:
     """Rows of one case: the models of `list_models`, timed in turns; end to end, before them the loader alone."""
-    height, width = to_2tuple(case.input_size)
-    row = dict(
-        requested=case.model, mode=case.mode, input=f'{case.data_set}, end to end' if case.data_path else 'noise',
-        image_size=height if height == width else f'{height}x{width}', batch=case.batch_size,
-    )  # fmt: skip
-    candidates, load, num_classes = [], None, args.num_classes or 1000
-    if args.data_path:
-        load, num_classes = build_loader(case, args.num_bench_iter, device)
+    size = case.input_size if isinstance(case.input_size, int) else '{}x{}'.format(*case.input_size)
+    row = dict(requested=case.model, mode=case.mode, image_size=size, batch=case.batch_size)
+    row |= dict(input=f'{case.data_set}, end to end' if case.data_path else 'noise', channels_last=case.channels_last)
+    candidates, load, num_classes = [], None, case.num_classes or 1000
+    if case.data_path:
+        load, num_classes = build_loader(case)
         candidates.append(Candidate(row | {'model': 'the loader alone'}, batches=load))
-        for _ in load():  # from here on files come from memory, for all that are timed; a damaged one ends the run
-            pass
-    for label, build in list_models(args, case):
+        deque(load(), 0)  # from here on files come from memory, for all that are timed; a damaged one ends the run
+    for label, build in list_models(case):
         candidates.append(Candidate(row | {'model': label}))
-        run_or_record_error(prepare, candidates[-1], device, args, case, build, num_classes)
+        run_or_record_error(prepare, candidates[-1], case, build, num_classes)
         candidates[-1].batches = load or candidates[-1].batches
-    repeats = PASSES if load else args.num_bench_iter * (LATENCY_CALLS if case.mode == 'latency' else 1)
+    repeats = PASSES if load else case.num_bench_iter * (LATENCY_CALLS if case.mode == 'latency' else 1)
     for candidate in repeats * candidates:
-        if 'error' not in candidate.row:
-            run_or_record_error(time_batches, candidate, device)
-    twin = candidates[-1] if case.twin and args.compare and 'error' not in candidates[-1].row else None
+        run_or_record_error(time_batches, candidate, case.device)
+    last = candidates[-1]
+    twin = (last.row, last.seconds) if case.twin and case.compare and 'error' not in last.row else ()
     for candidate in candidates:
         if 'error' not in candidate.row:
-            compared = (twin.row, twin.seconds) if twin and twin is not candidate else ()
+            compared = () if candidate is last else twin
             candidate.row |= results.summarise(candidate.row, candidate.seconds, *compared)
     return [candidate.row for candidate in candidates]
 
 
-def build_loader(case: Namespace, count: int, device: torch.device) -> tuple[Callable[[], Iterable], int]:
-    """A function that loads `count` batches (or all there are) to the device, and the number of classes."""
+def build_loader(case: Namespace) -> tuple[Callable[[], Iterable], int]:
+    """A function that loads the batches of one pass to the device, and the number of classes."""
     config, train = datasets.data_config(case, case.model), case.mode == 'train'
     train_loader, val_loader = datasets.build_loaders(case, config, train=train)
     loader, num_classes = train_loader or val_loader, len(val_loader.dataset.classes)
     mixup = datasets.build_mixup(case, num_classes) if train_loader else None
-    count = min(count, len(loader.sampler) // case.batch_size)  # whole batches: shapes are static
+    count = min(case.num_bench_iter, len(loader.sampler) // case.batch_size)  # whole batches: shapes are static
     if count == 0:
         raise InputError(f'{case.data_path}: {len(loader.sampler)} images, expected a batch of {case.batch_size}')
     # These images alone: otherwise workers would go on with the next ones while another pass is timed.
@@ -326,66 +317,58 @@ def build_loader(case: Namespace, count: int, device: torch.device) -> tuple[Cal
 
     def load() -> Iterable[tuple[Tensor, Tensor]]:
         for images, targets in loader:
-            images = images.to(**tensor_options(case, device), non_blocking=True)
-            targets = targets.to(device, non_blocking=True)
+            images, targets = images.to(**case.tensors, non_blocking=True), targets.to(case.device, non_blocking=True)
             yield mixup(images, targets) if mixup else (images, targets)
 
     return load, num_classes
 
 
-def tensor_options(case: Namespace, device: torch.device) -> dict:
-    """Where and how a case wants images and weights: in half precision only where there is no autocast."""
-    dtype = torch.float32 if case.autocast else HALF.get(case.precision, torch.float32)
-    memory_format = torch.channels_last if case.channels_last else torch.preserve_format
-    return dict(device=device, dtype=dtype, memory_format=memory_format)
-
-
-def prepare(
-    candidate: Candidate, device: torch.device, args: Namespace, case: Namespace, build: Callable, classes: int
-):
+def prepare(candidate: Candidate, case: Namespace, build: Callable, num_classes: int):
     """Build a model and make it ready to be timed on a batch of noise; count its arithmetic and memory on the way."""
-    row, train = candidate.row, case.mode == 'train'
-    model = build(num_classes=classes)
+    row, train, device = candidate.row, case.mode == 'train', case.device
+    gc.collect()  # earlier models, where nothing refers to them any more
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    model = build(num_classes=num_classes)
     if hasattr(model, 'schedule'):
-        model.set_schedule(stage_wise=not args.layer_wise)
+        model.set_schedule(stage_wise=not case.layer_wise)
         schedule = model.schedule()
-        ratios = schedule['keep_ratio'][:1] if len(set(schedule['keep_ratio'])) == 1 else schedule['keep_ratio']
+        ratios = schedule['keep_ratio'] if len(set(schedule['keep_ratio'])) > 1 else schedule['keep_ratio'][:1]
         row |= dict(keep_ratio=','.join(f'{ratio:g}' for ratio in ratios), representative=schedule['representative'])
         row['stages'] = ','.join(map(str, schedule['stages']))
-    row |= dict(selection=engine.describe_schedule(model), fused=args.fuse and not train)
+    row |= dict(selection=engine.describe_schedule(model), fused=case.fuse and not train)
     if row['fused']:
         model = model.fuse() if hasattr(model, 'fuse') else reparameterize_model(model, inplace=True)
     row |= dict(architecture=type(model).__name__, parameters=engine.count_parameters(model))
-    model = model.train(train).to(**tensor_options(case, device))
-    images = torch.randn(case.batch_size, 3, *to_2tuple(case.input_size)).to(**tensor_options(case, device))
-    batch = images, torch.rand(case.batch_size, classes, device=device).softmax(1)  # soft labels, as mixup makes them
+    model = model.train(train).to(**case.tensors)
+    images = torch.randn(case.batch_size, 3, *to_2tuple(case.input_size)).to(**case.tensors)
+    targets = torch.rand(case.batch_size, num_classes, device=device).softmax(1)  # soft labels, as mixup makes them
 
-    candidate.step, kept = make_step(case, model, classes, device)
+    candidate.batches = lambda: [(images, targets)]
+    candidate.step, kept = make_step(case, model, num_classes)
     # Counted before compiling, which hides the operators, and for two images, as each needs the same.
-    row['gmacs'] = count_gmacs(candidate.step, [tensor[:2] for tensor in batch])
-    row |= dict(autocast=case.autocast and case.precision in HALF, compile='no')
-    if args.compile:
+    row |= dict(gmacs=count_gmacs(candidate.step, (images[:2], targets[:2])), compile='no')
+    row['autocast'] = case.autocast and case.precision in HALF
+    if case.compile:
         graphs = device.type == 'cuda' and not train
         model.compile(**({} if train else dict(dynamic=False, options={'triton.cudagraphs': graphs})))
-        row['compile'] = ('CUDA graphs' if graphs else 'default') + (', frozen' if args.freeze and not train else '')
-    peak = peak_memory(candidate.step, batch, kept, args.num_warm_iter, device)
-    if device.type == 'cuda' or not args.freeze:  # on a CPU, frozen weights are packed into memory that PyTorch hides
+        row['compile'] = ('CUDA graphs' if graphs else 'default') + (', frozen' if case.freeze and not train else '')
+    peak = peak_memory(candidate.step, (images, targets), kept, case.num_warm_iter, device)
+    if device.type == 'cuda' or not case.freeze:  # on a CPU, frozen weights are packed into memory that PyTorch hides
         row['peak_mib'] = peak / 2**20
-    if args.detail:
+    if case.detail:
         with torch.profiler.profile() as profiler:
-            candidate.step(*batch)
+            candidate.step(images, targets)
         operators = profiler.key_averages().table(f'self_{device.type}_time_total', row_limit=15)
         print_rank0(f'{case.mode}, {row["model"]}, one call:\n{operators}')
-    candidate.batches = lambda: [batch]
 
 
-def make_step(case: Namespace, model: nn.Module, num_classes: int, device: torch.device) -> tuple[Callable, list]:
+def make_step(case: Namespace, model: nn.Module, num_classes: int) -> tuple[Callable, list]:
     """What is timed, a whole training step or a forward pass; and the tensors that are kept between calls."""
-    autocast = engine.make_autocast(case.precision if case.autocast else 'fp32', device)
+    autocast = engine.make_autocast(case.precision if case.autocast else 'fp32', case.device)
     kept = [*model.parameters(), *model.buffers()]
     if case.mode == 'train':
         config = None if case.distillation_type == 'none' else datasets.data_config(case, case.model)
-        criterion = losses.build_criterion(case, config, num_classes, device, case.smoothing)
+        criterion = losses.build_criterion(case, config, num_classes, case.device, case.smoothing)
         with redirect_stdout(sys.stderr):
             state = engine.build_state(case, model, case.precision, case.batch_size)
         averaged = [*state.ema.module.parameters(), *state.ema.module.buffers()] if state.ema else []
@@ -416,29 +399,20 @@ def time_batches(candidate: Candidate, device: torch.device):
     candidate.seconds.append((time.perf_counter() - started) / count)
 
 
-def run_or_record_error(action: Callable, candidate: Candidate, device: torch.device, *others):
-    """`action(candidate, device, *others)`; an error goes into the candidate's row, and the run goes on."""
+def run_or_record_error(action: Callable, candidate: Candidate, *others):
+    """`action(candidate, *others)`, unless one failed before; an error goes into the row, the run goes on."""
+    if 'error' in candidate.row:
+        return
     try:
-        action(candidate, device, *others)
+        action(candidate, *others)
     except Exception as error:
         signs = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(signs, str(error))):
-            candidate.row['error'] = OUT_OF_MEMORY
-        else:
-            candidate.row['error'] = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
-            if not isinstance(error, InputError):  # whose message says it all
-                traceback.print_exc()
-    if 'error' in candidate.row:  # what comes next finds the memory free, now that no traceback holds the model
-        candidate.step, candidate.batches = Candidate.step, Candidate.batches
-        free_memory(device)
-
-
-def free_memory(device: torch.device):
-    """Give back what nothing refers to any more, so that it is there for the next model."""
-    gc.collect()
-    if device.type == 'cuda':
-        with suppress(RuntimeError):  # some errors break the GPU's context for good: the next rows say so themselves
-            torch.cuda.empty_cache()
+        full = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(signs, str(error)))
+        message = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+        candidate.row['error'] = OUT_OF_MEMORY if full else message
+        if not full and not isinstance(error, InputError):  # its message is enough
+            traceback.print_exc()
+        candidate.step, candidate.batches = Candidate.step, Candidate.batches  # nothing else holds the model
 
 
 if __name__ == '__main__':

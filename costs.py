@@ -2,7 +2,7 @@
 
 import gc
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from utils import InputError
 
@@ -21,15 +21,11 @@ MATRIX_PRODUCT = re.compile(
 
 
 class RefuseUncounted(TorchDispatchMode):
-    """Raises InputError for a product of matrices that is not `counted`, among operators that are left to dispatch."""
-
-    def __init__(self, counted: Iterable):
-        super().__init__()
-        self.counted = counted
+    """InputError for a product of matrices without a formula, which would count as nothing."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operator = func.overloadpacket
-        if operator not in self.counted and MATRIX_PRODUCT.search(operator.__name__):
+        if operator not in flop_registry and MATRIX_PRODUCT.search(operator.__name__):
             raise InputError(f'torch {torch.__version__}: {operator} has no formula, its arithmetic cannot be counted')
         return func(*args, **(kwargs or {}))
 
@@ -38,11 +34,10 @@ def count_gmacs(call: Callable, inputs: Sequence[Tensor]) -> float:
     """Multiply-accumulates in `call(*inputs)`, in 10^9 an image, of matrix products, convolutions and attentions.
 
     `inputs` are tensors (B, ...), images first. Attention counts as its products, whichever fused kernel will compute
-    them: not all of these have a formula, and in the backward pass they compute one product again. Raises InputError
-    for any other operator without a formula, which would count as nothing.
+    them: not all of these have a formula, and in the backward pass they compute one product again.
     """
     counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), RefuseUncounted(counter.flop_registry), counter:
+    with sdpa_kernel(SDPBackend.MATH), RefuseUncounted(), counter:
         call(*inputs)
     return counter.get_total_flops() / 2e9 / len(inputs[0])
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -41,10 +40,9 @@ def check_file(path: str | None, suffixes: Iterable[str]):
         return
     if Path(path).suffix not in suffixes or not Path(path).absolute().parent.is_dir():
         raise InputError(f'{path}: expected a file in a folder that exists, named {" or ".join(suffixes)}')
-    if path.endswith('.csv') and Path(path).exists():
-        header = Path(path).read_text().partition('\n')[0]
-        if header and header.split(',') != list(COLUMNS):
-            raise InputError(f'{path} has other columns than {",".join(COLUMNS)}; choose another file')
+    header = Path(path).read_text().partition('\n')[0] if path.endswith('.csv') and Path(path).exists() else ''
+    if header and header.split(',') != list(COLUMNS):
+        raise InputError(f'{path} has other columns than {",".join(COLUMNS)}; choose another file')
 
 
 def summarise(row: dict, seconds: list[float], twin: dict | None = None, twin_seconds: list[float] = ()) -> dict:
@@ -65,8 +63,13 @@ def summarise(row: dict, seconds: list[float], twin: dict | None = None, twin_se
     return summary
 
 
-def describe_machine(device: torch.device) -> dict:
-    """What all rows of a run have in common: hardware, versions, date."""
+def circumstances(precision: str = 'fp32', device: torch.device | None = None) -> dict:
+    """What must stand beside every measured number: hardware, precision, versions, commit, date.
+
+    Without a `device` it is the GPU if this process has used one, else the CPU.
+    """
+    if device is None:
+        device = torch.device('cuda' if torch.cuda.is_initialized() else 'cpu')
     name, info = str(device), Path('/proc/cpuinfo')
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
@@ -78,8 +81,8 @@ def describe_machine(device: torch.device) -> dict:
         git = ['git', 'describe', '--always', '--dirty', '--exclude', '*']
         commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return dict(
-        device=name, threads=torch.get_num_threads(), torch=torch.__version__, timm=timm.__version__,
-        commit=commit or 'unknown', date=datetime.now(UTC).isoformat(timespec='seconds'),
+        device=name, precision=precision, threads=torch.get_num_threads(), torch=torch.__version__,
+        timm=timm.__version__, commit=commit or 'unknown', date=datetime.now(UTC).isoformat(timespec='seconds'),
     )  # fmt: skip
 
 
@@ -87,10 +90,8 @@ def warn_if_busy(load: float, threads: int) -> Iterable[str]:
     """A warning where other programs use the machine, given its load average before the start."""
     cores = os.cpu_count()
     if load + threads > cores + BUSY_LOAD:
-        yield (
-            f'warning: the machine was busy before this started (load {load:.1f} of the last minute, {cores} cores, '
-            f'{threads} needed here): times may be too long and speed-ups too small; measure again when it is idle'
-        )
+        used = f'load {load:.1f} of the last minute, {cores} cores, {threads} needed here'
+        yield f'warning: the machine was busy before this started ({used}): times may be too long, speed-ups too small'
 
 
 def warn_of_spread(rows: list[dict]) -> Iterable[str]:
@@ -98,14 +99,12 @@ def warn_of_spread(rows: list[dict]) -> Iterable[str]:
     for row in rows:
         spread = row.get('images_per_second_p90', 1) / row.get('images_per_second_p10', 1)
         if spread > DISTURBED:
-            yield (
-                f'warning: {row["mode"]}, {row["model"]}, {row["image_size"]} px, batch {row["batch"]}: img/s differ '
-                f'by {spread:.1f} times (p90 / p10); take more calls, or an idle machine'
-            )
+            case = f'{row["mode"]}, {row["model"]}, {row["image_size"]} px, batch {row["batch"]}'
+            yield f'warning: {case}: img/s differ by {spread:.1f} times (p90 / p10); take more calls or an idle machine'
 
 
-def table_line(row: dict, widths: dict[str, int]) -> str:
-    """A line of the table for a row, or for the headings; `widths` has the columns that need more than usual."""
+def table_line(row: dict, model_width: int) -> str:
+    """A line of the table for a row, or for the headings; the names of models have at most `model_width` letters."""
     cells = []
     for name, heading in COLUMNS.items():
         value = row.get(name, '')
@@ -113,12 +112,14 @@ def table_line(row: dict, widths: dict[str, int]) -> str:
             value = f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
         side = '<' if name in ('mode', 'model', 'error') else '>'
         if heading:
-            cells.append(f'{value:{side}{max(9, len(heading), widths.get(name, 0))}}')
+            cells.append(f'{value:{side}{max(9, len(heading), model_width if name == "model" else 0)}}')
     return '  '.join(cells).rstrip()
 
 
-def write_row(row: dict, path: str):
-    """Add a row to a file of comma-separated values or of JSON lines."""
+def write_row(row: dict, path: str | None):
+    """Add a row to a file of comma-separated values or of JSON lines, if there is one."""
+    if path is None:
+        return
     row = {name: float(f'{row[name]:.6g}') if isinstance(row.get(name), float) else row.get(name) for name in COLUMNS}
     with open(path, 'a', newline='') as file:
         if path.endswith('.jsonl'):
@@ -131,13 +132,32 @@ def write_row(row: dict, path: str):
 
 
 def plot(rows: list[dict], x: str, path: str):
-    """Draw img/s against the column `x`, a panel for each mode."""
+    """Draw img/s against the column `x`, a panel for each mode, a line for each model and each value of what was swept
+    besides `x`, bars from p10 to p90.
+
+    A model has the colour of its dense twin, whose line is dashed and hollow.
+    """
     rows = sorted((row for row in rows if 'gmacs' in row and 'error' not in row), key=lambda row: row[x])
     modes = list(dict.fromkeys(row['mode'] for row in rows))
     figure = Figure(figsize=(7 * max(1, len(modes)), 8), dpi=150, layout='constrained')
     for i, mode in enumerate(modes, 1):
         panel = figure.add_subplot(1, len(modes), i, xlabel=AXES[x], ylabel='img/s', xscale='log', yscale='log')
-        draw_lines(panel, [row for row in rows if row['mode'] == mode], x)
+        shown = [row for row in rows if row['mode'] == mode]
+        several = [key for key in ('keep_ratio', 'batch') if key != x and len({r.get(key) for r in shown} - {None}) > 1]
+        colors, lines = {}, {}
+        for row in shown:
+            values = [f'{COLUMNS[key]} {row[key]}' for key in several if row.get(key)]
+            color = colors.setdefault((row['requested'], *values), len(colors))
+            lines.setdefault((', '.join([row['model'], *values]), color), []).append(row)
+        for (label, color), points in lines.items():
+            ends = ('_p10', '', '_p90')
+            low, middle, high = np.array([[row[f'images_per_second{end}'] for row in points] for end in ends])
+            dense = points[0]['selection'] == 'no selection'
+            panel.errorbar(
+                [row[x] for row in points], middle, np.clip([middle - low, high - middle], 0, None), label=label,
+                capsize=3, color=f'C{color}', marker='os^DvPX'[color % 7], markersize=7,
+                **(dict(fillstyle='none', linestyle='--') if dense else {}),
+            )  # fmt: skip
         panel.set_title(f'{mode}, {rows[0]["input"]}, {rows[0]["precision"]}; bars: p10 to p90\n{rows[0]["device"]}')
         panel.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.1))
         for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
@@ -148,26 +168,3 @@ def plot(rows: list[dict], x: str, path: str):
             panel.set_xticks(sorted({row[x] for row in rows}))
             panel.set_xticks([], minor=True)
     atomic_write(Path(path), lambda file: figure.savefig(file, format=Path(path).suffix[1:]))
-
-
-def draw_lines(panel: Axes, rows: list[dict], x: str):
-    """Draw a line for each model and whatever was swept besides `x`, with bars from p10 to p90.
-
-    A model shares its colour with its dense twin, whose line is dashed and hollow.
-    """
-    swept = [key for key in ('keep_ratio', 'batch') if key != x and len({row.get(key) for row in rows} - {None}) > 1]
-    lines, colors = {}, {}
-    for row in rows:
-        values = [f'{COLUMNS[key]} {row[key]}' for key in swept if row.get(key)]
-        color = colors.setdefault((row['requested'], *values), len(colors))
-        line = ', '.join([row['model'], *values]), color, row['selection'] == 'no selection'
-        lines.setdefault(line, []).append(row)
-    for (label, color, dense), points in lines.items():
-        low, middle, high = (
-            np.array([row[f'images_per_second{end}'] for row in points]) for end in ('_p10', '', '_p90')
-        )
-        style = dict(fillstyle='none', linestyle='--') if dense else {}
-        panel.errorbar(
-            [row[x] for row in points], middle, np.clip([middle - low, high - middle], 0, None), label=label, capsize=3,
-            color=f'C{color}', marker='os^DvPX'[color % 7], markersize=7, **style,
-        )  # fmt: skip

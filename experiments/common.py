@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +22,7 @@ from torchvision.transforms import Compose  # noqa: E402
 
 import models  # noqa: E402
 from costs import count_gmacs  # noqa: E402
+from results import circumstances  # noqa: E402
 
 BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # of the dense model's GMACs
 
@@ -152,16 +152,6 @@ def _number(text: str) -> float | int | str:
         except ValueError:
             continue
     return text
-
-
-def circumstances() -> dict:
-    """Where and with what a row was measured."""
-    git = ['git', 'describe', '--always', '--dirty', '--exclude', '*']
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return dict(
-        torch=torch.__version__, timm=timm.__version__, threads=torch.get_num_threads(), commit=commit or 'unknown',
-        date=datetime.now(UTC).date().isoformat(),
-    )  # fmt: skip
 
 
 def find_images(root: Path, limit: int | None) -> tuple[list[Path], Tensor]:

@@ -1,4 +1,4 @@
-"""What several test files need: a small folder of images, and a script run in this process."""
+"""What several test files need: a small folder of images, a script run in this process, small networks."""
 
 import importlib
 import json
@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from torch import Tensor, nn
 
+import models  # noqa: F401
 from shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
@@ -72,3 +75,48 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return probe.getsockname()[1]
+
+
+# --- networks
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(model: nn.Module, batch: int = 2) -> Tensor:
+    """Noise of the size that a model takes."""
+    size = model.img_size if hasattr(model, 'img_size') else model.patch_embed.img_size
+    return noise(batch, 3, *size, seed=batch)
+
+
+def nano(**kwargs) -> nn.Module:
+    """A small Evo-DeiT in evaluation, 16 patches."""
+    torch.manual_seed(0)
+    arguments = dict(img_size=16, num_classes=10, embed_dim=32) | kwargs
+    return timm.create_model('evo_deit_nano_patch4_32', **arguments).eval()
+
+
+def small_vit(name: str = 'vit_tiny_patch16_224', **kwargs) -> nn.Module:
+    """A ViT of timm, five narrow blocks on 5 x 5 patches, its weights not so mild that every selection is as good."""
+    torch.manual_seed(0)
+    arguments = dict(depth=5, embed_dim=192, num_heads=3, img_size=70 if 'patch14' in name else 80, num_classes=10)
+    model = timm.create_model(name, **(arguments | kwargs)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Parameters that have no gradient, or one that is not finite."""
+    return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def untouched(model: nn.Module) -> list[str]:
+    """Parameters that have no gradient, or one of zeros, where one is due."""
+    names = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # A constant added to all keys of a softmax changes nothing; its gradient is rounding.
+    return [name for name in names if not name.endswith(('qkv.bias', 'k_norm.bias'))]

@@ -7,6 +7,7 @@ import re
 import time
 import weakref
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -21,7 +22,8 @@ import results
 from models import evo_deit
 from utils import InputError
 
-NANO = ['--model', 'evo_deit_nano_patch4_32', '--num_warm_iter', 1, '--num_bench_iter', 2, '--device', 'cpu']
+NANO = ['--model', 'evo_deit_nano_patch4_32', '--num_warm_iter', 1, '--num_bench_iter', 1, '--device', 'cpu']
+INFERENCE = '--bench', 'inference', '-b', 1
 TWIN = 'vit_tiny_patch16_224 patch_size=4 embed_dim=64 num_heads=2'
 CPU = torch.device('cpu')
 
@@ -30,12 +32,14 @@ gc.freeze()  # the benchmark collects garbage after each case: what importing ha
 
 @pytest.fixture
 def bench(script, tmp_path):
-    """Run the script on the CPU; returns what it printed and the rows that it wrote."""
+    """Run the script on the CPU; returns what it printed, None if it ended with `code`, and the rows that it wrote."""
 
-    def run(*flags) -> tuple[str, list[dict]]:
-        file = tmp_path / 'results.jsonl'
+    def run(*flags, code: int = 0) -> tuple[str | None, list[dict]]:
+        file, printed = tmp_path / 'results.jsonl', None
         file.unlink(missing_ok=True)
-        printed = script('benchmark', *NANO, '--results_file', file, *flags)
+        with pytest.raises(SystemExit) if code else nullcontext() as end:
+            printed = script('benchmark', *NANO, '--results_file', file, *flags)
+        assert not code or end.value.code == code
         return printed, [json.loads(line) for line in file.read_text().splitlines()]
 
     return run
@@ -98,7 +102,7 @@ def test_every_mode_on_a_small_model(bench, monkeypatch):
         return real_step(state, net, spying, *others)
 
     monkeypatch.setattr(engine, 'train_step', spy)
-    printed, rows = bench('--bench', 'latency', 'both', '-b', 4)
+    printed, rows = bench('--bench', 'latency', 'both', '-b', 4, '--num_bench_iter', 2)
     assert [(row['mode'], row['batch'], row['n']) for row in rows[::2]] == [
         ('inference', 4, 2), ('latency', 1, 2 * benchmark.LATENCY_CALLS), ('train', 4, 2),
     ]  # fmt: skip
@@ -133,14 +137,14 @@ def test_the_twins_take_turns(bench, monkeypatch):
     calls = []
     real = benchmark.time_batches
     monkeypatch.setattr(benchmark, 'time_batches', lambda c, device: calls.append(c.row['model']) or real(c, device))
-    bench('--bench', 'inference', '-b', 1, '--num_bench_iter', 3)
+    bench(*INFERENCE, '--num_bench_iter', 3)
     assert calls == [NANO[1], TWIN] * 3
-    _, rows = bench('--bench', 'inference', '-b', 1, '--no-compare')
+    _, rows = bench(*INFERENCE, '--no-compare')
     assert [row['model'] for row in rows] == [NANO[1]] and rows[0]['speedup'] is None
 
 
 def test_levit_is_folded_and_any_timm_model_runs(bench):
-    small = '--img_size', 32, '-b', 2, '--num_bench_iter', 1
+    small = '--img_size', 32, '-b', 2
     _, rows = bench('--model', 'EvoLeViT_128S', 'resnet10t', '--bench', 'inference', *small)
     _, train = bench('--model', 'EvoLeViT_128S', '--bench', 'train', '--no-compare', *small)
     assert [(row['mode'], row['model'], row['fused']) for row in rows + train] == [
@@ -159,7 +163,7 @@ def test_fused_networks_have_no_batchnorm(bench, monkeypatch):
         return real(case, model, *others)
 
     monkeypatch.setattr(benchmark, 'make_step', spy)
-    flags = '--model', 'EvoLeViT_128S', '--bench', 'inference', '-b', 1, '--img_size', 32, '--num_bench_iter', 1
+    flags = '--model', 'EvoLeViT_128S', *INFERENCE, '--img_size', 32
     bench(*flags)
     assert norms == {'EvoLeViT': 0, 'LevitDistilled': 0}
     bench(*flags, '--no-fuse', '--no-compare')
@@ -168,7 +172,7 @@ def test_fused_networks_have_no_batchnorm(bench, monkeypatch):
 
 @pytest.mark.parametrize('name, size', [('vit_tiny_patch16_224', 32), ('eva02_tiny_patch14_224', 28)])
 def test_any_vit_is_measured_evolved_and_not(bench, name, size):
-    flags = '--model', name, '--evolve', '--bench', 'inference', '-b', 2, '--img_size', size, '--num_bench_iter', 1
+    flags = '--model', name, '--evolve', '--bench', 'inference', '-b', 2, '--img_size', size
     printed, rows = bench(*flags, '--keep-ratio', '0.75,0.25', 0.5, '--stages', 4, 8)
     assert [(row['model'], row['keep_ratio'], row['stages'], row['representative'], row['error']) for row in rows] == [
         (f'{name} evolved', '0.75,0.25', '4,8', 'nearest', None),
@@ -185,7 +189,7 @@ def test_any_vit_is_measured_evolved_and_not(bench, name, size):
 
 
 def test_evolve_trains_and_leaves_our_models_as_they_are(bench):
-    flags = '--evolve', '--representative', 'nearest', '-b', 2, '--img_size', 32, '--num_bench_iter', 1
+    flags = '--evolve', '--representative', 'nearest', '-b', 2, '--img_size', 32
     _, rows = bench('--model', 'vit_tiny_patch16_224', NANO[1], '--bench', 'train', *flags)
     assert [(row['model'], row['representative'], row['stages'], row['error']) for row in rows] == [
         ('vit_tiny_patch16_224 evolved', 'nearest', '4,8', None), ('vit_tiny_patch16_224', None, None, None),
@@ -193,18 +197,14 @@ def test_evolve_trains_and_leaves_our_models_as_they_are(bench):
     ]  # fmt: skip
 
 
-def test_what_cannot_be_evolved_ends_its_row_alone(bench, tmp_path):
-    flags = '--img_size', 32, '--bench', 'inference', '-b', 1, '--num_bench_iter', 1
-    with pytest.raises(SystemExit):
-        bench('--model', 'resnet10t', '--evolve', *flags)
-    rows = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
+def test_what_cannot_be_evolved_ends_its_row_alone(bench):
+    flags = '--img_size', 32, *INFERENCE
+    _, rows = bench('--model', 'resnet10t', '--evolve', *flags, code=1)
     assert rows[0]['error'].startswith('InputError: --method evolve: ResNet cannot be evolved') and rows[1]['ms'] > 0
 
 
 def test_end_to_end_is_never_mixed_up_with_noise(bench, image_folder):
-    _, rows = bench(
-        *('--data-path', image_folder, '--bench', 'both', '-b', 8, '--num_workers', 0, '--num_bench_iter', 1)
-    )
+    _, rows = bench('--data-path', image_folder, '--bench', 'both', '-b', 8, '--num_workers', 0)
     assert [(row['mode'], row['model']) for row in rows] == [
         (mode, model) for mode in ('inference', 'train') for model in ('the loader alone', NANO[1], TWIN)
     ]
@@ -228,7 +228,7 @@ def test_end_to_end_is_never_mixed_up_with_noise(bench, image_folder):
 def test_images_are_normalised_as_the_model_wants_them(image_folder):
     args, training_flags = parse('--data-path', image_folder, '--num_workers', 0)
     case = benchmark.make_case(args, training_flags, 'inference', 'vit_tiny_patch16_224', 32, 8)
-    load, _ = benchmark.build_loader(case, 1, CPU)
+    load, _ = benchmark.build_loader(case)
     levels = (next(load())[0] + 1) / 2 * 255  # its mean and standard deviation are 0.5
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
 
@@ -239,8 +239,8 @@ def test_a_pass_loads_no_more_than_it_uses(image_folder, monkeypatch, mode):
     opened = torch.zeros(1, dtype=torch.int64).share_memory_()  # counted in the worker too
     real = Image.open
     monkeypatch.setattr(Image, 'open', lambda *args, **kwargs: (opened.add_(1), real(*args, **kwargs))[1])
-    args, training_flags = parse(*NANO, '--data-path', image_folder, '--num_workers', 1)
-    load, _ = benchmark.build_loader(benchmark.make_case(args, training_flags, mode, NANO[1], None, 4), 2, CPU)
+    args, training_flags = parse(*NANO, '--data-path', image_folder, '--num_workers', 1, '--num_bench_iter', 2)
+    load, _ = benchmark.build_loader(benchmark.make_case(args, training_flags, mode, NANO[1], None, 4))
     for passes in (1, 2):
         assert [len(images) for images, _ in load()] == [4, 4]
         time.sleep(0.2)
@@ -263,7 +263,7 @@ def test_precisions(bench, monkeypatch):
 
     def dtypes(mode, *flags):
         seen.clear()
-        bench('--bench', mode, '-b', 2, '--num_bench_iter', 1, '--no-compare', *flags)
+        bench('--bench', mode, '-b', 2, '--no-compare', *flags)
         (used,) = set(seen)  # the same in every call
         assert used[0] == used[1]
         return used[1:]
@@ -280,7 +280,7 @@ def test_precisions(bench, monkeypatch):
 
 def test_half_precision_trains(bench):
     flags = '--bench', 'both', '-b', 2, '--precision', 'fp16', '--channels-last', '--layer-wise', '--no-compare'
-    _, rows = bench(*flags, '--num_bench_iter', 1)
+    _, rows = bench(*flags)
     expected = [('fp16', False, True, 'layer-wise', None), ('fp16', True, True, 'layer-wise', None)]
     columns = 'precision', 'autocast', 'channels_last', 'selection', 'error'
     assert [tuple(row[name] for name in columns) for row in rows] == expected
@@ -291,17 +291,17 @@ def test_half_precision_trains(bench):
 def test_compile_takes_cuda_graphs_where_they_apply(bench, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, 'compile', lambda self, **how: compiled.append(how))
-    _, rows = bench('--bench', 'both', '-b', 2, '--torchscript', '--num_bench_iter', 1, '--no-compare')
+    _, rows = bench('--bench', 'both', '-b', 2, '--torchscript', '--no-compare')
     assert [row['compile'] for row in rows] == ['default'] * 2
     graphs = {'dynamic': False, 'options': {'triton.cudagraphs': False}}
     assert compiled == [graphs, {}]  # training: as in the scripts
-    _, rows = bench('--bench', 'inference', '-b', 2, '--freeze', '--num_bench_iter', 1, '--no-compare')
+    _, rows = bench('--bench', 'inference', '-b', 2, '--freeze', '--no-compare')
     assert rows[0]['compile'] == 'default, frozen' and rows[0]['peak_mib'] is None and torch._inductor.config.freezing
 
 
 def test_sweeps_and_plots(bench, tmp_path):
     path = tmp_path / 'plot.png'
-    once = '--bench', 'inference', '--num_bench_iter', 1, '-b'
+    once = '--bench', 'inference', '-b'
     _, rows = bench(*once, 1, '--keep-ratio', 0.25, '0.5,0.75', 1, '--plot', path)
     assert [row['keep_ratio'] for row in rows] == ['0.25', '0.5,0.75', '1', None]
     gmacs = [row['gmacs'] for row in rows]
@@ -376,27 +376,24 @@ def test_out_of_memory_of_the_twin_leaves_the_model_its_row(bench, monkeypatch):
         return real(name, **options)
 
     monkeypatch.setattr(timm, 'create_model', create)
-    _, rows = bench('--bench', 'inference', '-b', 1)
+    _, rows = bench(*INFERENCE)
     assert [row['error'] for row in rows] == [None, 'out of memory'] and rows[0]['speedup'] is None
 
 
 def test_any_other_error_ends_a_row_and_the_run_with_1(bench, tmp_path):
     """BatchNorm in training needs two images; one ratio too many for the stages of LeViT."""
-    plotted, flags = tmp_path / 'plot.png', ('--no-compare', '--num_bench_iter', 1, '--img_size', 32)
-    with pytest.raises(SystemExit) as end:
-        bench('--model', 'EvoLeViT_128S', '--bench', 'train', '-b', 1, 2, '--plot', plotted, *flags)
-    assert end.value.code == 1 and plotted.exists()
-    rows = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
+    plotted, flags = tmp_path / 'plot.png', ('--no-compare', '--img_size', 32)
+    _, rows = bench('--model', 'EvoLeViT_128S', '--bench', 'train', '-b', 1, 2, '--plot', plotted, *flags, code=1)
+    assert plotted.exists()
     assert rows[0]['error'].startswith('ValueError: Expected more than 1 value per channel')
     assert rows[0]['ms'] is rows[1]['error'] is None and rows[1]['ms'] > 0
     plotted.unlink()
     ratios = '--keep-ratio', '0.7,0.5,0.5', '--plot', plotted
-    with pytest.raises(SystemExit):
-        bench('--model', 'EvoLeViT_128S', '--bench', 'inference', '-b', 1, *ratios, *flags)
+    bench('--model', 'EvoLeViT_128S', *INFERENCE, *ratios, *flags, code=1)
     assert plotted.exists()  # without a single row that could be drawn
 
 
-def test_errors_of_timing_end_a_row_too(bench, monkeypatch, tmp_path):
+def test_errors_of_timing_end_a_row_too(bench, monkeypatch):
     real = benchmark.time_batches
 
     def fail(error):
@@ -408,13 +405,11 @@ def test_errors_of_timing_end_a_row_too(bench, monkeypatch, tmp_path):
         monkeypatch.setattr(benchmark, 'time_batches', timed)
 
     fail(KeyError('a surprise\nwith details'))
-    with pytest.raises(SystemExit):
-        bench('--bench', 'inference', '-b', 1)
-    rows = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
+    _, rows = bench(*INFERENCE, code=1)
     assert rows[0]['ms'] > 0 and rows[1]['error'].startswith('KeyError: ') and '\n' not in rows[1]['error']
     fail(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        bench('--bench', 'inference', '-b', 1)
+        bench(*INFERENCE)
 
 
 def test_damaged_data_ends_the_run(bench, tmp_path):
@@ -423,7 +418,7 @@ def test_damaged_data_ends_the_run(bench, tmp_path):
             (tmp_path / split / label).mkdir(parents=True)
             (tmp_path / split / label / 'image.png').write_bytes(b'no image')
     with pytest.raises(InputError, match='image.png'):
-        bench('--data-path', tmp_path, '--num_workers', 0, '--bench', 'inference', '-b', 1)
+        bench('--data-path', tmp_path, '--num_workers', 0, *INFERENCE)
 
 
 def test_a_failed_model_is_gone_before_its_twin_is_built(bench, monkeypatch):
@@ -447,7 +442,7 @@ def test_a_failed_model_is_gone_before_its_twin_is_built(bench, monkeypatch):
 
 
 def test_representative_is_for_models_that_evolve(bench):
-    flags = '--bench', 'inference', '-b', 1, '--img_size', 32, '--num_bench_iter', 1
+    flags = *INFERENCE, '--img_size', 32
     _, rows = bench('--representative', 'nearest', '--model', 'resnet10t', NANO[1], 'EvoLeViT_128S', *flags)
     assert [(row['architecture'], row['representative'], row['error']) for row in rows] == [
         ('ResNet', None, None), ('EvoDeiT', 'nearest', None), ('VisionTransformer', None, None),
@@ -512,9 +507,13 @@ def test_a_run_on_disk_is_never_touched(bench, tmp_path, capfd, flags):
     with pytest.raises(SystemExit):
         bench('--bench', 'train', '-b', 2, '--no-compare', *flags, tmp_path)
     assert f'unrecognized arguments: {flags[0]}' in capfd.readouterr().err
-    # Nor could it be by the flags that are let through: those of checkpoints are not among them.
-    bench('--bench', 'train', '-b', 2, '--no-compare', '--num_bench_iter', 1)
     assert {name: (tmp_path / name).read_bytes() for name in names} == {name: name.encode() for name in names}
+
+
+def test_training_writes_nothing_beside_its_results(bench, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    bench('--bench', 'train', '-b', 2, '--no-compare')
+    assert [path.name for path in tmp_path.iterdir()] == ['results.jsonl']
 
 
 def test_no_flag_of_checkpoints_reaches_a_case():
@@ -527,7 +526,7 @@ def test_no_flag_of_checkpoints_reaches_a_case():
 
 
 def test_columns_are_aligned_and_have_names_of_their_own(bench):
-    printed, rows = bench('--bench', 'latency', 'train', '-b', 4, '--keep-ratio', '0.25,0.75', 1, '--num_bench_iter', 1)
+    printed, rows = bench('--bench', 'latency', 'train', '-b', 4, '--keep-ratio', '0.25,0.75', 1)
     lines = printed.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith('mode'))
     headings = {match.group(): match.span() for match in re.finditer(r'\S+( \S+)*', lines[start])}
@@ -546,13 +545,13 @@ def test_columns_are_aligned_and_have_names_of_their_own(bench):
 def test_warnings_are_printed(bench, monkeypatch):
     monkeypatch.setattr(os, 'getloadavg', lambda: (99.0, 0.0, 0.0))
     monkeypatch.setattr(results, 'DISTURBED', 0.5)
-    printed, _ = bench('--bench', 'inference', '-b', 1, '--num_bench_iter', 1, '--no-compare')
+    printed, _ = bench(*INFERENCE, '--no-compare')
     assert 'warning: the machine was busy before this started' in printed
     assert f'warning: inference, {NANO[1]}, 32 px, batch 1: img/s differ by 1.0 times' in printed
 
 
 def test_detail_names_operators(bench):
-    printed, _ = bench('--bench', 'inference', '-b', 1, '--detail', '--no-compare')
+    printed, _ = bench(*INFERENCE, '--detail', '--no-compare')
     assert 'aten::addmm' in printed and f'inference, {NANO[1]}, one call' in printed
 
 

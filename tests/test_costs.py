@@ -1,6 +1,7 @@
 """costs.py: arithmetic is that of the published models and of closed forms, memory is the most at a time."""
 
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from models import evolution
 from utils import InputError
 
 CPU = torch.device('cpu')
+KEPT = 0.7, 0.3
 
 # GMACs of the models as published, and of their dense twins.
 GMACS = {
@@ -31,23 +33,29 @@ GMACS = {
 }
 
 
-def count(name: str, size: int, options: dict | None = None, evolve: dict | None = None, batch: int = 1) -> float:
-    """GMACs of a model in inference. DeiT without numbers: the same operators are called, nothing is computed."""
+@cache
+def count(name: str, size: int = 224, representative: str | None = None) -> float:
+    """GMACs of a model in inference, evolved if there is a representative.
+
+    DeiT without numbers: the same operators are called, nothing is computed, so that a batch costs nothing.
+    """
     fake = 'deit' in name
     with torch.device('meta') if fake else nullcontext():
-        model = models.create(name, 1000, size, **options or {})
-    if evolve is not None:
-        models.evolve(model, **evolve)
+        model = models.create(name, 1000, size)
+    if representative:
+        models.evolve(model, KEPT, representative=representative)
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), torch.inference_mode():
         model = model.to_empty(device=CPU) if fake else model
-        return count_gmacs(model.eval(), [torch.randn(batch, 3, size, size)])
+        return count_gmacs(model.eval(), [torch.randn(2 if fake else 1, 3, size, size)])
 
 
 @pytest.mark.parametrize('name', GMACS)
 def test_arithmetic_is_that_of_the_published_models(name):
     size = timm.get_pretrained_cfg(name).input_size[-1]
-    for (model, options), expected in zip(((name, {}), models.dense_twin(name)), GMACS[name], strict=False):
-        assert count(model, size, options) == pytest.approx(expected, rel=2e-3)
+    twin, options = models.dense_twin(name)
+    assert not options
+    for model, expected in zip((name, twin), GMACS[name], strict=False):
+        assert count(model, size) == pytest.approx(expected, rel=2e-3)
 
 
 def closed_form(dim: int, evolving: bool) -> int:
@@ -67,22 +75,19 @@ def closed_form(dim: int, evolving: bool) -> int:
 
 @pytest.mark.parametrize('name, dim', [('evo_deit_tiny_patch16_224', 192), ('evo_deit_small_patch16_224', 384)])
 def test_arithmetic_is_the_closed_form(name, dim):
-    assert count(name, 224, batch=2) == pytest.approx(closed_form(dim, True) / 1e9, rel=1e-12)
-    assert count(models.dense_twin(name)[0], 224, batch=2) == pytest.approx(closed_form(dim, False) / 1e9, rel=1e-12)
+    assert count(name) == pytest.approx(closed_form(dim, True) / 1e9, rel=1e-12)
+    assert count(models.dense_twin(name)[0]) == pytest.approx(closed_form(dim, False) / 1e9, rel=1e-12)
 
 
 def test_nearest_costs_its_similarities():
-    """As much as nobody representing anybody, and in each group two products: all patches with each other in some of
-    their channels, and placeholders with informative ones.
+    """As much as without a representative, and in each group two products: all patches with each other in some of their
+    channels, and placeholders with informative patches.
     """
-    counted = {
-        who: count('deit_tiny_patch16_224', 224, evolve=dict(keep_ratio=(0.7, 0.3), representative=who))
-        for who in ('none', 'nearest')
-    }
-    assert 0.80 < counted['nearest'] < 0.83
-    kept = [int(196 * ratio) for ratio in (0.7, 0.3)]
+    none, nearest = (count('deit_tiny_patch16_224', representative=name) for name in ('none', 'nearest'))
+    assert 0.80 < nearest < 0.83
+    kept = [int(196 * ratio) for ratio in KEPT]
     similarities = sum(196 * 196 * evolution.COMPARED + (196 - k) * k * 192 for k in kept) / 1e9
-    assert counted['nearest'] - counted['none'] == pytest.approx(similarities, rel=1e-6)
+    assert nearest - none == pytest.approx(similarities, rel=1e-6)
 
 
 def attend_by_products(q, k, v):

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import nano, noise, untouched
 from golden import fill
 from timm.layers import Attention, PatchEmbed, SwiGLU
 from timm.models import VisionTransformer
@@ -20,7 +21,6 @@ from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import models  # noqa: F401
 import utils
 from models import weights
 from models.evo_deit import EvoDeiT, Heads
@@ -30,17 +30,8 @@ GOLDEN += ['evo_deit_small_patch16_384', 'evo_deit_base_patch16_384']
 NAMES = [*GOLDEN, 'evo_deit_nano_patch4_32', *(name.replace('_patch', '_vis_patch') for name in GOLDEN)]
 
 
-def nano(**kwargs) -> EvoDeiT:
-    """A small model in evaluation, 16 patches."""
-    torch.manual_seed(0)
-    return timm.create_model(
-        'evo_deit_nano_patch4_32', **(dict(img_size=16, num_classes=10, embed_dim=32) | kwargs)
-    ).eval()
-
-
 def images(batch: int = 2, *size: int, channels: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, channels, *(size or (16, 16)), generator=generator)
+    return noise(batch, channels, *(size or (16, 16)))
 
 
 def golden_model(name: str):
@@ -72,6 +63,8 @@ def test_everything_is_as_published(name):
         with torch.no_grad():
             logits, selection = model.forward_with_selection(x)
         np.testing.assert_allclose(logits[:, ::10], golden[f'eval_{schedule}'], rtol=0, atol=1e-4)
+        other = golden['eval_layer' if schedule == 'stage' else 'eval_stage']
+        assert 'base' in name or np.abs(logits[:, ::10] - other).max() > 1e-2  # it is this schedule that was computed
         starts = (4, 8) if schedule == 'stage' else range(4, 12)
         assert list(selection) == [f'blocks.{i}' for i in starts]
         for i in starts:
@@ -92,11 +85,6 @@ def test_everything_is_as_published(name):
         gradients = model.to_published({key: p.grad for key, p in model.named_parameters()})
         norms = [gradients[key].norm().item() for key in parameters]
         np.testing.assert_allclose(norms, golden[f'train_{schedule}_gradnorm'], rtol=1e-5, atol=1e-12)
-
-
-def test_the_schedules_differ_on_golden_weights():
-    _, golden = fill.load('evo_deit_tiny_patch16_224')
-    assert np.abs(golden['eval_stage'] - golden['eval_layer']).max() > 1e-2
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -253,9 +241,7 @@ def test_arguments_of_timm_are_computed_as_timm_does(arguments):
     heads = ours.train()(x)
     torch.testing.assert_close(heads.head, expected, rtol=0, atol=1e-5)
     sum(head.square().mean() for head in heads).backward()
-    idle = [name for name, p in ours.named_parameters() if p.grad is None or not p.grad.any()]
-    # A constant added to all keys of a softmax changes nothing; its gradient is rounding.
-    assert [name for name in idle if not name.endswith(('qkv.bias', 'k_norm.bias'))] == []
+    assert untouched(ours) == []
 
 
 @pytest.mark.parametrize('arguments, message', REFUSED, ids=str)
@@ -277,19 +263,7 @@ def test_training_reaches_every_parameter(stage_wise, evolving, representative):
     heads = model(images(8))
     assert isinstance(heads, Heads) and heads._fields == ('head', 'head_cls')
     sum(h.square().mean() for h in heads).backward()
-    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A constant added to all keys of a softmax changes nothing; its gradient is rounding.
-    assert [name for name in idle if 'qkv.bias' not in name] == []
-
-
-def test_checkpointed_gradients_are_the_same():
-    gradients = []
-    for checkpointing in (False, True):
-        model = nano(representative=True).train()
-        model.set_grad_checkpointing(checkpointing)
-        sum(h.sum() for h in model(images())).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(*gradients)
+    assert untouched(model) == []
 
 
 def test_schedule_goes_with_the_weights():
@@ -599,10 +573,9 @@ def test_a_backbone_without_a_head_can_be_finetuned():
         weights.load_weights(model, state, adapt=True)
 
 
-def test_one_graph_and_half_precision():
+def test_half_precision():
     model = nano()
-    compiled = torch.compile(model, fullgraph=True, backend='eager')
     with torch.no_grad():
-        torch.testing.assert_close(compiled(images()), model(images()))
+        expected = model(images())
         with torch.autocast('cpu', torch.bfloat16):
-            assert (model(images()) - model(images()).float()).abs().max() < 0.1
+            assert (model(images()) - expected).abs().max() < 0.1

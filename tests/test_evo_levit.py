@@ -10,18 +10,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import noise as images
+from conftest import without_gradient
 from golden import fill
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-import models  # noqa: F401
 from models.evo_levit import HEADS, EvoLeViT, Heads, attend
 from models.evolution import Slow
 
 SIZES = ('128S', '128', '192', '256', '384')
 NAMES = [f'EvoLeViT_{size}{pixels}' for pixels in ('', '_384') for size in SIZES]
 GOLDEN = [*NAMES[:5], 'EvoLeViT_256_384', 'EvoLeViT_384_384']
+TOLD_APART = 'EvoLeViT_128', 'EvoLeViT_192', 'EvoLeViT_384'  # whose golden numbers differ with schedule and tradeoff
 # Published names in order, and for the second copy of a tensor the name of the first. All but 128S share a layout.
 LAYOUTS = json.loads((fill.HERE / 'EvoLeViT.json').read_text())
 
@@ -36,10 +38,6 @@ def small(name: str = 'EvoLeViT_128S', **kwargs) -> EvoLeViT:
     return model.eval()
 
 
-def images(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def published_state(model: EvoLeViT) -> dict[str, Tensor]:
     """The weights of the golden files, in the published layout, with the shapes of `model`."""
     own = model.to_published(model.state_dict())
@@ -48,17 +46,13 @@ def published_state(model: EvoLeViT) -> dict[str, Tensor]:
     return {key: state[first or key] for key, first in layout.items()}
 
 
-def golden_arrays(name: str) -> dict[str, np.ndarray]:
-    with np.load(fill.HERE / f'{name}.npz') as arrays:
-        return dict(arrays)
-
-
 @pytest.fixture(scope='module', params=GOLDEN)
 def golden_model(request) -> tuple[EvoLeViT, dict[str, Tensor], dict[str, np.ndarray], Tensor]:
     """A model, the golden weights in the published layout, the golden arrays, and images."""
     model = timm.create_model(request.param, drop_path_rate=0.0)
     state = published_state(model)
-    golden = golden_arrays(request.param)
+    with np.load(fill.HERE / f'{request.param}.npz') as arrays:
+        golden = dict(arrays)
     return model, state, golden, fill.images('golden', len(golden['eval_stage_learn']), model.img_size[0])
 
 
@@ -68,11 +62,15 @@ def test_evaluation_is_the_published_one(golden_model):
     assert not filled and not dropped
     model.load_state_dict(converted)
     model.eval()
-    for schedule, tradeoff in product(('stage', 'layer'), ('learn', 'fixed')):
-        model.stage_wise, model.learned_tradeoff = schedule == 'stage', tradeoff == 'learn'
+    ways = [f'eval_{schedule}_{tradeoff}' for schedule, tradeoff in product(('stage', 'layer'), ('learn', 'fixed'))]
+    for way in ways:
+        model.stage_wise, model.learned_tradeoff = 'stage' in way, 'learn' in way
         with torch.no_grad():
             logits = model(x)[:, ::10].numpy()
-        np.testing.assert_allclose(logits, golden[f'eval_{schedule}_{tradeoff}'], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logits, golden[way], rtol=0, atol=1e-4)
+        # This is the way that was computed: the others give something else.
+        others = [np.abs(logits - golden[other]).max() for other in ways if other != way]
+        assert model.default_cfg['architecture'] not in TOLD_APART or min(others) > 1e-2
 
 
 def test_training_is_the_published_one(golden_model):
@@ -99,12 +97,6 @@ def test_training_is_the_published_one(golden_model):
         after = model.to_published(model.state_dict())
         norms = [after[k].norm() for k in after if k.startswith(('blocks.', 'patch_embed')) and '.bn.running' in k]
         np.testing.assert_allclose(norms, golden[f'train_{schedule}_bnnorm'], rtol=1e-6)
-
-
-def test_golden_schedules_and_tradeoffs_differ():
-    arrays = [golden_arrays(name) for name in GOLDEN]
-    for a, b in (('stage_learn', 'layer_learn'), ('stage_learn', 'stage_fixed')):
-        assert max(np.abs(golden[f'eval_{a}'] - golden[f'eval_{b}']).max() for golden in arrays) > 1e-2
 
 
 @pytest.mark.parametrize('name', LAYOUTS)
@@ -177,7 +169,7 @@ def test_small_grids(size):
     assert {name: tuple(kept.shape) for name, kept in selections.items()} == expected
 
 
-def test_sizes_of_images():
+def test_sizes_of_noise():
     model = small(img_size=(48, 80))
     assert [stage.grid for stage in model.stages] == [(3, 5), (2, 3), (1, 2)]
     assert model(images(1, 3, 48, 80)).shape == (1, 10)
@@ -283,7 +275,7 @@ def test_every_parameter_has_a_gradient(stage_wise, learned, evolving):
         heads = model(images(4, 3, 64, 64))
         assert isinstance(heads, Heads) and [tuple(head.shape) for head in heads] == [(4, 10)] * 4
         sum(head.square().mean() for head in heads).backward()
-        assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert without_gradient(model) == []
         read = {name for name, p in model.named_parameters() if p.grad.any() and 'tradeoff' in name}
         assert bool(read) == (learned and evolving and representative)
 
@@ -329,15 +321,6 @@ def test_forward_leaves_nothing_behind():
     assert torch.equal(x, before) and x.grad.any()
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize('stage_wise', [True, False])
-def test_compiles_to_one_graph(stage_wise):
-    model = small(depth=(3, 1, 1)).train(stage_wise)
-    model.set_schedule(stage_wise)
-    x = images(4, 3, 64, 64)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='eager')
-    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_half_precision_keeps_scores_and_indices_exact():
@@ -410,16 +393,6 @@ def test_drop_path_and_dropout():
         assert torch.equal(model(x), model(x))
         model.train()
         assert not torch.equal(model(x).head, model(x).head)
-
-
-def test_recomputing_layers_changes_nothing():
-    gradients = []
-    for recompute in (False, True):
-        model = small('EvoLeViT_128').train()
-        model.set_grad_checkpointing(recompute)
-        sum(head.square().mean() for head in model(images(4, 3, 64, 64))).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(*gradients)
 
 
 def test_positions_are_resized():

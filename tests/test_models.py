@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import timm
 import torch
+from conftest import images, without_gradient
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
@@ -31,11 +32,6 @@ def small(family: str, **kwargs) -> nn.Module:
         model = timm.create_model(name, img_size=70 if family == 'eva' else 80, num_classes=10, depth=4, **kwargs)
         return models.evolve(model, representative=representative)
     return timm.create_model('EvoLeViT_128S', img_size=64, num_classes=10, depth=(3, 2, 1), **kwargs)
-
-
-def images(model: nn.Module, batch: int) -> Tensor:
-    size = model.img_size if hasattr(model, 'img_size') else model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
 
 
 # Layer-wise as trained, stage-wise as deployed, and evolved without training.
@@ -80,19 +76,40 @@ def test_inference_compiles_to_one_graph(inference_model):
         torch.testing.assert_close(compiled(x), inference_model(x))
 
 
+def train_on(network: nn.Module, model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What a model in training returns and the gradients of its parameters; `network` is how it is called."""
+    model.zero_grad()
+    out = network(x)
+    heads = out if isinstance(out, tuple) else [out]
+    sum(head.square().mean() for head in heads).backward()
+    assert without_gradient(model) == []
+    return list(heads), [p.grad for p in model.parameters()]
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('representative', ['one', 'nearest'])
 def test_training_compiles_to_one_graph(family, representative):
     model = small(family, representative=representative).train()
-    x, gradients = images(model, 4), []
     torch.compiler.reset()
-    for network in (model, torch.compile(model, fullgraph=True, backend='eager')):
-        model.zero_grad()
-        out = network(x)
-        sum(head.square().mean() for head in (out if isinstance(out, tuple) else [out])).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(g is not None for g in gradients[1])
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    x = images(model, 4)
+    torch.testing.assert_close(train_on(compiled, model, x), train_on(model, model, x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('representative', ['one', 'nearest'])
+def test_checkpointed_gradients_are_the_same(family, representative):
+    model = small(family, representative=representative).train()
+    x = images(model, 4)
+    results, calls = [], []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        counted = []
+        with nn.modules.module.register_module_forward_hook(lambda module, *_, counted=counted: counted.append(module)):
+            results.append(train_on(model, model, x))
+        calls.append(len(counted))
+    assert calls[1] > 1.5 * calls[0]  # the blocks run twice
+    torch.testing.assert_close(*results)
 
 
 class OnGPU(TorchDispatchMode):

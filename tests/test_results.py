@@ -1,10 +1,16 @@
 """results.py: what rows, tables, files, plots and warnings say of given seconds."""
 
 import csv
+import importlib
 import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
+import timm
+import torch
+from conftest import ROOT
 from matplotlib.figure import Figure
 
 import results
@@ -31,6 +37,22 @@ def test_speedup_is_the_median_ratio_of_neighbours():
 def test_rare_calls_need_many(calls):
     summary = results.summarise(dict(input='noise', batch=1), [1.0] * calls)
     assert summary['ms_p90'] == 1000 and summary.get('ms_p99') == (1000 if calls == 100 else None)
+
+
+def test_circumstances_are_those_of_this_process(monkeypatch, tmp_path):
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout
+    row = results.circumstances('bf16', torch.device('cpu'))
+    assert re.fullmatch(rf'.+, {os.cpu_count()} cores', row['device']) and row['date'][:2] == '20'
+    assert row['commit'].startswith(commit.strip()[:7] or 'unknown')
+    expected = dict(precision='bf16', threads=torch.get_num_threads(), torch=torch.__version__, timm=timm.__version__)
+    assert row.items() >= expected.items()
+    # A row of an experiment has the same ones.
+    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
+    rows = importlib.import_module('common').Rows(tmp_path / 'rows.csv', {'model': 'm'})
+    rows.add(top1=1.0)
+    with open(tmp_path / 'rows.csv', newline='') as file:
+        (written,) = csv.DictReader(file)
+    assert written['device'] == row['device'] and (written['precision'], written['commit']) == ('fp32', row['commit'])
 
 
 def test_files_are_added_to(tmp_path):
@@ -104,6 +126,12 @@ def test_lines_are_told_apart_and_twins_belong_together(monkeypatch, tmp_path):
         assert ours[:2] == dense[:2] and (ours[2:], dense[2:]) == (('full', '-'), ('none', '--'))
     legend = panel.get_legend().get_window_extent()
     assert not legend.overlaps(panel.bbox) and figure.bbox.contains(*legend.min) and figure.bbox.contains(*legend.max)
+
+
+def test_modes_with_other_batches_are_no_sweep(monkeypatch, tmp_path):
+    rows = [row_of('m', 'm', 1.0, [1.0, 1.2], mode=mode, batch=batch) for mode, batch in (('a', 1), ('b', 32))]
+    panels = draw(monkeypatch, tmp_path, rows).axes
+    assert [[line.get_label() for line in panel.containers] for panel in panels] == [['m'], ['m']]
 
 
 def test_what_else_was_swept_is_in_the_label(monkeypatch, tmp_path):

@@ -6,7 +6,8 @@ import copy
 import pytest
 import timm
 import torch
-from test_vit import dense, images
+from conftest import images, without_gradient
+from conftest import small_vit as dense
 
 import models
 from costs import count_gmacs
@@ -112,7 +113,7 @@ def test_gradients_flow_and_selection_at_random_differs():
     for method in rivals.METHODS:
         model = rivals.apply(dense(), method, **({'merge_r': 3} if method == 'merge' else {'keep_ratio': 0.6})).train()
         model(images(model)).square().sum().backward()
-        assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert without_gradient(model) == []
     model = rivals.apply(dense(), 'random', keep_ratio=0.5)
     kept = [model.evolve(images(model))[1]['blocks.1'].kept.sort().values for _ in range(2)]
     assert not torch.equal(*kept)

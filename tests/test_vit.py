@@ -6,9 +6,11 @@ import pickle
 import pytest
 import timm
 import torch
+from conftest import images, without_gradient
+from conftest import small_vit as dense
 from timm.models import VisionTransformer
 from timm.models._features import FeatureGetterNet
-from torch import Tensor, nn
+from torch import nn
 
 from costs import count_gmacs
 from models import evolution, vit
@@ -29,23 +31,6 @@ NAMES = [
     'vit_small_patch16_rope_mixed_224',  # rotary positions that differ by block and head
     'vit_pe_core_tiny_patch16_384',
 ]
-
-
-def dense(name: str = 'vit_tiny_patch16_224', **kwargs) -> nn.Module:
-    """A dense model of little depth on 5 x 5 patches, its weights not so mild that every selection is as good."""
-    torch.manual_seed(0)
-    pixels = 70 if 'patch14' in name else 80
-    model = timm.create_model(name, **(dict(depth=5, img_size=pixels, num_classes=10) | kwargs)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def images(model: nn.Module, batch: int = 2) -> Tensor:
-    size = model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope='module', params=NAMES)
@@ -96,8 +81,7 @@ def test_the_interface_stays_and_the_tokens_evolve(pair, representative):
 
     evolved.train().zero_grad()
     evolved(x).square().sum().backward()
-    idle = [name for name, p in evolved.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert idle == []
+    assert without_gradient(evolved) == []
     evolved.eval()
 
     for other in (copy.deepcopy(evolved), pickle.loads(pickle.dumps(evolved))):

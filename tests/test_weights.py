@@ -12,15 +12,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import nano
 
-import models  # noqa: F401
 from models import weights
 from utils import InputError
-
-
-def nano(**kwargs):
-    torch.manual_seed(0)
-    return timm.create_model('evo_deit_nano_patch4_32', **(dict(img_size=16, num_classes=10, embed_dim=32) | kwargs))
 
 
 @pytest.fixture
