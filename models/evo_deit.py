@@ -16,13 +16,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from . import published
 from .published import check_tokens, copy_class_head, drop_distillation, fold_layer_scale, match_class_position
-from .vit import EvolvingViT, SavedEvolution, default_cfg, register_variants, why_not_arguments
+from .vit import EvolvingViT, SavedEvolution, register_variants, why_not_layers
 
 # Poolings that need no weights of their own. The extra state holds an index into this list: append, never reorder.
 POOLINGS = 'avg', 'token', 'max', 'avgmax'
@@ -79,7 +79,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
 
     def check_arguments(self):
         """ValueError if timm's arguments built anything that this class does not compute exactly."""
-        if reason := why_not_arguments(self):
+        if reason := why_not_layers(self):
             raise ValueError(reason)
         if not self.has_class_token or self.num_prefix_tokens != 1:
             raise ValueError(
@@ -199,26 +199,23 @@ def _pretrained_state(state: dict[str, Tensor], model: EvoDeiT) -> dict[str, Ten
     return model.convert_state(state, resize=True, finetune=other_classes)[0]
 
 
-_cfg = partial(default_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
-default_cfgs = generate_default_cfgs(
-    {
-        f'evo_deit_{size}{vis}_patch16_{pixels}': _cfg(pixels)
-        for size in ('tiny', 'small', 'base')
-        for vis in ('', '_vis')
-        for pixels in (224, 384)
-        if (size, pixels) != ('tiny', 384)
-    }
-    | {'evo_deit_nano_patch4_32': _cfg(32)}
-)
-
-# embed_dim, num_heads; the depth is 12 and the MLP ratio 4 in all
+# A new size is an entry here and its names in NAMES. embed_dim, num_heads; the depth is 12, the MLP ratio 4.
 SIZES = {'nano': (64, 2), 'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
+NAMES = [
+    'nano_patch4_32', 'tiny_patch16_224', 'small_patch16_224', 'base_patch16_224', 'small_patch16_384',
+    'base_patch16_384', 'tiny_vis_patch16_224', 'small_vis_patch16_224', 'base_vis_patch16_224',
+    'small_vis_patch16_384', 'base_vis_patch16_384',
+]  # fmt: skip
+_cfg = partial(PretrainedCfg, fixed_input_size=True, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
+default_cfgs = generate_default_cfgs(
+    {f'evo_deit_{name}': _cfg(input_size=(3, *2 * [int(name.split('_')[-1])])) for name in NAMES}
+)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> EvoDeiT:
-    size = variant.split('_')[2]
+    _, _, size, *_, patch_size, img_size = variant.replace('patch', '').split('_')
     embed_dim, num_heads = SIZES[size]
-    patch_size, img_size = (int(n) for n in re.search(r'patch(\d+)_(\d+)', variant).groups())
+    patch_size, img_size = int(patch_size), int(img_size)
     kwargs = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=12, num_heads=num_heads) | kwargs
     return build_model_with_cfg(
         EvoDeiT,

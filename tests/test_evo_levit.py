@@ -497,7 +497,7 @@ def test_intermediates():
     early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(early, grids[:2], strict=True))
     with pytest.raises(ValueError, match='output_fmt'):
-        model.forward_intermediates(x, output_fmt='NLC')
+        model.forward_intermediates(x, output_fmt='NHWC')
 
     for indices in ((0, 1, 2), (1,)):
         backbone = timm.create_model('EvoLeViT_128S', img_size=128, features_only=True, out_indices=indices).eval()
