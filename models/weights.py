@@ -32,6 +32,19 @@ def is_url(source: str | Path) -> bool:
     return urlparse(str(source)).scheme in ('http', 'https')
 
 
+# What a file that is no checkpoint seems to be, by how it begins.
+KINDS = {
+    rb'\Z': 'it is empty',
+    rb'\s*<(?i:!doctype|html|\?xml|head)': 'it is a web page (a download that needs a click or a login gives one)',
+    rb'\0+\Z': 'it begins with zeros (a broken copy or download)',
+    rb'.{257}ustar': 'it is a tar archive',
+    rb'PK': 'it is a damaged zip file, cut short (an interrupted download or copy)',
+    rb'\x80': 'it is a pickle, damaged or cut short',
+    rb'[\t\n\r\x20-\xff]+\Z': 'it is a text file',
+    rb'.{8}\{': 'it begins as a safetensors file',
+}
+
+
 def read_checkpoint(source: str | Path, report: Report = print) -> dict:
     """Read a checkpoint from a path or a URL, whole or not at all, and never run code that it holds.
 
@@ -43,46 +56,47 @@ def read_checkpoint(source: str | Path, report: Report = print) -> dict:
     if is_url(source):
         return _download(str(source), report)
     path = Path(source)
+    if path.is_dir():
+        names = sorted(p.name for p in path.iterdir())
+        raise InputError(f'no checkpoint at {source}: it is a folder, with {", ".join(names[:8]) or "nothing"}')
     if not path.is_file():
-        raise InputError(
-            f'no checkpoint at {source}: '
-            + (f'a folder, with {_listing(path)}' if path.is_dir() else f'{path.resolve()} does not exist')
-        )
+        raise InputError(f'no checkpoint at {source}: {path.resolve()} does not exist')
     if zipfile.is_zipfile(path):
-        # torch.load does not check the sums that a zip file keeps: a flipped bit would load.
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged, names = archive.testzip(), archive.namelist()
-        except Exception as error:  # a wrong byte in a name or a flag raises one of many kinds
-            raise InputError(f'{source} is damaged ({error})') from error
-        if damaged:
-            raise InputError(f'{source} is damaged: the checksum of {damaged} is wrong')
-        if not any(name.endswith('/data.pkl') for name in names):
-            raise InputError(f'{source} is a zip file ({", ".join(names[:3])}, ...), not a PyTorch checkpoint')
-        if any(name.endswith('constants.pkl') for name in names):
-            raise InputError(f'{source} is a TorchScript program, not a checkpoint of weights')
+        _check_zip(path)
     elif path.suffix == '.safetensors' or _is_safetensors(path):
         try:
             return safetensors.torch.load_file(path)
         except Exception as error:  # of a damaged header, a short file, a foreign file with this ending
-            raise InputError(
-                f'{source} is damaged, or not a safetensors file: {describe_file(path)} ({error})'
-            ) from error
+            what = f'is damaged, or not a safetensors file: {describe_file(path)} ({error})'
+            raise InputError(f'{source} {what}') from error
     # The published files keep their arguments as a Namespace, sometimes with paths in it: plain data, safe to rebuild.
     harmless = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
     try:
         with torch.serialization.safe_globals(harmless):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if refused:
+        what = f'is no readable checkpoint: {describe_file(path)}'
+        if refused := re.search(r'GLOBAL ([\w.]+)', str(error)):
             what = f'holds Python objects ({refused[1]}), not only weights; it was not loaded, as that could run code'
-        else:
-            what = f'is no readable checkpoint: {describe_file(path)}'
         raise InputError(f'{source} {what}') from error
     if not isinstance(checkpoint, dict):
         raise InputError(f'{source} holds a {type(checkpoint).__name__}; expected a dict of weights')
     return checkpoint
+
+
+def _check_zip(path: Path):
+    """InputError for a zip file that is damaged, or not of torch.save; torch.load does not check its sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged, names = archive.testzip(), archive.namelist()
+    except Exception as error:  # a wrong byte in a name or a flag raises one of many kinds
+        raise InputError(f'{path} is damaged ({error})') from error
+    if damaged:
+        raise InputError(f'{path} is damaged: the checksum of {damaged} is wrong')
+    if not any(name.endswith('/data.pkl') for name in names):
+        raise InputError(f'{path} is a zip file ({", ".join(names[:3])}, ...), not a PyTorch checkpoint')
+    if any(name.endswith('constants.pkl') for name in names):
+        raise InputError(f'{path} is a TorchScript program, not a checkpoint of weights')
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -94,72 +108,39 @@ def _is_safetensors(path: Path) -> bool:
 
 def describe_file(path: Path) -> str:
     """Say what a file that is no checkpoint seems to be."""
-    size = path.stat().st_size
     with open(path, 'rb') as file:
         head = file.read(1024)
-    if not head:
-        return 'the file is empty'
-    if re.match(rb'\s*<(!doctype|html|\?xml|head)', head, re.IGNORECASE):
-        return 'it is a web page (a download that needs a click or a login gives one)'
-    if not head.strip(b'\0'):
-        return 'it begins with zeros (a broken copy or download)'
-    if head[257:262] == b'ustar':
-        return 'it is a tar archive'
-    if _is_safetensors(path):
-        return f'it begins as a safetensors file, of {size:,} bytes'
-    if head[:2] == b'PK':
-        return f'it is damaged, a zip file cut short at {size:,} bytes (an interrupted download or copy)'
-    if head[:1] == b'\x80':
-        return f'it is a pickle, damaged or cut short at {size:,} bytes'
-    if all(byte in b'\t\n\r' or byte >= 32 for byte in head):
-        return 'it is a text file'
-    return f'{size:,} bytes of unknown kind'
-
-
-def _listing(folder: Path, most: int = 8) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return (
-        ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
-        if names
-        else 'nothing'
-    )
+    kind = next((kind for pattern, kind in KINDS.items() if re.match(pattern, head, re.DOTALL)), 'of unknown kind')
+    return f'{kind}; {path.stat().st_size:,} bytes'
 
 
 def _download(address: str, report: Report) -> dict:
     """Read a checkpoint from a URL through torch.hub's cache; each use checks the hash again."""
     url, fragment = urldefrag(address)
     name = Path(urlparse(url).path).name or 'checkpoint'
-    named = re.search(r'-([a-f0-9]{8,64})\.', name)
-    wanted = fragment.removeprefix('sha256=') if fragment.startswith('sha256=') else named[1] if named else ''
-    cached = Path(torch.hub.get_dir()) / 'checkpoints' / (name if wanted else f'{os.getpid()}-{name}')
+    in_name = re.search(r'-([a-f0-9]{8,64})\.', name)
+    expected = fragment.removeprefix('sha256=') if fragment.startswith('sha256=') else in_name[1] if in_name else ''
+    # A file without a hash to check does not stay in the cache.
+    cached = Path(torch.hub.get_dir()) / 'checkpoints' / (name if expected else f'{os.getpid()}-{name}')
     cached.parent.mkdir(parents=True, exist_ok=True)
     try:
         if not cached.exists():
             report(f'downloading {url}')
-            partial = cached.with_name(f'{cached.name}.{os.getpid()}.part')
-            try:
-                torch.hub.download_url_to_file(url, str(partial), progress=False)
-                os.replace(partial, cached)
-            finally:
-                partial.unlink(missing_ok=True)
+            torch.hub.download_url_to_file(url, str(cached), progress=False)
         with open(cached, 'rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
-        if wanted and not found.startswith(wanted):
-            cached.unlink()
-            raise InputError(
-                f'{url}: expected a file with sha256 {wanted}, found {found}; it was removed from the cache'
-            )
-        if not wanted:
-            report(f'{url} names no hash to check; add #sha256={found} to hold it to this file')
-        try:
-            return read_checkpoint(cached)
-        except InputError as error:
-            cached.unlink(missing_ok=True)
-            raise InputError(f'{url}: {error}') from error
+            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        if not digest.startswith(expected):
+            raise InputError(f'expected a file with sha256 {expected}, found {digest}; it was removed from the cache')
+        if not expected:
+            report(f'{url} names no hash to check; add #sha256={digest} to hold it to this file')
+        return read_checkpoint(cached)
     except OSError as error:
         raise InputError(f'{url} could not be downloaded: {error}') from error
+    except InputError as error:
+        cached.unlink(missing_ok=True)
+        raise InputError(f'{url}: {error}') from error
     finally:
-        if not wanted:
+        if not expected:
             cached.unlink(missing_ok=True)
 
 
