@@ -17,15 +17,20 @@ from typing import NamedTuple
 
 import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import published
 from .published import check_tokens, copy_class_head, drop_distillation, fold_layer_scale, match_class_position
 from .vit import EvolvingViT, SavedEvolution, register_variants, why_not_layers
+from .weights import resize_weights
 
 # Poolings that need no weights of their own. The extra state holds an index into this list: append, never reorder.
 POOLINGS = 'avg', 'token', 'max', 'avgmax'
+
+
+def pooling_index(pooling: str | None) -> int:
+    return POOLINGS.index(pooling) if pooling in POOLINGS else -1
 
 
 class Heads(NamedTuple):
@@ -70,12 +75,11 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         self.init_evolution(keep_ratio, range(4, len(self.blocks), 4) if stages is None else stages, representative)
         self.norm_cls = copy.deepcopy(self.norm if isinstance(self.fc_norm, nn.Identity) else self.fc_norm)
         self.head_cls = nn.Identity()
-        if self.num_classes > 0:
+        if self.num_classes > 0:  # made, not copied, as seeds of older runs have it
             like = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
             self.head_cls = nn.Linear(self.embed_dim, self.num_classes, **like)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        if self.num_classes > 0:
-            self._init_weights(self.head_cls)
+        self._init_weights(self.head_cls)
 
     def check_arguments(self):
         """ValueError if timm's arguments built anything that this class does not compute exactly."""
@@ -93,8 +97,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
 
     def get_extra_state(self) -> Tensor:
         """The schedule and the pooling as a tensor, so that they go wherever the weights go."""
-        pooling = POOLINGS.index(self.global_pool) if self.global_pool in POOLINGS else -1
-        return torch.tensor([self.stage_wise, self.evolving, pooling])
+        return torch.tensor([self.stage_wise, self.evolving, pooling_index(self.global_pool)])
 
     def set_extra_state(self, state: Tensor):
         stage_wise, evolving, *pooling = state.tolist()  # older files hold no pooling
@@ -122,11 +125,9 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         super().reset_classifier(num_classes, global_pool)
         self._init_weights(self.head)
-        if self.fused:
-            return
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.head_cls = head.to(self.cls_token).train(self.training)
-        self._init_weights(self.head_cls)
+        if not self.fused:
+            self.head_cls = copy.deepcopy(self.head)
+            self._init_weights(self.head_cls)
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
         """Nothing: the published network normalises after pooling."""
@@ -163,32 +164,26 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         weights that this model cannot reproduce.
         """
         finetune = resize if finetune is None else finetune
-        is_published = self.is_published(state)
-        state = self.from_published(state) if is_published else dict(state)
-        plain = not is_published and '_extra_state' not in state and 'head_cls.weight' not in state
-        pooling = 'avg' if is_published else None
+        pooling = None
+        if self.is_published(state):
+            state, pooling = self.from_published(state), 'avg'
+        elif '_extra_state' not in state and 'head_cls.weight' not in state:  # a plain ViT
+            pooling = 'avg' if 'fc_norm.weight' in state else 'token' if 'head.weight' in state else None
+            if isinstance(self.fc_norm, nn.Identity):  # then the norm after the pooling is called `norm` here
+                state = {re.sub(r'^fc_norm\.', 'norm.', key): value for key, value in state.items()}
+        state = dict(state)
         check_tokens(state)
         dropped = drop_distillation(state, finetune)
         if len(self.blocks) and isinstance(self.blocks[0].ls1, nn.Identity):
             fold_layer_scale(state)
         match_class_position(state, self.patch_embed.num_patches, self.no_embed_class, resize)
-        if plain and 'fc_norm.weight' in state:
-            pooling = 'avg'
-            if isinstance(self.fc_norm, nn.Identity):  # then the norm after the pooling is called `norm` here
-                state = {re.sub(r'^fc_norm\.', 'norm.', key): value for key, value in state.items()}
-        elif plain and 'head.weight' in state:
-            pooling = 'token'
         if resize:
-            try:
-                state = checkpoint_filter_fn(state, self)
-            except Exception as error:  # timm's function meets any file, and fails in many ways
-                raise ValueError(f'its positions and patches cannot be resized to this model: {error}') from error
+            state = resize_weights(self, state)
         filled = [] if self.fused else copy_class_head(state)
         pooling = self.global_pool if finetune else pooling
         schedule = state.get('_extra_state', self.get_extra_state())
         if pooling or len(schedule) == 2:  # a file without a pooling leaves the model its own
-            index = POOLINGS.index(pooling) if pooling in POOLINGS else -1
-            schedule = torch.tensor([*schedule[:2].tolist(), index])
+            schedule = torch.tensor([*schedule[:2].tolist(), pooling_index(pooling)])
         state['_extra_state'] = schedule
         return state, filled, dropped
 

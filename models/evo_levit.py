@@ -60,6 +60,11 @@ def attend(
     return x.transpose(1, 2).flatten(2), row.mean(1) if need_attention else None
 
 
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, n, H * D) to (B, H, n, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
 def subsample(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Every second row and column of patches (B, N, ...) in raster order."""
     return patches.unflatten(1, grid)[:, ::2, ::2].flatten(1, 2)
@@ -77,7 +82,7 @@ class Attention(nn.Module):
         self.proj = LinearNorm(num_heads * self.split[2], dim, bn_weight_init=0)
 
     def forward(self, x: Tensor, need_attention: bool, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split(self.split, -1)
+        q, k, v = split_heads(self.qkv(x), self.num_heads).split(self.split, -1)
         x, attention = attend(q, k, v, need_attention, key_bias)
         return self.proj(F.hardswish(x)), attention
 
@@ -120,9 +125,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, score: Tensor | None, tradeoff: Tradeoff) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, 1 + N, C) and score (B, N), or None where nobody needs it, to those of the next grid."""
         x = x + self.pos_embed
-        q = self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid)], 1))
-        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split(self.split, -1)
+        q = split_heads(self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid)], 1)), self.num_heads)
+        k, v = split_heads(self.kv(x), self.num_heads).split(self.split, -1)
         x, attention = attend(q, k, v, score is not None)
         x = self.proj(F.hardswish(x))
         x = x + self.drop_path(self.mlp(x))

@@ -204,39 +204,46 @@ def load_weights(
         if hasattr(model, 'convert_state'):
             state, filled, dropped = model.convert_state(state, resize=adapt)
         elif adapt:
-            state = _resize(model, state)
+            state = resize_weights(model, state)
     except ValueError as error:
         raise InputError(f'{where}: {error}') from error
 
-    classifier = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
-    heads = tuple(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier))
-    differ = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
+    missing = [k for k in expected if k not in state]
+    differ = [k for k in state if k in expected and state[k].shape != expected[k].shape]
+    heads = tuple(f'{name}.' for name in classifiers(model))
     other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(expected[k])]
-    if other_head and len(other_head) == len(differ) and not adapt:
+    if other_head and other_head == differ and not adapt:
         found, classes = len(state[other_head[0]]), len(expected[other_head[0]])
         raise InputError(f'{where} has {found} classes, the model {classes}')
-    missing = [k for k in expected if k not in state]
-    no_head = [k for k in missing if k.startswith(heads)] if adapt else []
+    new = other_head + [k for k in missing if adapt and k.startswith(heads)]
     problems = {
-        'missing': [k for k in missing if k not in no_head],
+        'missing': [k for k in missing if k not in new],
         'not expected': [k for k in state if k not in expected],
-        'of another shape': [
-            f'{k} {(*state[k].shape,)}, not {(*expected[k].shape,)}' for k in differ if k not in other_head
-        ],
+        'of another shape': [f'{k} {(*state[k].shape,)}, not {(*expected[k].shape,)}' for k in differ if k not in new],
     }
     if any(problems.values()):
-        lines = [f'{where} does not fit {type(model).__name__} ({len(state)} tensors for {len(expected)}):']
-        for problem, names in problems.items():
-            if names:
-                lines.append(f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}')
-        raise InputError('\n'.join([*lines, 'It may be of another model or image size.']))
-    model.load_state_dict(state | {k: expected[k] for k in (*other_head, *no_head)})
+        raise InputError(
+            f'{where} does not fit {type(model).__name__} ({len(state)} tensors for {len(expected)}):\n'
+            + ''.join(
+                f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}\n'
+                for problem, names in problems.items()
+                if names
+            )
+            + 'It may be of another model or image size.'
+        )
+    model.load_state_dict(state | {k: expected[k] for k in new})
     return Loaded(
-        missing=sorted({*other_head, *no_head}),
+        missing=sorted(new),
         dropped=dropped + [k for k in other_head if k not in filled],
         filled=[k for k in filled if k not in other_head],
         pooling=_report_new_pooling(model, pooling, where, report),
     )
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's heads, as timm's configuration has them."""
+    names = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _report_new_pooling(model: nn.Module, before: str, where: str, report: Report) -> str:
@@ -252,8 +259,8 @@ def _report_new_pooling(model: nn.Module, before: str, where: str, report: Repor
     return pooling
 
 
-def _resize(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights for a model of timm, positions and the like resized by timm's function for its family, if it has one."""
+def resize_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with positions and the like resized by timm's function for the model's family, if it has one."""
     modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]  # of an evolved model too
     adapted = next((module.checkpoint_filter_fn for module in modules if hasattr(module, 'checkpoint_filter_fn')), None)
     if adapted is None:

@@ -496,6 +496,10 @@ def test_intermediates():
     assert [tuple(grid.shape) for grid in grids] == shapes
     early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(early, grids[:2], strict=True))
+    (patches, prefix), *_ = model.forward_intermediates(
+        x, [2, 0], return_prefix_tokens=True, norm=True, output_fmt='NLC', intermediates_only=True
+    )
+    assert torch.equal(patches, grids[0].flatten(2).mT) and prefix.shape == (2, 1, 128)
     with pytest.raises(ValueError, match='output_fmt'):
         model.forward_intermediates(x, output_fmt='NHWC')
 
