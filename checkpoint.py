@@ -177,7 +177,8 @@ def load_strict(
     Evaluation (`training` False) takes a plain ViT too, whose head an Evo-DeiT reads as it was trained.
     """
     try:
-        loaded = weights.load_weights(model, content, use_ema, report=print_rank0)
+        # The schedule is that of the flags.
+        loaded = weights.load_weights(model, content | {'schedule': None}, use_ema, report=print_rank0)
     except InputError as error:
         if training:
             advice = 'To start training from weights of another model, image size or classes, use --finetune.'

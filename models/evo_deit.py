@@ -45,7 +45,8 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
 
     Takes the arguments of timm's VisionTransformer, and:
         keep_ratio: share of the patches that are informative, one number or one for each stage.
-        stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...
+        stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...: a
+            model of 4 blocks or fewer evolves nowhere.
         representative: who represents placeholders, see evolution.py: 'none' as published, 'one', or 'nearest'.
 
     What would not be computed exactly is a ValueError: tokens besides the class token and the patches, no positions,

@@ -12,8 +12,10 @@ Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import index
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, PatchEmbed, apply_rot_embed_cat
@@ -27,6 +29,17 @@ from torch.utils.checkpoint import checkpoint
 
 from . import evolution
 from .evolution import Group, Selection, Slow
+
+
+def to_floats(name: str, value: float | Sequence[float] | np.ndarray | Tensor) -> list[float]:
+    """One number or several, Python's, NumPy's or torch's, as a list; ValueError with `name` for anything else.
+
+    In single precision a number counts as it prints: 0.7 is 0.7, not 0.69999999, which could keep one patch less.
+    """
+    try:
+        return [float(str(np.asarray(x))) for x in (value if np.ndim(value) else [value])]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{name}: expected numbers, found {value!r}') from error
 
 
 class Evolving:
@@ -49,7 +62,10 @@ class Evolving:
     def init_evolution(self, keep_ratio: float | Sequence[float], stages: Sequence[int], representative: str | bool):
         """Set the schedule; ValueError for one that cannot be."""
         depth = len(self.block_names())
-        stages = tuple(stages)
+        try:
+            stages = tuple(index(block) for block in stages)
+        except TypeError as error:
+            raise ValueError(f'stages: expected indices of blocks, such as (4, 8), found {stages}') from error
         if list(stages) != sorted(set(stages)) or not all(0 < block < depth for block in stages):
             raise ValueError(
                 f'stages: expected ascending indices of blocks, from 1 (the first selection needs a score) to '
@@ -73,10 +89,15 @@ class Evolving:
 
     @keep_ratio.setter
     def keep_ratio(self, value: float | Sequence[float]):
-        ratios = evolution.check_keep_ratio(value, len(self.first_blocks))
+        ratios = evolution.check_keep_ratio(to_floats('keep_ratio', value), len(self.first_blocks))
         for block, ratio in zip(self.first_blocks, ratios, strict=True):
             evolution.informative(self.num_patches(block), ratio)
         self._keep_ratio = ratios
+
+    def load_schedule(self, schedule: dict):
+        """Take over what `schedule` gave of another model; ValueError for one that cannot be."""
+        self.init_evolution(schedule['keep_ratio'], schedule['stages'], schedule['representative'])
+        self.stage_wise, self.evolving = schedule['stage_wise'], schedule['evolving']
 
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
         """Choose when to select."""
@@ -420,9 +441,13 @@ def evolve(
     """
     if reason := why_not(model):
         raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
-    if stages is None:
-        depth = len(model.blocks)
-        stages = sorted({depth // 3, 2 * depth // 3} - {0})
+    depth = len(model.blocks)
+    if stages is None and depth < 3:
+        other = ', or stages=[1] and one keep_ratio' if depth == 2 else ''
+        raise ValueError(
+            f'stages: expected 3 blocks or more, for two stages, found {depth}; pass stages=[] for none{other}'
+        )
+    stages = (depth // 3, 2 * depth // 3) if stages is None else stages
     evolved = copy.copy(model)  # so that a refused schedule changes nothing
     evolved.__class__ = EVOLVED.get(type(model), type(model))
     evolved.init_evolution(keep_ratio, stages, representative)

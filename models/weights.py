@@ -191,8 +191,10 @@ def load_weights(
             and the file may lack a head. The pooling stays the model's, as the head is trained for it.
         report: called with messages for the user.
 
-    Returns what could not be taken over as it is; nothing, unless with `adapt` or for a plain DeiT or ViT in an
-    Evo-DeiT. The head of a plain one was trained on the class token: the model then predicts from it, which is said.
+    Returns what could not be taken over as it is; nothing, unless with `adapt`, for a model without classes, which has
+    no head, or for a plain DeiT or ViT in an Evo-DeiT. The head of a plain one was trained on the class token: the
+    model then predicts from it, which is said. So is a change of the schedule (stages, keep_ratio, ...): the one that
+    a checkpoint was saved with comes with its weights; set your own afterwards. With `adapt` the model's stays.
 
     Raises InputError with counts and the first few names where the weights are of another model.
     """
@@ -208,9 +210,42 @@ def load_weights(
     except ValueError as error:
         raise InputError(f'{where}: {error}') from error
 
+    heads = tuple(f'{name}.' for name in classifiers(model))
+    if getattr(model, 'num_classes', None) == 0:
+        modules = tuple(f'{head.split(".")[0]}.' for head in heads)
+        unused = [k for k in state if k not in expected and k.startswith(modules)]
+        dropped += [k for k in unused if k not in filled]
+        filled = [k for k in filled if k not in unused]
+        state = {k: v for k, v in state.items() if k not in unused}
+        if unused:
+            report(f'{where}: the model has no classes; the head of the weights is left out')
+    new = _check_fit(model, state, expected, heads, adapt, where)
+    model.load_state_dict(state | {k: expected[k] for k in new})
+    schedule = checkpoint.get('schedule')
+    if isinstance(schedule, dict) and 'keep_ratio' in schedule:
+        _load_schedule(model, schedule, adapt, where, report)
+    return Loaded(
+        missing=sorted(new),
+        dropped=dropped + [k for k in new if k in state and k not in filled],
+        filled=[k for k in filled if k not in new],
+        pooling=_report_new_pooling(model, pooling, where, report),
+    )
+
+
+def _check_fit(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    heads: tuple[str, ...],
+    adapt: bool,
+    where: str,
+) -> list[str]:
+    """InputError where weights and model differ; with `adapt`, the names of the model's heads, which stay, if they do.
+
+    `heads` are what the names of the heads' tensors begin with.
+    """
     missing = [k for k in expected if k not in state]
     differ = [k for k in state if k in expected and state[k].shape != expected[k].shape]
-    heads = tuple(f'{name}.' for name in classifiers(model))
     other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(expected[k])]
     if other_head and other_head == differ and not adapt:
         found, classes = len(state[other_head[0]]), len(expected[other_head[0]])
@@ -221,23 +256,41 @@ def load_weights(
         'not expected': [k for k in state if k not in expected],
         'of another shape': [f'{k} {(*state[k].shape,)}, not {(*expected[k].shape,)}' for k in differ if k not in new],
     }
-    if any(problems.values()):
-        raise InputError(
-            f'{where} does not fit {type(model).__name__} ({len(state)} tensors for {len(expected)}):\n'
-            + ''.join(
-                f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}\n'
-                for problem, names in problems.items()
-                if names
-            )
-            + 'It may be of another model or image size.'
+    lines = [
+        f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}'
+        for problem, names in problems.items()
+        if names
+    ]
+    if lines:
+        lines.insert(0, f'{where} does not fit {type(model).__name__} ({len(state)} tensors for {len(expected)}):')
+        raise InputError('\n'.join([*lines, 'It may be of another model or image size.']))
+    return new
+
+
+def _load_schedule(model: nn.Module, saved: dict, adapt: bool, where: str, report: Report):
+    """Give a model the schedule that weights were trained with, or with `adapt` leave it its own; say what differs."""
+    if not hasattr(model, 'load_schedule'):
+        names = 'keep_ratio', 'stages', 'representative', 'stage_wise'
+        arguments = ', '.join(f'{name}={saved.get(name)!r}' for name in names)
+        report(
+            f'{where} was trained with tokens that evolve, and this {type(model).__name__} does not evolve; '
+            f'models.evolve(model, {arguments}) gives it the schedule of then'
         )
-    model.load_state_dict(state | {k: expected[k] for k in new})
-    return Loaded(
-        missing=sorted(new),
-        dropped=dropped + [k for k in other_head if k not in filled],
-        filled=[k for k in filled if k not in other_head],
-        pooling=_report_new_pooling(model, pooling, where, report),
-    )
+        return
+    before = model.schedule()
+    differ = [name for name in before if before[name] != saved.get(name)]
+    if not differ:
+        return
+    if adapt:
+        words = ', '.join(f'{name} {before[name]}, there it was {saved[name]}' for name in differ)
+        report(f'{where}: the model goes on to evolve in its own way: {words}')
+        return
+    try:
+        model.load_schedule(saved)
+    except ValueError as error:
+        raise InputError(f'{where}: its schedule does not fit: {error}') from error
+    words = ', '.join(f'{name} {saved[name]}, it was {before[name]}' for name in differ)
+    report(f'{where}: the model now evolves as it did there: {words}')
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:

@@ -11,7 +11,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import fill
+from test_vit import check_recomputation
 from timm.models._manipulate import group_parameters
+from timm.models.levit import LevitMlp
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -420,6 +422,12 @@ def test_recomputing_layers_changes_nothing():
         sum(head.square().mean() for head in model(images(4, 3, 64, 64))).backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+def test_checkpointing_runs_layers_again():
+    model = small('EvoLeViT_128').train()
+    layers = [m for m in model.modules() if isinstance(m, LevitMlp)]
+    check_recomputation(model, layers, images(4, 3, 64, 64))
 
 
 def test_positions_are_resized():
