@@ -126,10 +126,14 @@ class Evolving:
         return []
 
     def recomputed(self, function: Callable) -> Callable:
-        """The function, run again in the backward pass where gradient checkpointing is on."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return partial(checkpoint, function, use_reentrant=False)
-        return function
+        """The function, run again in the backward pass where gradient checkpointing is on; so are parts of a block."""
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return function
+        again = partial(checkpoint, function, use_reentrant=False)
+        for part in ('attend', 'feed_forward'):  # some rivals work between these
+            if hasattr(function, part):
+                setattr(again, part, partial(checkpoint, getattr(function, part), use_reentrant=False))
+        return again
 
     def groups(self, cuts: Sequence[int] = ()) -> list[Group]:
         """The blocks as groups that share a selection; a group also ends after each of the blocks `cuts`."""

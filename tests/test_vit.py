@@ -12,7 +12,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from costs import count_gmacs
-from models import evolution, vit
+from models import evolution, rivals, vit
 
 NAMES = [
     'vit_tiny_patch16_224',
@@ -271,6 +271,12 @@ def test_checkpointing_runs_blocks_again(name):
     else:
         model = vit.evolve(dense(name), (0.7, 0.3), representative='nearest')
     check_recomputation(model.train(), [block.mlp for block in model.blocks], images(model, 4))
+
+
+@pytest.mark.parametrize('method', rivals.METHODS)
+def test_checkpointing_runs_blocks_of_rivals_again(method):
+    model = rivals.apply(dense(), method).train()
+    check_recomputation(model, [block.mlp for block in model.blocks], images(model, 4))
 
 
 def check_recomputation(model: nn.Module, layers: list[nn.Module], x: Tensor):
