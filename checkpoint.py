@@ -177,8 +177,8 @@ def load_strict(
     Evaluation (`training` False) takes a plain ViT too, whose head an Evo-DeiT reads as it was trained.
     """
     try:
-        # The schedule is that of the flags.
-        loaded = weights.load_weights(model, content | {'schedule': None}, use_ema, report=print_rank0)
+        content = {key: value for key, value in content.items() if key != 'schedule'}  # that of the flags counts
+        loaded = weights.load_weights(model, content, use_ema, report=print_rank0)
     except InputError as error:
         if training:
             advice = 'To start training from weights of another model, image size or classes, use --finetune.'
