@@ -1,6 +1,8 @@
 """Weights: a file or URL read safely, and loaded into a model strictly.
 
-No code in a file is ever run, nothing half is read, and every tensor is used, or named, or an error.
+No code in a file is ever run, nothing half is read, and every tensor is used, or named, or an error. The way of a file:
+`read_checkpoint` to a dict, `find_weights` to a state dict, the model's `convert_state` to its names and shapes,
+`_check_fit`, and `load_state_dict`; `load_weights` goes all of it.
 """
 
 import argparse
@@ -211,39 +213,35 @@ def load_weights(
         raise InputError(f'{where}: {error}') from error
 
     heads = tuple(f'{name}.' for name in classifiers(model))
+    unused = []
     if getattr(model, 'num_classes', None) == 0:
         modules = tuple(f'{head.split(".")[0]}.' for head in heads)
         unused = [k for k in state if k not in expected and k.startswith(modules)]
-        dropped += [k for k in unused if k not in filled]
-        filled = [k for k in filled if k not in unused]
         state = {k: v for k, v in state.items() if k not in unused}
-        if unused:
-            report(f'{where}: the model has no classes; the head of the weights is left out')
-    new = _check_fit(model, state, expected, heads, adapt, where)
-    model.load_state_dict(state | {k: expected[k] for k in new})
+    if unused:
+        report(f'{where}: the model has no classes; the head of the weights is left out')
+    new = _check_fit(model, state, heads, adapt, where)
+    unused += [k for k in new if k in state]
     schedule = checkpoint.get('schedule')
     if isinstance(schedule, dict) and 'keep_ratio' in schedule:
         _load_schedule(model, schedule, adapt, where, report)
+    model.load_state_dict(state | {k: expected[k] for k in new})
     return Loaded(
         missing=sorted(new),
-        dropped=dropped + [k for k in new if k in state and k not in filled],
-        filled=[k for k in filled if k not in new],
+        dropped=dropped + [k for k in unused if k not in filled],
+        filled=[k for k in filled if k not in (*new, *unused)],
         pooling=_report_new_pooling(model, pooling, where, report),
     )
 
 
 def _check_fit(
-    model: nn.Module,
-    state: dict[str, Tensor],
-    expected: dict[str, Tensor],
-    heads: tuple[str, ...],
-    adapt: bool,
-    where: str,
+    model: nn.Module, state: dict[str, Tensor], heads: tuple[str, ...], adapt: bool, where: str
 ) -> list[str]:
-    """InputError where weights and model differ; with `adapt`, the names of the model's heads, which stay, if they do.
+    """InputError where weights and model differ, but with `adapt` for the heads, whose names begin with one of `heads`.
 
-    `heads` are what the names of the heads' tensors begin with.
+    Returns the names of the model's tensors that stay as they are: of heads that differ.
     """
+    expected = model.state_dict()
     missing = [k for k in expected if k not in state]
     differ = [k for k in state if k in expected and state[k].shape != expected[k].shape]
     other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(expected[k])]
@@ -278,19 +276,15 @@ def _load_schedule(model: nn.Module, saved: dict, adapt: bool, where: str, repor
         )
         return
     before = model.schedule()
-    differ = [name for name in before if before[name] != saved.get(name)]
-    if not differ:
-        return
-    if adapt:
-        words = ', '.join(f'{name} {before[name]}, there it was {saved[name]}' for name in differ)
-        report(f'{where}: the model goes on to evolve in its own way: {words}')
-        return
-    try:
-        model.load_schedule(saved)
-    except ValueError as error:
-        raise InputError(f'{where}: its schedule does not fit: {error}') from error
-    words = ', '.join(f'{name} {saved[name]}, it was {before[name]}' for name in differ)
-    report(f'{where}: the model now evolves as it did there: {words}')
+    differ = [f'{name} {saved[name]} instead of {value}' for name, value in before.items() if saved[name] != value]
+    if differ and adapt:
+        report(f'{where}: the model keeps its own schedule; the weights were trained with {", ".join(differ)}')
+    elif differ:
+        try:
+            model.load_schedule(saved)
+        except ValueError as error:
+            raise InputError(f'{where}: its schedule does not fit this model: {error}') from error
+        report(f'{where}: the model now evolves as the weights were trained, with {", ".join(differ)}')
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:

@@ -240,8 +240,9 @@ def test_the_schedule_of_a_checkpoint_comes_with_its_weights(make, tmp_path, cap
     models.load_weights(model, path)
     assert model.schedule() == trained.schedule() and torch.equal(model(x), trained(x))
     printed = capsys.readouterr().out
-    assert printed.count('\n') == 1 and f'{path}: the model now evolves as it did there' in printed
-    assert f'keep_ratio [0.75, 0.25], it was {list(make().keep_ratio)}' in printed
+    assert printed.count('\n') == 1 and f'{path}: the model now evolves as the weights were trained' in printed
+    assert f'keep_ratio [0.75, 0.25] instead of {list(make().keep_ratio)}' in printed
+    assert 'stage_wise False instead of True' in printed
     models.load_weights(model, path)
     assert not capsys.readouterr().out
 
@@ -253,7 +254,10 @@ def test_a_schedule_that_stays_is_said(tmp_path, capsys):
     model = evolved()
     models.load_weights(model, checkpoint, adapt=True)
     assert model.keep_ratio == (0.7, 0.3)
-    assert 'keep_ratio [0.7, 0.3], there it was [0.75, 0.25]' in capsys.readouterr().out
+    assert (
+        'keeps its own schedule; the weights were trained with keep_ratio [0.75, 0.25] instead of [0.7, 0.3]'
+        in capsys.readouterr().out
+    )
     dense = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=6, embed_dim=48, num_classes=10)
     models.load_weights(dense, checkpoint)
     printed = capsys.readouterr().out
