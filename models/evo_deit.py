@@ -113,16 +113,6 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         self.fused = True
         return self.eval()
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {'pos_embed', 'cls_token'}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r'^cls_token|pos_embed|patch_embed|norm_pre', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]
-        )
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         super().reset_classifier(num_classes, global_pool)
         self._init_weights(self.head)

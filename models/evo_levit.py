@@ -8,7 +8,7 @@ training, two on the mean of all patches and two on the class token.
 Shapes: B batch, N patches of a stage, K informative patches, C channels, H heads, D channels of a key, E of a value.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -282,12 +282,9 @@ class EvoLeViT(SavedEvolution, nn.Module):
         self.fused = True
         return self.eval()
 
-    def attentions(self) -> Iterator[Attention | Downsample]:
+    def attentions(self) -> list[Attention | Downsample]:
         """Everything that has a tradeoff, in order."""
-        for stage in self.stages:
-            if stage.downsample is not None:
-                yield stage.downsample
-            yield from (block.attn for block in stage.blocks)
+        return [module for module in self.modules() if isinstance(module, Attention | Downsample)]
 
     def tradeoff(self, attention: Attention | Downsample) -> Tradeoff:
         """How much of this class attention enters the score."""
