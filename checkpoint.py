@@ -177,6 +177,7 @@ def load_strict(
     Evaluation (`training` False) takes a plain ViT too, whose head an Evo-DeiT reads as it was trained.
     """
     try:
+        content = {key: value for key, value in content.items() if key != 'schedule'}  # that of the flags counts
         loaded = weights.load_weights(model, content, use_ema, report=print_rank0)
     except InputError as error:
         if training:

@@ -16,16 +16,21 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import published
 from .published import check_tokens, copy_class_head, drop_distillation, fold_layer_scale, match_class_position
-from .vit import EvolvingViT, SavedEvolution, default_cfg, register_variants, why_not_arguments
+from .vit import EvolvingViT, SavedEvolution, register_variants, why_not_layers
+from .weights import resize_weights
 
 # Poolings that need no weights of their own. The extra state holds an index into this list: append, never reorder.
 POOLINGS = 'avg', 'token', 'max', 'avgmax'
+
+
+def pooling_index(pooling: str | None) -> int:
+    return POOLINGS.index(pooling) if pooling in POOLINGS else -1
 
 
 class Heads(NamedTuple):
@@ -40,7 +45,8 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
 
     Takes the arguments of timm's VisionTransformer, and:
         keep_ratio: share of the patches that are informative, one number or one for each stage.
-        stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...
+        stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...: a
+            model of 4 blocks or fewer evolves nowhere.
         representative: who represents placeholders, see evolution.py: 'none' as published, 'one', or 'nearest'.
 
     What would not be computed exactly is a ValueError: tokens besides the class token and the patches, no positions,
@@ -70,16 +76,15 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         self.init_evolution(keep_ratio, range(4, len(self.blocks), 4) if stages is None else stages, representative)
         self.norm_cls = copy.deepcopy(self.norm if isinstance(self.fc_norm, nn.Identity) else self.fc_norm)
         self.head_cls = nn.Identity()
-        if self.num_classes > 0:
+        if self.num_classes > 0:  # made, not copied, as seeds of older runs have it
             like = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
             self.head_cls = nn.Linear(self.embed_dim, self.num_classes, **like)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        if self.num_classes > 0:
-            self._init_weights(self.head_cls)
+        self._init_weights(self.head_cls)
 
     def check_arguments(self):
         """ValueError if timm's arguments built anything that this class does not compute exactly."""
-        if reason := why_not_arguments(self):
+        if reason := why_not_layers(self):
             raise ValueError(reason)
         if not self.has_class_token or self.num_prefix_tokens != 1:
             raise ValueError(
@@ -93,8 +98,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
 
     def get_extra_state(self) -> Tensor:
         """The schedule and the pooling as a tensor, so that they go wherever the weights go."""
-        pooling = POOLINGS.index(self.global_pool) if self.global_pool in POOLINGS else -1
-        return torch.tensor([self.stage_wise, self.evolving, pooling])
+        return torch.tensor([self.stage_wise, self.evolving, pooling_index(self.global_pool)])
 
     def set_extra_state(self, state: Tensor):
         stage_wise, evolving, *pooling = state.tolist()  # older files hold no pooling
@@ -109,24 +113,12 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         self.fused = True
         return self.eval()
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {'pos_embed', 'cls_token'}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r'^cls_token|pos_embed|patch_embed|norm_pre', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]
-        )
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         super().reset_classifier(num_classes, global_pool)
         self._init_weights(self.head)
-        if self.fused:
-            return
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.head_cls = head.to(self.cls_token).train(self.training)
-        self._init_weights(self.head_cls)
+        if not self.fused:
+            self.head_cls = copy.deepcopy(self.head)
+            self._init_weights(self.head_cls)
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
         """Nothing: the published network normalises after pooling."""
@@ -163,32 +155,26 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         weights that this model cannot reproduce.
         """
         finetune = resize if finetune is None else finetune
-        is_published = self.is_published(state)
-        state = self.from_published(state) if is_published else dict(state)
-        plain = not is_published and '_extra_state' not in state and 'head_cls.weight' not in state
-        pooling = 'avg' if is_published else None
+        pooling = None
+        if self.is_published(state):
+            state, pooling = self.from_published(state), 'avg'
+        elif '_extra_state' not in state and 'head_cls.weight' not in state:  # a plain ViT
+            pooling = 'avg' if 'fc_norm.weight' in state else 'token' if 'head.weight' in state else None
+            if isinstance(self.fc_norm, nn.Identity):  # then the norm after the pooling is called `norm` here
+                state = {re.sub(r'^fc_norm\.', 'norm.', key): value for key, value in state.items()}
+        state = dict(state)
         check_tokens(state)
         dropped = drop_distillation(state, finetune)
         if len(self.blocks) and isinstance(self.blocks[0].ls1, nn.Identity):
             fold_layer_scale(state)
         match_class_position(state, self.patch_embed.num_patches, self.no_embed_class, resize)
-        if plain and 'fc_norm.weight' in state:
-            pooling = 'avg'
-            if isinstance(self.fc_norm, nn.Identity):  # then the norm after the pooling is called `norm` here
-                state = {re.sub(r'^fc_norm\.', 'norm.', key): value for key, value in state.items()}
-        elif plain and 'head.weight' in state:
-            pooling = 'token'
         if resize:
-            try:
-                state = checkpoint_filter_fn(state, self)
-            except Exception as error:  # timm's function meets any file, and fails in many ways
-                raise ValueError(f'its positions and patches cannot be resized to this model: {error}') from error
+            state = resize_weights(self, state)
         filled = [] if self.fused else copy_class_head(state)
         pooling = self.global_pool if finetune else pooling
         schedule = state.get('_extra_state', self.get_extra_state())
         if pooling or len(schedule) == 2:  # a file without a pooling leaves the model its own
-            index = POOLINGS.index(pooling) if pooling in POOLINGS else -1
-            schedule = torch.tensor([*schedule[:2].tolist(), index])
+            schedule = torch.tensor([*schedule[:2].tolist(), pooling_index(pooling)])
         state['_extra_state'] = schedule
         return state, filled, dropped
 
@@ -199,26 +185,23 @@ def _pretrained_state(state: dict[str, Tensor], model: EvoDeiT) -> dict[str, Ten
     return model.convert_state(state, resize=True, finetune=other_classes)[0]
 
 
-_cfg = partial(default_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
-default_cfgs = generate_default_cfgs(
-    {
-        f'evo_deit_{size}{vis}_patch16_{pixels}': _cfg(pixels)
-        for size in ('tiny', 'small', 'base')
-        for vis in ('', '_vis')
-        for pixels in (224, 384)
-        if (size, pixels) != ('tiny', 384)
-    }
-    | {'evo_deit_nano_patch4_32': _cfg(32)}
-)
-
-# embed_dim, num_heads; the depth is 12 and the MLP ratio 4 in all
+# A new size is an entry here and its names in NAMES. embed_dim, num_heads; the depth is 12, the MLP ratio 4.
 SIZES = {'nano': (64, 2), 'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
+NAMES = [
+    'nano_patch4_32', 'tiny_patch16_224', 'small_patch16_224', 'base_patch16_224', 'small_patch16_384',
+    'base_patch16_384', 'tiny_vis_patch16_224', 'small_vis_patch16_224', 'base_vis_patch16_224',
+    'small_vis_patch16_384', 'base_vis_patch16_384',
+]  # fmt: skip
+_cfg = partial(PretrainedCfg, fixed_input_size=True, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
+default_cfgs = generate_default_cfgs(
+    {f'evo_deit_{name}': _cfg(input_size=(3, *2 * [int(name.split('_')[-1])])) for name in NAMES}
+)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> EvoDeiT:
-    size = variant.split('_')[2]
+    _, _, size, *_, patch_size, img_size = variant.replace('patch', '').split('_')
     embed_dim, num_heads = SIZES[size]
-    patch_size, img_size = (int(n) for n in re.search(r'patch(\d+)_(\d+)', variant).groups())
+    patch_size, img_size = int(patch_size), int(img_size)
     kwargs = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=12, num_heads=num_heads) | kwargs
     return build_model_with_cfg(
         EvoDeiT,

@@ -8,7 +8,7 @@ training, two on the mean of all patches and two on the class token.
 Shapes: B batch, N patches of a stage, K informative patches, C channels, H heads, D channels of a key, E of a value.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.levit import ConvNorm, LevitMlp, LinearNorm, NormLinear, Stem16
 from torch import Tensor, nn
 
 from . import evolution, published
 from .evolution import Slow, Tradeoff
-from .vit import SavedEvolution, default_cfg, register_variants
+from .vit import SavedEvolution, register_variants
 
 FIRST_EVOLVING = 2  # as published, and as the second copies of layers in published files have it
 HEADS = ('head', 'head_dist', 'head_cls', 'head_cls_dist')
@@ -60,6 +60,11 @@ def attend(
     return x.transpose(1, 2).flatten(2), row.mean(1) if need_attention else None
 
 
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, n, H * D) to (B, H, n, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
 def subsample(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Every second row and column of patches (B, N, ...) in raster order."""
     return patches.unflatten(1, grid)[:, ::2, ::2].flatten(1, 2)
@@ -77,7 +82,7 @@ class Attention(nn.Module):
         self.proj = LinearNorm(num_heads * self.split[2], dim, bn_weight_init=0)
 
     def forward(self, x: Tensor, need_attention: bool, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split(self.split, -1)
+        q, k, v = split_heads(self.qkv(x), self.num_heads).split(self.split, -1)
         x, attention = attend(q, k, v, need_attention, key_bias)
         return self.proj(F.hardswish(x)), attention
 
@@ -120,9 +125,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, score: Tensor | None, tradeoff: Tradeoff) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, 1 + N, C) and score (B, N), or None where nobody needs it, to those of the next grid."""
         x = x + self.pos_embed
-        q = self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid)], 1))
-        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split(self.split, -1)
+        q = split_heads(self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid)], 1)), self.num_heads)
+        k, v = split_heads(self.kv(x), self.num_heads).split(self.split, -1)
         x, attention = attend(q, k, v, score is not None)
         x = self.proj(F.hardswish(x))
         x = x + self.drop_path(self.mlp(x))
@@ -200,6 +204,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], embed_dim[0]))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.patch_embed = Stem16(in_chans, embed_dim[0], act_layer=nn.Hardswish)
+        self.norm = nn.Identity()  # the heads normalise
         self.stages, self.feature_info = nn.ModuleList(), []
         for i, (dim, heads, layers) in enumerate(zip(embed_dim, num_heads, depth, strict=True)):
             downsample = None
@@ -277,12 +282,9 @@ class EvoLeViT(SavedEvolution, nn.Module):
         self.fused = True
         return self.eval()
 
-    def attentions(self) -> Iterator[Attention | Downsample]:
+    def attentions(self) -> list[Attention | Downsample]:
         """Everything that has a tradeoff, in order."""
-        for stage in self.stages:
-            if stage.downsample is not None:
-                yield stage.downsample
-            yield from (block.attn for block in stage.blocks)
+        return [module for module in self.modules() if isinstance(module, Attention | Downsample)]
 
     def tradeoff(self, attention: Attention | Downsample) -> Tradeoff:
         """How much of this class attention enters the score."""
@@ -320,9 +322,6 @@ class EvoLeViT(SavedEvolution, nn.Module):
         x = self.patch_embed(x).flatten(2).mT
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
 
-    def norm_tokens(self, tokens: Tensor) -> Tensor:
-        return tokens
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
         """Tokens (B, 1 + N, C) to logits (B, classes), in training of each head. `pre_logits` stops before them."""
         pooled = x[:, 1:].mean(1) if self.global_pool == 'avg' else x
@@ -333,31 +332,9 @@ class EvoLeViT(SavedEvolution, nn.Module):
             return Heads(head, head_dist, self.head_cls(x[:, 0]), self.head_cls_dist(x[:, 0]))
         return (head + head_dist) / 2
 
-    def forward(self, x: Tensor) -> Tensor | Heads:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's interface: the whole grids (B, C, rows, columns) after the chosen stages.
-
-        Returns (tokens after the last stage, grids), or the grids alone. There is no norm to apply: `norm` is accepted
-        for the interface's sake.
-        """
-        if output_fmt != 'NCHW':
-            raise ValueError(f'output_fmt: expected NCHW, found {output_fmt}')
-        out_indices, _ = feature_take_indices(len(self.stages), indices)
+    def feature_levels(self, images: Tensor) -> list[tuple[int, tuple[int, int]]]:
         last_blocks = [*self.new_grids(), len(self.block_names())]
-        x, _, outputs = self.evolve(x, [last_blocks[i] - 1 for i in out_indices], stop_early)
-        grids = [t[:, 1:].mT.unflatten(-1, self.stages[i].grid) for i, t in zip(out_indices, outputs, strict=True)]
-        grids = [grid.contiguous() for grid in grids]
-        return grids if intermediates_only else (x, grids)
+        return [(last - 1, stage.grid) for last, stage in zip(last_blocks, self.stages, strict=True)]
 
     is_published = staticmethod(published.is_evo_levit)
     from_published = staticmethod(published.evo_levit_from_published)
@@ -382,8 +359,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         return state, [], []
 
 
-_cfg = partial(default_cfg, first_conv='patch_embed.conv1.linear', classifier=tuple(f'{name}.linear' for name in HEADS))
-
+# A new size is one entry; each is registered for images of 224 px, and of 384 px with the ending `_384`.
 SIZES = {
     '128S': dict(embed_dim=(128, 256, 384), num_heads=(4, 6, 8), depth=(2, 3, 4), key_dim=16),
     '128': dict(embed_dim=(128, 256, 384), num_heads=(4, 8, 12), depth=(4, 4, 4), key_dim=16),
@@ -392,14 +368,23 @@ SIZES = {
     '384': dict(embed_dim=(384, 512, 768), num_heads=(6, 9, 12), depth=(4, 4, 4), key_dim=32, drop_path_rate=0.1),
 }
 
+_cfg = partial(
+    PretrainedCfg,
+    fixed_input_size=True,
+    first_conv='patch_embed.conv1.linear',
+    classifier=tuple(f'{name}.linear' for name in HEADS),
+)
 default_cfgs = generate_default_cfgs(
-    {f'EvoLeViT_{size}': _cfg(224) for size in SIZES} | {f'EvoLeViT_{size}_384': _cfg(384) for size in SIZES}
+    {
+        f'EvoLeViT_{size}{ending}': _cfg(input_size=(3, pixels, pixels))
+        for ending, pixels in (('', 224), ('_384', 384))
+        for size in SIZES
+    }
 )
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> EvoLeViT:
-    _, size, *pixels = variant.split('_')
-    kwargs = dict(img_size=int(pixels[0]) if pixels else 224, **SIZES[size]) | kwargs
+    kwargs = dict(img_size=default_cfgs[variant].default.input_size[1:], **SIZES[variant.split('_')[1]]) | kwargs
     return build_model_with_cfg(
         EvoLeViT,
         variant,

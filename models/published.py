@@ -9,17 +9,14 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import count
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Evo-DeiT: the modules of block {i}. The queries and keys are one layer, the values another; ours, as timm's, is one.
-EVO_DEIT = {
-    'blocks.{i}.norm1': 'norms.{i}',
-    'blocks.{i}.attn.proj': 'projs.{i}',
-}
-EVO_DEIT_QKV = 'blocks.{i}.attn.qkv', 'qks.{i}.qk', 'vs.{i}.v'
+# Evo-DeiT: published names and ours of the modules of block {i}. There queries and keys are one layer, and the values
+# another; here, as in timm, all three are one.
+EVO_DEIT = {'norms.{i}': 'blocks.{i}.norm1', 'projs.{i}': 'blocks.{i}.attn.proj'}
+EVO_DEIT_QKV = ('qks.{i}.qk', 'vs.{i}.v'), 'blocks.{i}.attn.qkv'
 # The order of a published file, which the published optimizer's state follows.
 EVO_DEIT_ORDER = 'cls_token pos_embed patch_embed blocks qks vs norms projs norm head head_cls norm_cls'.split()
 
@@ -50,54 +47,49 @@ def is_evo_deit(state: dict[str, Tensor]) -> bool:
 def evo_deit_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict in the published layout of Evo-DeiT to our names."""
     state, out = dict(state), {}
-    for i in range(sum(key.startswith('qks.') and key.endswith('.qk.weight') for key in state)):
-        qkv, qk, v = (name.format(i=i) for name in EVO_DEIT_QKV)
+    for i in range(sum(key.endswith('.qk.weight') for key in state)):
         for leaf in ('weight', 'bias'):
-            if f'{qk}.{leaf}' in state and f'{v}.{leaf}' in state:
-                out[f'{qkv}.{leaf}'] = torch.cat([state.pop(f'{qk}.{leaf}'), state.pop(f'{v}.{leaf}')])
-    published = {theirs.split('.')[0]: ours for ours, theirs in EVO_DEIT.items()}
-    for key, value in state.items():
-        kind, *rest = key.split('.')
-        out[f'{published[kind].format(i=rest[0])}.{rest[1]}' if kind in published else key] = value
-    return out
+            qk, v = (f'{name.format(i=i)}.{leaf}' for name in EVO_DEIT_QKV[0])
+            if qk in state and v in state:
+                out[f'{EVO_DEIT_QKV[1].format(i=i)}.{leaf}'] = torch.cat([state.pop(qk), state.pop(v)])
+    return out | {_rename(key, EVO_DEIT): value for key, value in state.items()}
 
 
 def evo_deit_to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of EvoDeiT to the published layout and order, for the published code to load."""
-    out = {}
+    out, ours = {}, {ours: published for published, ours in EVO_DEIT.items()}
     for key, value in state.items():
-        block = re.match(r'blocks\.(\d+)\.', key)
-        i, (module, _, leaf) = block and block[1], key.rpartition('.')
-        template = re.sub(r'^blocks\.\d+', 'blocks.{i}', module)
-        if template == EVO_DEIT_QKV[0]:
-            _, qk, v = (name.format(i=i) for name in EVO_DEIT_QKV)
-            out[f'{qk}.{leaf}'], out[f'{v}.{leaf}'] = value.split(2 * len(value) // 3)
+        if '.attn.qkv.' in key:
+            parts = value.split(2 * len(value) // 3)
+            out |= {_rename(key, {EVO_DEIT_QKV[1]: name}): x for name, x in zip(EVO_DEIT_QKV[0], parts, strict=True)}
         elif key != '_extra_state':
-            out[f'{EVO_DEIT[template].format(i=i)}.{leaf}' if template in EVO_DEIT else key] = value
+            out[_rename(key, ours)] = value
     return dict(sorted(out.items(), key=lambda item: EVO_DEIT_ORDER.index(item[0].split('.')[0])))
+
+
+def _rename(key: str, names: dict[str, str]) -> str:
+    """The name of a tensor by a table of names of modules with the number of their block, {i}."""
+    module, _, leaf = key.rpartition('.')
+    number = re.search(r'\.\d+', module)
+    i = number[0][1:] if number else ''
+    template = names.get(re.sub(r'\.\d+', '.{i}', module, count=1))
+    return f'{template.format(i=i)}.{leaf}' if template else key
 
 
 # --- Evo-LeViT
 
 
-class Name(NamedTuple):
-    """One module by our name, by its published one, and by its second published one ('' if it has none)."""
-
-    ours: str
-    published: str
-    copy: str
-
-
-def evo_levit_names(depth: Sequence[int]) -> list[Name]:
+def evo_levit_names(depth: Sequence[int]) -> list[tuple[str, str, str]]:
     """Names of all modules and parameters of a network with depth[i] layers in stage i, in published order.
 
-    `blocks` is one list over the network: a layer is one entry, a down-sampling and its MLP are two. Each tensor stands
-    a second time in `stage_blocks`: there a dense layer is two entries, and the evolving layers of a stage share one.
+    Each is our name, the published one, and the second published one, '' if there is none. `blocks` is one list over
+    the network: a layer is one entry, a down-sampling and its MLP are two. Each tensor stands a second time in
+    `stage_blocks`: there a dense layer is two entries, and the evolving layers of a stage share one.
     """
-    names = [Name(ours, published, '') for ours, published in EVO_LEVIT_STEM.items()]
+    names = [(ours, published, '') for ours, published in EVO_LEVIT_STEM.items()]
 
     def add(ours: str, published: str, copy: str, parts: dict[str, str]):
-        names.extend(Name(f'{ours}.{a}', f'{published}.{b}', f'{copy}.{b}') for a, b in parts.items())
+        names.extend((f'{ours}.{a}', f'{published}.{b}', f'{copy}.{b}') for a, b in parts.items())
 
     blocks, copies = count(), count()
     for stage, layers in enumerate(depth):
@@ -106,16 +98,14 @@ def evo_levit_names(depth: Sequence[int]) -> list[Name]:
             add(down, f'blocks.{next(blocks)}', f'stage_blocks.{next(copies)}', EVO_LEVIT_DOWNSAMPLE)
             add(f'{down}.mlp', f'blocks.{next(blocks)}.m', f'stage_blocks.{next(copies)}.m', EVO_LEVIT_MLP)
         dense = min(2, layers) if stage == 0 else 0
-        shared = None
+        layer_copies = [f'stage_blocks.{next(copies)}.m' for _ in range(2 * dense)]
+        if layers > dense:
+            shared = next(copies)
+            layer_copies += [f'stage_blocks.{shared}.m.{part}.m' for part in range(2 * (layers - dense))]
         for layer in range(layers):
             ours, published = f'stages.{stage}.blocks.{layer}', f'blocks.{next(blocks)}'
-            if layer < dense:
-                attn, mlp = (f'stage_blocks.{next(copies)}.m' for _ in range(2))
-            else:
-                shared = next(copies) if shared is None else shared
-                attn, mlp = (f'stage_blocks.{shared}.m.{2 * (layer - dense) + part}.m' for part in range(2))
-            add(f'{ours}.attn', f'{published}.m1.m', attn, EVO_LEVIT_ATTENTION)
-            add(f'{ours}.mlp', f'{published}.m2.m', mlp, EVO_LEVIT_MLP)
+            add(f'{ours}.attn', f'{published}.m1.m', layer_copies[2 * layer], EVO_LEVIT_ATTENTION)
+            add(f'{ours}.mlp', f'{published}.m2.m', layer_copies[2 * layer + 1], EVO_LEVIT_MLP)
     return names
 
 
@@ -130,8 +120,8 @@ def evo_levit_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises ValueError with the name of a second copy that differs from the first.
     """
     names = evo_levit_names(_published_depth(state))
-    ours = {name.published: name.ours for name in names}
-    first = {name.copy: name.published for name in names if name.copy}
+    ours = {published: ours for ours, published, _ in names}
+    first = {copy: published for _, published, copy in names if copy}
     out = {}
     for key, value in state.items():
         module, leaf = _split(key, 'c|l')
@@ -149,17 +139,19 @@ def evo_levit_to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     layers = re.findall(r'^stages\.(\d+)\.blocks\.\d+\.attn\.qkv\.linear\.weight$', '\n'.join(state), re.M)
     if not layers:
         raise ValueError('expected whole, unfused weights, found no stages.*.attn.qkv.linear.weight')
-    names = {name.ours: name for name in evo_levit_names([layers.count(str(i)) for i in range(len(set(layers)))])}
+    depth = [layers.count(str(i)) for i in range(len(set(layers)))]
+    names = {ours: published for ours, *published in evo_levit_names(depth)}
     first, copies, heads = {}, {}, {}
     for key, value in state.items():
         module, leaf = _split(key, 'linear')
+        published, copy = names.get(module, (module, ''))
         if module in EVO_LEVIT_HEADS:
             heads[module + leaf.replace('.linear.', '.l.')] = value
         elif key != '_extra_state':
-            name, leaf = names.get(module, Name(module, module, '')), leaf.replace('.linear.', '.c.')
-            first[name.published + leaf] = value
-            if name.copy:
-                copies[name.copy + leaf] = value
+            leaf = leaf.replace('.linear.', '.c.')
+            first[published + leaf] = value
+            if copy:
+                copies[copy + leaf] = value
     return first | copies | heads
 
 
@@ -171,11 +163,9 @@ def _split(key: str, linear: str) -> tuple[str, str]:
 
 def _published_depth(state: dict[str, Tensor]) -> list[int]:
     """How many layers each stage has: those between the down-samplings of the one list `blocks`."""
-    kinds = {
-        int(j): kind for j, kind in re.findall(r'^blocks\.(\d+)\.(kv|m1\.m\.qkv)\.c\.weight$', '\n'.join(state), re.M)
-    }
-    in_order = ''.join('|' if kinds[j] == 'kv' else 'x' for j in sorted(kinds))
-    return [len(stage) for stage in in_order.split('|')]
+    layers = re.findall(r'^blocks\.(\d+)\.(kv|m1\.m\.qkv)\.c\.weight$', '\n'.join(state), re.M)
+    kinds = [kind for _, kind in sorted(layers, key=lambda layer: int(layer[0]))]
+    return [len(stage) for stage in ''.join('|' if kind == 'kv' else 'x' for kind in kinds).split('|')]
 
 
 # --- a plain ViT's layout for Evo-DeiT; each function changes the state dict in place
@@ -183,15 +173,14 @@ def _published_depth(state: dict[str, Tensor]) -> list[int]:
 
 def check_tokens(state: dict[str, Tensor]):
     """ValueError for the weights of a ViT with other tokens before its patches than one class token."""
-    if 'pos_embed' not in state:
+    registers = state.get('reg_token', state.get('register_tokens'))
+    if 'pos_embed' not in state or ('cls_token' in state and registers is None):
         return
-    found = ''
-    if 'cls_token' not in state:
-        found = 'it has no class token, by whose attention Evo-DeiT selects patches'
-    elif (registers := state.get('reg_token', state.get('register_tokens'))) is not None:
-        found = f'it has {registers.shape[1]} register tokens, which Evo-DeiT does not have'
-    if found:
-        raise ValueError(f'{found}; use a ViT with one class token and no registers, such as DeiT, DINO or MAE')
+    found = 'no class token' if 'cls_token' not in state else f'{registers.shape[1]} register tokens'
+    raise ValueError(
+        f'it has {found}; Evo-DeiT has one class token, by whose attention it selects, and no registers. Use a ViT '
+        'with these tokens, such as DeiT, DINO or MAE'
+    )
 
 
 def drop_distillation(state: dict[str, Tensor], finetune: bool) -> list[str]:
@@ -200,9 +189,8 @@ def drop_distillation(state: dict[str, Tensor], finetune: bool) -> list[str]:
         return []
     if not finetune:
         raise ValueError(
-            'this is a distilled DeiT, which predicts by the mean of two heads; Evo-DeiT reads one, so its '
-            'predictions would differ. Use a DeiT without distillation; or, to train, start from this one without '
-            'its distillation token: --finetune, or adapt=True'
+            'this is a distilled DeiT, which predicts by the mean of two heads; Evo-DeiT reads one. Use a DeiT '
+            'without distillation; or train from this one without its distillation token: --finetune, or adapt=True'
         )
     positions = state['pos_embed']  # of the class token, the distillation token, the patches
     state['pos_embed'] = torch.cat([positions[:, :1], positions[:, 2:]], 1)
@@ -236,7 +224,7 @@ def match_class_position(state: dict[str, Tensor], patches: int, no_embed_class:
     elif resize and not square:
         raise ValueError(
             f'its {count} positions are of a grid that is not square, which cannot be resized; expected a square '
-            f'grid, or that of the model ({patches} patches)'
+            f'grid or the {patches} patches of the model'
         )
     else:
         grid = square[0] if square else count - 1

@@ -2,17 +2,22 @@
 
     model = evolve(timm.create_model('deit_tiny_patch16_224', pretrained=True))
 
-The method is in evolution.py. Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H
-heads, D channels of a head.
+`Evolving.evolve` is the forward pass: it cuts the list of blocks into groups and hands each to `update_group`. That is
+evolution.evolve, where tokens are selected; for another criterion, or another method such as ToMe, it is another
+function with the same signature (see rivals.py).
+
+Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H heads, D channels of a head.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import index
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, AttentionRope, PatchEmbed, apply_rot_embed_cat
 from timm.models import Eva, VisionTransformer, register_model
 from timm.models._features import feature_take_indices
@@ -24,6 +29,17 @@ from torch.utils.checkpoint import checkpoint
 
 from . import evolution
 from .evolution import Group, Selection, Slow
+
+
+def to_floats(name: str, value: float | Sequence[float] | np.ndarray | Tensor) -> list[float]:
+    """One number or several, Python's, NumPy's or torch's, as a list; ValueError with `name` for anything else.
+
+    In single precision a number counts as it prints: 0.7 is 0.7, not 0.69999999, which could keep one patch less.
+    """
+    try:
+        return [float(str(np.asarray(x))) for x in (value if np.ndim(value) else [value])]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{name}: expected numbers, found {value!r}') from error
 
 
 class Evolving:
@@ -43,25 +59,21 @@ class Evolving:
 
     update_group: Callable = staticmethod(evolution.evolve)
 
-    def init_evolution(
-        self,
-        keep_ratio: float | Sequence[float],
-        stages: Sequence[int],
-        representative: str | bool,
-        stage_wise: bool = True,
-    ):
+    def init_evolution(self, keep_ratio: float | Sequence[float], stages: Sequence[int], representative: str | bool):
         """Set the schedule; ValueError for one that cannot be."""
         depth = len(self.block_names())
-        stages = tuple(stages)
+        try:
+            stages = tuple(index(block) for block in stages)
+        except TypeError as error:
+            raise ValueError(f'stages: expected indices of blocks, such as (4, 8), found {stages}') from error
         if list(stages) != sorted(set(stages)) or not all(0 < block < depth for block in stages):
             raise ValueError(
                 f'stages: expected ascending indices of blocks, from 1 (the first selection needs a score) to '
                 f'{depth - 1}, found {stages}'
             )
         self.first_blocks = stages
-        self.representative = representative
-        self.stage_wise, self.evolving = stage_wise, True
-        self.keep_ratio = keep_ratio
+        self.representative, self.keep_ratio = representative, keep_ratio
+        self.stage_wise, self.evolving = True, True
 
     @property
     def representative(self) -> str:
@@ -77,10 +89,15 @@ class Evolving:
 
     @keep_ratio.setter
     def keep_ratio(self, value: float | Sequence[float]):
-        ratios = evolution.check_keep_ratio(value, len(self.first_blocks))
+        ratios = evolution.check_keep_ratio(to_floats('keep_ratio', value), len(self.first_blocks))
         for block, ratio in zip(self.first_blocks, ratios, strict=True):
             evolution.informative(self.num_patches(block), ratio)
         self._keep_ratio = ratios
+
+    def load_schedule(self, schedule: dict):
+        """Take over what `schedule` gave of another model; ValueError for one that cannot be."""
+        self.init_evolution(schedule['keep_ratio'], schedule['stages'], schedule['representative'])
+        self.stage_wise, self.evolving = schedule['stage_wise'], schedule['evolving']
 
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
         """Choose when to select."""
@@ -88,13 +105,13 @@ class Evolving:
 
     def schedule(self) -> dict:
         """All that says when, how much and how the model evolves, as plain data."""
-        return dict(
-            stage_wise=self.stage_wise,
-            evolving=self.evolving,
-            stages=list(self.first_blocks),
-            keep_ratio=list(self.keep_ratio),
-            representative=self.representative,
-        )
+        return {
+            'stage_wise': self.stage_wise,
+            'evolving': self.evolving,
+            'stages': list(self.first_blocks),
+            'keep_ratio': list(self.keep_ratio),
+            'representative': self.representative,
+        }
 
     def block_names(self) -> list[str]:
         """The names of all blocks, in order."""
@@ -109,18 +126,21 @@ class Evolving:
         return []
 
     def recomputed(self, function: Callable) -> Callable:
-        """The function, run again in the backward pass where gradient checkpointing is on."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return partial(checkpoint, function, use_reentrant=False)
-        return function
+        """The function, run again in the backward pass where gradient checkpointing is on; so are parts of a block."""
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return function
+        again = partial(checkpoint, function, use_reentrant=False)
+        for part in ('attend', 'feed_forward'):  # some rivals work between these
+            if hasattr(function, part):
+                setattr(again, part, partial(checkpoint, getattr(function, part), use_reentrant=False))
+        return again
 
     def groups(self, cuts: Sequence[int] = ()) -> list[Group]:
         """The blocks as groups that share a selection; a group also ends after each of the blocks `cuts`."""
         depth = len(self.block_names())
-        stages = [block for block in self.first_blocks if block < depth] if self.evolving else []
-        return evolution.partition(
-            depth, stages, self.keep_ratio[: len(stages)], self.stage_wise, self.new_grids(), cuts
-        )
+        stages = [block for block in self.first_blocks if block < depth] if self.evolving else []  # timm may cut blocks
+        ratios = self.keep_ratio[: len(stages)]
+        return evolution.partition(depth, stages, ratios, self.stage_wise, self.new_grids(), cuts)
 
     def evolve(
         self, images: Tensor, out_indices: Sequence[int] = (), stop_early: bool = False
@@ -172,6 +192,11 @@ class Evolving:
         """Images to all tokens, the whole grid in raster order: (B, P + N, C)."""
         return self.norm_tokens(self.evolve(images)[0])
 
+    def feature_levels(self, images: Tensor) -> list[tuple[int, tuple[int, int]]]:
+        """What `forward_intermediates` can return: after which block, and its grid (rows, columns)."""
+        grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
+        return [(block, grid) for block in range(len(self.blocks))]
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -182,32 +207,35 @@ class Evolving:
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
         output_dict: bool = False,
+        attn_mask: None = None,
     ):
-        """timm's interface: the whole grid after each of the chosen blocks.
+        """timm's interface: the whole grids after the chosen blocks, in Evo-LeViT after the chosen stages.
 
         Returns what timm's VisionTransformer does: (features, intermediates), the intermediates alone, or a dictionary;
-        each (B, C, rows, columns) or (B, N, C).
+        each (B, C, rows, columns) or (B, N, C). ValueError for an attention mask.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')
-        out_indices, _ = feature_take_indices(len(self.blocks), indices)
-        rows, columns = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        x, _, outputs = self.evolve(x, out_indices, stop_early)
+        if attn_mask is not None:
+            raise ValueError('attn_mask: expected none, as it would not be computed')
+        levels = self.feature_levels(x)
+        chosen = [levels[i] for i in sorted(feature_take_indices(len(levels), indices, as_set=True)[0])]
+        x, _, outputs = self.evolve(x, [block for block, _ in chosen], stop_early)
         outputs = [self.norm(tokens) if norm else tokens for tokens in outputs]
-        prefix, grids = (
-            [t[:, : self.num_prefix_tokens] for t in outputs],
-            [t[:, self.num_prefix_tokens :] for t in outputs],
-        )
+        prefix, patches = zip(*(t.tensor_split([self.num_prefix_tokens], 1) for t in outputs), strict=True)
         if output_fmt == 'NCHW':
-            grids = [grid.mT.unflatten(-1, (rows, columns)).contiguous() for grid in grids]
+            patches = [t.mT.unflatten(-1, grid).contiguous() for t, (_, grid) in zip(patches, chosen, strict=True)]
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
-            out = {'image_intermediates': grids}
-            if return_prefix_tokens and self.num_prefix_tokens:
-                out['image_intermediates_prefix'] = prefix
+            out = {'image_intermediates': list(patches)}
+            out |= {'image_intermediates_prefix': list(prefix)} if return_prefix_tokens else {}
             return out if intermediates_only else out | {'image_features': self.norm_tokens(x)}
-        if return_prefix_tokens and self.num_prefix_tokens:
-            grids = list(zip(grids, prefix, strict=True))
-        return grids if intermediates_only else (self.norm_tokens(x), grids)
+        intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else list(patches)
+        return intermediates if intermediates_only else (self.norm_tokens(x), intermediates)
+
+    def forward(self, images: Tensor):
+        """Images (B, channels, height, width) to what the head makes of them, logits (B, classes) in evaluation."""
+        return self.forward_head(self.forward_features(images))
 
 
 class SavedEvolution(Evolving):
@@ -228,6 +256,14 @@ class SavedEvolution(Evolving):
         if mode and self.fused:
             raise ValueError('a fused model cannot be trained, what training alone needs is gone: create one')
         return super().train(mode)
+
+
+def register_variants(create: Callable, variants: Iterable[str]):
+    """Register `create(variant, pretrained=False, **kwargs)` with timm under the name of each variant."""
+    for variant in variants:
+        entry = partial(create, variant)
+        entry.__name__, entry.__module__ = variant, create.__module__
+        register_model(entry)
 
 
 # --- blocks and attention of timm
@@ -357,26 +393,9 @@ class EvolvingViT(Evolving):
         if not embed.dynamic_img_pad and any(n % patch for n, patch in zip(size, embed.patch_size, strict=True)):
             raise ValueError(f'images: expected multiples of the patch, {embed.patch_size}, found {size}')
 
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> list:
-        """DINO's interface, as timm has it: the tokens after the last `n` blocks, or after the blocks `n`, as
-        (B, N, C), or (B, C, rows, columns) with `reshape`; pairs with the prefix tokens with `return_prefix_tokens`.
-        """
-        fmt = 'NCHW' if reshape else 'NLC'
-        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True)
-
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images to tokens (B, P + N, C) with positions, and rotations of queries and keys, or None."""
         return self.norm_pre(self._pos_embed(self.patch_embed(images))), None
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
 
 
 class EvolvedViT(EvolvingViT, VisionTransformer):
@@ -393,30 +412,6 @@ class EvolvedEva(EvolvingViT, Eva):
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         tokens, rope = self._pos_embed(self.patch_embed(images))
         return self.norm_pre(tokens), rope
-
-
-def default_cfg(size: int, **names: str | tuple[str, ...]) -> dict:
-    """timm's configuration of a published network for images of `size` px, with the names of some of its layers."""
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, size, size),
-        'pool_size': None,
-        'crop_pct': 224 / 256,
-        'interpolation': 'bicubic',
-        'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        **names,
-    }
-
-
-def register_variants(create: Callable, variants: Iterable[str]):
-    """Register `create(variant, pretrained=False, **kwargs)` with timm under the name of each variant."""
-    for variant in variants:
-        entry = partial(create, variant)
-        entry.__name__, entry.__module__ = variant, create.__module__
-        register_model(entry)
 
 
 EVOLVED = {VisionTransformer: EvolvedViT, VisionTransformerDistilled: EvolvedDistilledViT, Eva: EvolvedEva}
@@ -448,35 +443,35 @@ def evolve(
 
     Raises ValueError, with the reason, for a model that cannot be evolved exactly.
     """
-    reason = why_not(model)
-    if reason:
+    if reason := why_not(model):
         raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
-    if stages is None:
-        depth = len(model.blocks)
-        stages = sorted({depth // 3, 2 * depth // 3} - {0})
-    before, attributes = type(model), dict(vars(model))
-    model.__class__ = EVOLVED.get(before, before)
-    model.__dict__.pop('update_group', None)  # of another method
-    try:
-        model.init_evolution(keep_ratio, stages, representative, stage_wise)
-    except ValueError:
-        model.__class__ = before
-        model.__dict__.clear()
-        model.__dict__.update(attributes)
-        raise
+    depth = len(model.blocks)
+    if stages is None and depth < 3:
+        other = ', or stages=[1] and one keep_ratio' if depth == 2 else ''
+        raise ValueError(
+            f'stages: expected 3 blocks or more, for two stages, found {depth}; pass stages=[] for none{other}'
+        )
+    stages = (depth // 3, 2 * depth // 3) if stages is None else stages
+    evolved = copy.copy(model)  # so that a refused schedule changes nothing
+    evolved.__class__ = EVOLVED.get(type(model), type(model))
+    evolved.init_evolution(keep_ratio, stages, representative)
+    evolved.set_schedule(stage_wise)
+    model.__class__ = type(evolved)
+    vars(model).update(vars(evolved))
+    vars(model).pop('update_group', None)  # of another method
     return model
 
 
 def why_not(model: nn.Module) -> str:
-    """Why a model cannot be evolved, '' if it can."""
+    """Why a model cannot be evolved exactly, '' if it can."""
     if type(model) not in (*EVOLVED, *EVOLVED.values()):
         known = ', '.join(cls.__name__ for cls in EVOLVED)
         return f"expected one of timm's classes {known}, whose blocks keep one sequence of patches"
-    return why_not_arguments(model)
+    return why_not_layers(model)
 
 
-def why_not_arguments(model: nn.Module) -> str:
-    """Why blocks of timm that were built from some arguments cannot be computed exactly, '' if they can."""
+def why_not_layers(model: nn.Module) -> str:
+    """Why the layers of a ViT of timm cannot be computed exactly, '' if they can."""
     for i, block in enumerate(model.blocks):
         if type(block) not in (Block, EvaBlock):
             found = type(block).__name__
@@ -484,7 +479,6 @@ def why_not_arguments(model: nn.Module) -> str:
         if type(block.attn) not in (Attention, AttentionRope, EvaAttention):
             found = type(block.attn).__name__
             return f'attn_layer: expected one softmax over all tokens, found {found} in blocks.{i}'
-    if getattr(model, 'patch_drop', None) is not None and not isinstance(model.patch_drop, nn.Identity):
-        found = model.patch_drop.prob
-        return f'patch_drop_rate: expected 0, since dropped patches have no place in the grid, found {found}'
+    if rate := getattr(model.patch_drop, 'prob', 0):
+        return f'patch_drop_rate: expected 0, since dropped patches have no place in the grid, found {rate}'
     return ''

@@ -1,6 +1,8 @@
 """Weights: a file or URL read safely, and loaded into a model strictly.
 
-No code in a file is ever run, nothing half is read, and every tensor is used, or named, or an error.
+No code in a file is ever run, nothing half is read, and every tensor is used, or named, or an error. The way of a file:
+`read_checkpoint` to a dict, `find_weights` to a state dict, the model's `convert_state` to its names and shapes,
+`_check_fit`, and `load_state_dict`; `load_weights` goes all of it.
 """
 
 import argparse
@@ -32,6 +34,19 @@ def is_url(source: str | Path) -> bool:
     return urlparse(str(source)).scheme in ('http', 'https')
 
 
+# What a file that is no checkpoint seems to be, by how it begins.
+KINDS = {
+    rb'\Z': 'it is empty',
+    rb'\s*<(?i:!doctype|html|\?xml|head)': 'it is a web page (a download that needs a click or a login gives one)',
+    rb'\0+\Z': 'it begins with zeros (a broken copy or download)',
+    rb'.{257}ustar': 'it is a tar archive',
+    rb'PK': 'it is a damaged zip file, cut short (an interrupted download or copy)',
+    rb'\x80': 'it is a pickle, damaged or cut short',
+    rb'[\t\n\r\x20-\xff]+\Z': 'it is a text file',
+    rb'.{8}\{': 'it begins as a safetensors file',
+}
+
+
 def read_checkpoint(source: str | Path, report: Report = print) -> dict:
     """Read a checkpoint from a path or a URL, whole or not at all, and never run code that it holds.
 
@@ -43,46 +58,47 @@ def read_checkpoint(source: str | Path, report: Report = print) -> dict:
     if is_url(source):
         return _download(str(source), report)
     path = Path(source)
+    if path.is_dir():
+        names = sorted(p.name for p in path.iterdir())
+        raise InputError(f'no checkpoint at {source}: it is a folder, with {", ".join(names[:8]) or "nothing"}')
     if not path.is_file():
-        raise InputError(
-            f'no checkpoint at {source}: '
-            + (f'a folder, with {_listing(path)}' if path.is_dir() else f'{path.resolve()} does not exist')
-        )
+        raise InputError(f'no checkpoint at {source}: {path.resolve()} does not exist')
     if zipfile.is_zipfile(path):
-        # torch.load does not check the sums that a zip file keeps: a flipped bit would load.
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged, names = archive.testzip(), archive.namelist()
-        except Exception as error:  # a wrong byte in a name or a flag raises one of many kinds
-            raise InputError(f'{source} is damaged ({error})') from error
-        if damaged:
-            raise InputError(f'{source} is damaged: the checksum of {damaged} is wrong')
-        if not any(name.endswith('/data.pkl') for name in names):
-            raise InputError(f'{source} is a zip file ({", ".join(names[:3])}, ...), not a PyTorch checkpoint')
-        if any(name.endswith('constants.pkl') for name in names):
-            raise InputError(f'{source} is a TorchScript program, not a checkpoint of weights')
+        _check_zip(path)
     elif path.suffix == '.safetensors' or _is_safetensors(path):
         try:
             return safetensors.torch.load_file(path)
         except Exception as error:  # of a damaged header, a short file, a foreign file with this ending
-            raise InputError(
-                f'{source} is damaged, or not a safetensors file: {describe_file(path)} ({error})'
-            ) from error
+            what = f'is damaged, or not a safetensors file: {describe_file(path)} ({error})'
+            raise InputError(f'{source} {what}') from error
     # The published files keep their arguments as a Namespace, sometimes with paths in it: plain data, safe to rebuild.
     harmless = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
     try:
         with torch.serialization.safe_globals(harmless):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if refused:
+        what = f'is no readable checkpoint: {describe_file(path)}'
+        if refused := re.search(r'GLOBAL ([\w.]+)', str(error)):
             what = f'holds Python objects ({refused[1]}), not only weights; it was not loaded, as that could run code'
-        else:
-            what = f'is no readable checkpoint: {describe_file(path)}'
         raise InputError(f'{source} {what}') from error
     if not isinstance(checkpoint, dict):
         raise InputError(f'{source} holds a {type(checkpoint).__name__}; expected a dict of weights')
     return checkpoint
+
+
+def _check_zip(path: Path):
+    """InputError for a zip file that is damaged, or not of torch.save; torch.load does not check its sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged, names = archive.testzip(), archive.namelist()
+    except Exception as error:  # a wrong byte in a name or a flag raises one of many kinds
+        raise InputError(f'{path} is damaged ({error})') from error
+    if damaged:
+        raise InputError(f'{path} is damaged: the checksum of {damaged} is wrong')
+    if not any(name.endswith('/data.pkl') for name in names):
+        raise InputError(f'{path} is a zip file ({", ".join(names[:3])}, ...), not a PyTorch checkpoint')
+    if any(name.endswith('constants.pkl') for name in names):
+        raise InputError(f'{path} is a TorchScript program, not a checkpoint of weights')
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -94,72 +110,39 @@ def _is_safetensors(path: Path) -> bool:
 
 def describe_file(path: Path) -> str:
     """Say what a file that is no checkpoint seems to be."""
-    size = path.stat().st_size
     with open(path, 'rb') as file:
         head = file.read(1024)
-    if not head:
-        return 'the file is empty'
-    if re.match(rb'\s*<(!doctype|html|\?xml|head)', head, re.IGNORECASE):
-        return 'it is a web page (a download that needs a click or a login gives one)'
-    if not head.strip(b'\0'):
-        return 'it begins with zeros (a broken copy or download)'
-    if head[257:262] == b'ustar':
-        return 'it is a tar archive'
-    if _is_safetensors(path):
-        return f'it begins as a safetensors file, of {size:,} bytes'
-    if head[:2] == b'PK':
-        return f'it is damaged, a zip file cut short at {size:,} bytes (an interrupted download or copy)'
-    if head[:1] == b'\x80':
-        return f'it is a pickle, damaged or cut short at {size:,} bytes'
-    if all(byte in b'\t\n\r' or byte >= 32 for byte in head):
-        return 'it is a text file'
-    return f'{size:,} bytes of unknown kind'
-
-
-def _listing(folder: Path, most: int = 8) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return (
-        ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
-        if names
-        else 'nothing'
-    )
+    kind = next((kind for pattern, kind in KINDS.items() if re.match(pattern, head, re.DOTALL)), 'of unknown kind')
+    return f'{kind}; {path.stat().st_size:,} bytes'
 
 
 def _download(address: str, report: Report) -> dict:
     """Read a checkpoint from a URL through torch.hub's cache; each use checks the hash again."""
     url, fragment = urldefrag(address)
     name = Path(urlparse(url).path).name or 'checkpoint'
-    named = re.search(r'-([a-f0-9]{8,64})\.', name)
-    wanted = fragment.removeprefix('sha256=') if fragment.startswith('sha256=') else named[1] if named else ''
-    cached = Path(torch.hub.get_dir()) / 'checkpoints' / (name if wanted else f'{os.getpid()}-{name}')
+    in_name = re.search(r'-([a-f0-9]{8,64})\.', name)
+    expected = fragment.removeprefix('sha256=') if fragment.startswith('sha256=') else in_name[1] if in_name else ''
+    # A file without a hash to check does not stay in the cache.
+    cached = Path(torch.hub.get_dir()) / 'checkpoints' / (name if expected else f'{os.getpid()}-{name}')
     cached.parent.mkdir(parents=True, exist_ok=True)
     try:
         if not cached.exists():
             report(f'downloading {url}')
-            partial = cached.with_name(f'{cached.name}.{os.getpid()}.part')
-            try:
-                torch.hub.download_url_to_file(url, str(partial), progress=False)
-                os.replace(partial, cached)
-            finally:
-                partial.unlink(missing_ok=True)
+            torch.hub.download_url_to_file(url, str(cached), progress=False)
         with open(cached, 'rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
-        if wanted and not found.startswith(wanted):
-            cached.unlink()
-            raise InputError(
-                f'{url}: expected a file with sha256 {wanted}, found {found}; it was removed from the cache'
-            )
-        if not wanted:
-            report(f'{url} names no hash to check; add #sha256={found} to hold it to this file')
-        try:
-            return read_checkpoint(cached)
-        except InputError as error:
-            cached.unlink(missing_ok=True)
-            raise InputError(f'{url}: {error}') from error
+            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        if not digest.startswith(expected):
+            raise InputError(f'expected a file with sha256 {expected}, found {digest}; it was removed from the cache')
+        if not expected:
+            report(f'{url} names no hash to check; add #sha256={digest} to hold it to this file')
+        return read_checkpoint(cached)
     except OSError as error:
         raise InputError(f'{url} could not be downloaded: {error}') from error
+    except InputError as error:
+        cached.unlink(missing_ok=True)
+        raise InputError(f'{url}: {error}') from error
     finally:
-        if not wanted:
+        if not expected:
             cached.unlink(missing_ok=True)
 
 
@@ -210,8 +193,10 @@ def load_weights(
             and the file may lack a head. The pooling stays the model's, as the head is trained for it.
         report: called with messages for the user.
 
-    Returns what could not be taken over as it is; nothing, unless with `adapt` or for a plain DeiT or ViT in an
-    Evo-DeiT. The head of a plain one was trained on the class token: the model then predicts from it, which is said.
+    Returns what could not be taken over as it is; nothing, unless with `adapt`, for a model without classes, which has
+    no head, or for a plain DeiT or ViT in an Evo-DeiT. The head of a plain one was trained on the class token: the
+    model then predicts from it, which is said. So is a change of the schedule (stages, keep_ratio, ...): the one that
+    a checkpoint was saved with comes with its weights; set your own afterwards. With `adapt` the model's stays.
 
     Raises InputError with counts and the first few names where the weights are of another model.
     """
@@ -223,39 +208,89 @@ def load_weights(
         if hasattr(model, 'convert_state'):
             state, filled, dropped = model.convert_state(state, resize=adapt)
         elif adapt:
-            state = _resize(model, state)
+            state = resize_weights(model, state)
     except ValueError as error:
         raise InputError(f'{where}: {error}') from error
 
-    classifier = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
-    heads = tuple(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier))
-    differ = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
-    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(expected[k])]
-    if other_head and len(other_head) == len(differ) and not adapt:
-        found, classes = len(state[other_head[0]]), len(expected[other_head[0]])
-        raise InputError(f'{where} has {found} classes, the model {classes}')
-    missing = [k for k in expected if k not in state]
-    no_head = [k for k in missing if k.startswith(heads)] if adapt else []
-    problems = {
-        'missing': [k for k in missing if k not in no_head],
-        'not expected': [k for k in state if k not in expected],
-        'of another shape': [
-            f'{k} {(*state[k].shape,)}, not {(*expected[k].shape,)}' for k in differ if k not in other_head
-        ],
-    }
-    if any(problems.values()):
-        lines = [f'{where} does not fit {type(model).__name__} ({len(state)} tensors for {len(expected)}):']
-        for problem, names in problems.items():
-            if names:
-                lines.append(f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}')
-        raise InputError('\n'.join([*lines, 'It may be of another model or image size.']))
-    model.load_state_dict(state | {k: expected[k] for k in (*other_head, *no_head)})
+    heads = tuple(f'{name}.' for name in classifiers(model))
+    unused = []
+    if getattr(model, 'num_classes', None) == 0:
+        modules = tuple(f'{head.split(".")[0]}.' for head in heads)
+        unused = [k for k in state if k not in expected and k.startswith(modules)]
+        state = {k: v for k, v in state.items() if k not in unused}
+    if unused:
+        report(f'{where}: the model has no classes; the head of the weights is left out')
+    new = _check_fit(model, state, heads, adapt, where)
+    unused += [k for k in new if k in state]
+    schedule = checkpoint.get('schedule')
+    if isinstance(schedule, dict) and 'keep_ratio' in schedule:
+        _load_schedule(model, schedule, adapt, where, report)
+    model.load_state_dict(state | {k: expected[k] for k in new})
     return Loaded(
-        missing=sorted({*other_head, *no_head}),
-        dropped=dropped + [k for k in other_head if k not in filled],
-        filled=[k for k in filled if k not in other_head],
+        missing=sorted(new),
+        dropped=dropped + [k for k in unused if k not in filled],
+        filled=[k for k in filled if k not in (*new, *unused)],
         pooling=_report_new_pooling(model, pooling, where, report),
     )
+
+
+def _check_fit(
+    model: nn.Module, state: dict[str, Tensor], heads: tuple[str, ...], adapt: bool, where: str
+) -> list[str]:
+    """InputError where weights and model differ, but with `adapt` for the heads, whose names begin with one of `heads`.
+
+    Returns the names of the model's tensors that stay as they are: of heads that differ.
+    """
+    expected = model.state_dict()
+    missing = [k for k in expected if k not in state]
+    differ = [k for k in state if k in expected and state[k].shape != expected[k].shape]
+    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(expected[k])]
+    if other_head and other_head == differ and not adapt:
+        found, classes = len(state[other_head[0]]), len(expected[other_head[0]])
+        raise InputError(f'{where} has {found} classes, the model {classes}')
+    new = other_head + [k for k in missing if adapt and k.startswith(heads)]
+    problems = {
+        'missing': [k for k in missing if k not in new],
+        'not expected': [k for k in state if k not in expected],
+        'of another shape': [f'{k} {(*state[k].shape,)}, not {(*expected[k].shape,)}' for k in differ if k not in new],
+    }
+    lines = [
+        f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}'
+        for problem, names in problems.items()
+        if names
+    ]
+    if lines:
+        lines.insert(0, f'{where} does not fit {type(model).__name__} ({len(state)} tensors for {len(expected)}):')
+        raise InputError('\n'.join([*lines, 'It may be of another model or image size.']))
+    return new
+
+
+def _load_schedule(model: nn.Module, saved: dict, adapt: bool, where: str, report: Report):
+    """Give a model the schedule that weights were trained with, or with `adapt` leave it its own; say what differs."""
+    if not hasattr(model, 'load_schedule'):
+        names = 'keep_ratio', 'stages', 'representative', 'stage_wise'
+        arguments = ', '.join(f'{name}={saved.get(name)!r}' for name in names)
+        report(
+            f'{where} was trained with tokens that evolve, and this {type(model).__name__} does not evolve; '
+            f'models.evolve(model, {arguments}) gives it the schedule of then'
+        )
+        return
+    before = model.schedule()
+    differ = [f'{name} {saved[name]} instead of {value}' for name, value in before.items() if saved[name] != value]
+    if differ and adapt:
+        report(f'{where}: the model keeps its own schedule; the weights were trained with {", ".join(differ)}')
+    elif differ:
+        try:
+            model.load_schedule(saved)
+        except ValueError as error:
+            raise InputError(f'{where}: its schedule does not fit this model: {error}') from error
+        report(f'{where}: the model now evolves as the weights were trained, with {", ".join(differ)}')
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's heads, as timm's configuration has them."""
+    names = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _report_new_pooling(model: nn.Module, before: str, where: str, report: Report) -> str:
@@ -271,8 +306,8 @@ def _report_new_pooling(model: nn.Module, before: str, where: str, report: Repor
     return pooling
 
 
-def _resize(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights for a model of timm, positions and the like resized by timm's function for its family, if it has one."""
+def resize_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with positions and the like resized by timm's function for the model's family, if it has one."""
     modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]  # of an evolved model too
     adapted = next((module.checkpoint_filter_fn for module in modules if hasattr(module, 'checkpoint_filter_fn')), None)
     if adapted is None:

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from conftest import noise as images
 from conftest import without_gradient
 from golden import fill
+from test_vit import check_recomputation
 from timm.models._manipulate import group_parameters
+from timm.models.levit import LevitMlp
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -395,6 +397,12 @@ def test_drop_path_and_dropout():
         assert not torch.equal(model(x).head, model(x).head)
 
 
+def test_checkpointing_runs_layers_again():
+    model = small('EvoLeViT_128').train()
+    layers = [m for m in model.modules() if isinstance(m, LevitMlp)]
+    check_recomputation(model, layers, images(4, 3, 64, 64))
+
+
 def test_positions_are_resized():
     model, larger = small('EvoLeViT_128S', img_size=64), small('EvoLeViT_128S', img_size=(96, 128))
     state = model.state_dict()
@@ -469,8 +477,12 @@ def test_intermediates():
     assert [tuple(grid.shape) for grid in grids] == shapes
     early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(early, grids[:2], strict=True))
+    (patches, prefix), *_ = model.forward_intermediates(
+        x, [2, 0], return_prefix_tokens=True, norm=True, output_fmt='NLC', intermediates_only=True
+    )
+    assert torch.equal(patches, grids[0].flatten(2).mT) and prefix.shape == (2, 1, 128)
     with pytest.raises(ValueError, match='output_fmt'):
-        model.forward_intermediates(x, output_fmt='NLC')
+        model.forward_intermediates(x, output_fmt='NHWC')
 
     for indices in ((0, 1, 2), (1,)):
         backbone = timm.create_model('EvoLeViT_128S', img_size=128, features_only=True, out_indices=indices).eval()

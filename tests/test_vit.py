@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +14,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from costs import count_gmacs
-from models import evolution, vit
+from models import evolution, rivals, vit
 
 NAMES = [
     'vit_tiny_patch16_224',
@@ -155,6 +156,11 @@ def test_models_that_cannot_be_evolved_are_refused_with_the_reason(name, kwargs,
         (dict(stages=(0, 3)), 'stages: expected ascending'),
         (dict(stages=(3, 2)), 'stages: expected ascending'),
         (dict(stages=(2, 5)), 'stages: expected ascending'),
+        (dict(stages=3), 'stages: expected indices of blocks, such as .4, 8., found 3'),
+        (dict(stages=(1.0, 3.0)), 'stages: expected indices of blocks.*found .1.0, 3.0.'),
+        (dict(stages=('1', '3')), 'stages: expected indices of blocks'),
+        (dict(keep_ratio='half'), "keep_ratio: expected numbers, found 'half'"),
+        (dict(keep_ratio=None), 'keep_ratio: expected numbers, found None'),
         (dict(keep_ratio=(0.5, 0.4, 0.3)), 'keep_ratio: expected one value or 2'),
         (dict(keep_ratio=1.5), 'keep_ratio: expected values in'),
         (dict(representative='two'), 'representative: expected one of none, one, nearest'),
@@ -213,3 +219,68 @@ def test_rotations_travel_with_their_patches():
     assert torch.equal(more[:, 0, 3], torch.tensor([[0.0, 1.0]] * 2))  # sine and cosine of no rotation
     heads = torch.stack([rope, rope + 100])
     assert torch.equal(vit._rope_at(heads, places, 3)[:, 1], rope[places] + 100)
+
+
+@pytest.mark.parametrize(
+    'ratio',
+    [np.float32(0.7), np.float64(0.7), np.array(0.7), torch.tensor(0.7), torch.tensor([0.7, 0.7]), [torch.tensor(0.7)]],
+)
+def test_keep_ratios_of_numpy_and_torch(ratio):
+    """As the number that they print, so that as many patches stay as with 0.7."""
+    model = vit.evolve(dense(), ratio)
+    assert model.keep_ratio == (0.7, 0.7) and all(type(r) is float for r in model.keep_ratio)
+    model.keep_ratio = 1 / 3
+    assert model.keep_ratio == (1 / 3, 1 / 3)
+
+
+@pytest.mark.parametrize('depth', [1, 2, 3])
+def test_models_with_few_blocks(depth):
+    model = dense(depth=depth)
+    x = images(model)
+    if depth == 3:
+        assert list(vit.evolve(model).forward_with_selection(x)[1]) == ['blocks.1', 'blocks.2']
+        return
+    with pytest.raises(ValueError, match='expected 3 blocks or more' if depth == 1 else r'stages=\[1\] and one keep_'):
+        vit.evolve(model)
+    expected = model(x)
+    if depth == 2:
+        assert list(vit.evolve(model, 0.5, stages=[1]).forward_with_selection(x)[1]) == ['blocks.1']
+    torch.testing.assert_close(vit.evolve(model, 1, stages=[])(x), expected)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'eva02_tiny_patch14_224', 'evo_deit_nano_patch4_32'])
+def test_checkpointing_runs_blocks_again(name):
+    if name.startswith('evo'):
+        model = timm.create_model(name, img_size=16, embed_dim=32, depth=6)
+    else:
+        model = vit.evolve(dense(name), (0.7, 0.3), representative='nearest')
+    check_recomputation(model.train(), [block.mlp for block in model.blocks], images(model, 4))
+
+
+@pytest.mark.parametrize('method', rivals.METHODS)
+def test_checkpointing_runs_blocks_of_rivals_again(method):
+    model = rivals.apply(dense(), method).train()
+    check_recomputation(model, [block.mlp for block in model.blocks], images(model, 4))
+
+
+def check_recomputation(model: nn.Module, layers: list[nn.Module], x: Tensor):
+    """With gradient checkpointing each layer runs twice a step, and less is kept for the backward pass."""
+    runs, kept = [], []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: runs.append(1))  # running again ends before the last layer does
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        runs.clear()
+        sizes = {}
+
+        def pack(tensor: Tensor, sizes: dict = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(x)
+        kept.append(sum(sizes.values()))
+        assert len(runs) == len(layers)
+        sum(head.square().sum() for head in (out if isinstance(out, tuple) else [out])).backward()
+        assert len(runs) == len(layers) * (1 + checkpointing)
+    assert kept[1] < 0.8 * kept[0], kept

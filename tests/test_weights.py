@@ -217,3 +217,71 @@ def test_row_05_other_models_do_not_load(tmp_path):
     with pytest.raises(InputError, match='qks.3.qk.weight'):
         weights.load_weights(model, {'model': published})
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def evolved(**kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=6, embed_dim=48, num_classes=10)
+    return models.evolve(model.eval(), **kwargs)
+
+
+@pytest.mark.parametrize('make', [nano, evolved])
+def test_the_schedule_of_a_checkpoint_comes_with_its_weights(make, tmp_path, capsys):
+    trained = make(keep_ratio=(0.75, 0.25), stages=(2, 5), representative='one').eval()
+    trained.set_schedule(stage_wise=False)
+    path, x = tmp_path / 'checkpoint.pth', torch.randn(2, 3, *trained.patch_embed.img_size)
+    torch.save({'model': trained.state_dict(), 'schedule': trained.schedule()}, path)
+    model = make().eval()
+    models.load_weights(model, path)
+    assert model.schedule() == trained.schedule() and torch.equal(model(x), trained(x))
+    printed = capsys.readouterr().out
+    assert printed.count('\n') == 1 and f'{path}: the model now evolves as the weights were trained' in printed
+    assert f'keep_ratio [0.75, 0.25] instead of {list(make().keep_ratio)}' in printed
+    assert 'stage_wise False instead of True' in printed
+    models.load_weights(model, path)
+    assert not capsys.readouterr().out
+
+
+def test_a_schedule_that_stays_is_said(tmp_path, capsys):
+    """In fine-tuning the model's counts, and a dense model has none."""
+    trained = evolved(keep_ratio=(0.75, 0.25))
+    checkpoint = {'model': trained.state_dict(), 'schedule': trained.schedule()}
+    model = evolved()
+    models.load_weights(model, checkpoint, adapt=True)
+    assert model.keep_ratio == (0.7, 0.3)
+    assert (
+        'keeps its own schedule; the weights were trained with keep_ratio [0.75, 0.25] instead of [0.7, 0.3]'
+        in capsys.readouterr().out
+    )
+    dense = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=6, embed_dim=48, num_classes=10)
+    models.load_weights(dense, checkpoint)
+    printed = capsys.readouterr().out
+    assert 'does not evolve' in printed and 'keep_ratio=[0.75, 0.25]' in printed and printed.count('\n') == 1
+    models.load_weights(dense, {'model': trained.state_dict(), 'schedule': None})
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('evo_deit_nano_patch4_32', dict(img_size=16, embed_dim=32)),
+        ('EvoLeViT_128S', dict(img_size=64)),
+        ('vit_tiny_patch16_224', dict(img_size=64, depth=2)),
+        ('deit_tiny_distilled_patch16_224', dict(img_size=64, depth=2)),
+        ('resnet10t', {}),
+        ('convnext_atto', dict(depths=(1, 1, 1, 1))),
+    ],
+)
+def test_a_model_without_classes_takes_weights_with_a_head(name, kwargs, capsys):
+    torch.manual_seed(0)
+    trained = timm.create_model(name, num_classes=10, **kwargs).eval()
+    features = timm.create_model(name, num_classes=0, **kwargs).eval()
+    loaded = models.load_weights(features, {'model': trained.state_dict()})
+    unused = set(trained.state_dict()) - set(features.state_dict())
+    assert set(loaded.dropped) == unused and unused and not loaded.missing
+    printed = capsys.readouterr().out
+    assert printed.count('\n') == 1 and 'the model has no classes; the head of the weights is left out' in printed
+    assert torch.equal(features.state_dict()[key := next(iter(trained.state_dict()))], trained.state_dict()[key])
+    other = timm.create_model('resnet18', num_classes=10).state_dict()
+    with pytest.raises(InputError, match='not expected'):
+        models.load_weights(features, other)
