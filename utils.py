@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import math
 import os
 import random
 import re
@@ -137,10 +138,24 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def above_zero(text: str) -> float:
-    """The `type` of a flag: a number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f'expected a number above 0, found {text}; leave the flag out to turn it off')
+    """The `type` of a flag: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f'expected a number above 0, found {text}')
     return float(text)
+
+
+def between(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """The `type` of a flag: a finite number from `low` to `high`, both allowed."""
+    ends = [f'{name} {end:g}' for name, end in (('from', low), ('to', high)) if math.isfinite(end)]
+    expected = ' '.join(['a number', *ends]) if ends else 'a finite number'
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f'expected {expected}, found {text}')
+        return value
+
+    return number
 
 
 def check_source(flag: str, source: str, advice: str = ''):
