@@ -13,33 +13,34 @@ import models
 import utils
 from datasets import DataConfig
 from models import weights
-from utils import InputError, print_rank0
+from utils import InputError, above_zero, between, print_rank0
 
-HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 PUBLISHED_TEACHER = 'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'
 MAY_CHANGE = {'teacher_path': True}  # between a run and its continuation, which goes on bit for bit
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the loss and the teacher."""
-    group = parser.add_argument_group('loss and distillation')
-    group.add_argument('--teacher-model', default='regnety_160', metavar='NAME', help='any timm model')
-    group.add_argument('--teacher-path', default='', metavar='PATH', help="path or URL of the teacher's weights")
-    group.add_argument(
-        '--distillation-type',
-        choices=['none', 'soft', 'hard', 'cls'],
-        default='none',
+    add = parser.add_argument_group('loss and distillation').add_argument
+    add('--teacher-model', default='regnety_160', metavar='NAME', help='any timm model')
+    add('--teacher-path', default='', metavar='PATH', help="path or URL of the teacher's weights")
+    add(
+        '--distillation-type', choices=['none', 'soft', 'hard', 'cls'], default='none',
         help="learn from the teacher's probabilities (soft) or its decision (hard; cls is an old name of it)",
-    )
-    group.add_argument('--distillation-alpha', type=float, default=0.5, help="the teacher's share of the loss")
-    group.add_argument('--distillation-tau', type=float, default=1.0, help='temperature of soft distillation')
+    )  # fmt: skip
+    add('--distillation-alpha', type=between(0, 1), default=0.5, help="the teacher's share of the loss")
+    add('--distillation-tau', type=above_zero, default=1.0, help='temperature of soft distillation')
 
 
 def check_arguments(args: argparse.Namespace):
-    """InputError where a teacher is asked for whose file does not exist."""
-    if args.distillation_type != 'none':
-        advice = f'; the published teacher, for ImageNet, is at {PUBLISHED_TEACHER}'
-        utils.check_source('--teacher-path', args.teacher_path, advice)
+    """InputError where a teacher is asked for whose file is not given or does not exist."""
+    if args.distillation_type == 'none':
+        return
+    advice = f'; the published teacher, for ImageNet, is at {PUBLISHED_TEACHER}'
+    if not args.teacher_path:
+        weights_of = f'--teacher-path, the weights of --teacher-model {args.teacher_model}'
+        raise InputError(f'--distillation-type {args.distillation_type} needs {weights_of}{advice}')
+    utils.check_source('--teacher-path', args.teacher_path, advice)
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -131,11 +132,6 @@ def build_criterion(
     """
     if args.distillation_type == 'none':
         return Criterion(label_smoothing)
-    if not args.teacher_path:
-        raise InputError(
-            f'--distillation-type {args.distillation_type} needs --teacher-path, the weights of {args.teacher_model}; '
-            + advise_teacher(args.teacher_model, num_classes)
-        )
     try:
         teacher = models.create(args.teacher_model, num_classes, config.input_size)
         weights.load_weights(teacher, args.teacher_path, report=print_rank0)
@@ -151,7 +147,7 @@ def build_criterion(
     autocast, precision = nullcontext, ''
     if device.type == 'cuda':
         precision = utils.half_precision(device)
-        autocast = partial(torch.autocast, 'cuda', dtype=HALF[precision])
+        autocast = partial(torch.autocast, 'cuda', dtype=utils.HALF[precision])
         teacher = teacher.to(memory_format=torch.channels_last)
     print_rank0(
         f'teacher: {args.teacher_model}, {args.distillation_type} distillation, alpha {args.distillation_alpha}'

@@ -1,10 +1,13 @@
 """main_deit.py as its users run it: training, resuming, evaluating, fine-tuning, launchers."""
 
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from conftest import accuracy, free_port, launch, read_log
 from golden import fill
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
+from timm.optim import list_optimizers
 
 import checkpoint
 import engine
@@ -21,6 +25,7 @@ import losses
 import main_deit
 import main_levit
 import models
+import output
 from models import weights
 from utils import InputError
 
@@ -183,19 +188,17 @@ def test_tf32_is_a_switch_of_products_and_convolutions():
 # --- one process
 
 
-def test_the_average_follows_the_schedule_of_its_model():
-    args = engine.get_parser('', main_deit.RECIPE).parse_args(['--clip-grad', '1'])
-    model = timm.create_model('evo_deit_nano_patch4_32', num_classes=4)
-    state = engine.build_state(args, model, 'fp32', batch_size=2)
-    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    for schedule in ((False, True), (True, False), (True, True)):
-        model.set_schedule(*schedule)
-        autocast = engine.make_autocast('fp32', torch.device('cpu'))
-        engine.train_step(state, model, losses.Criterion(), [(images, targets)], 1, autocast, args.clip_grad)
-        assert (state.ema.module.stage_wise, state.ema.module.evolving) == schedule
-    model.set_schedule(False)
-    state.ema.set(model)
-    assert not state.ema.module.stage_wise
+def test_the_average_follows_the_schedule_of_its_model(script, flags, monkeypatch):
+    seen = []
+
+    def evaluate(model, loader, autocast, name='Test'):
+        seen.append((name, engine.describe_schedule(model)))
+        return {'acc1': 0.0}
+
+    monkeypatch.setattr(engine, 'evaluate', evaluate)
+    script('main_deit', *flags, '--epochs', 3, '--prune-warmup-epoch', 1, '--stage-epoch', 2, '--eval-ema')
+    expected = ['all patches', 'layer-wise', 'stage-wise']
+    assert seen == [(name, schedule) for schedule in expected for name in ('Test', 'Test of the EMA')]
 
 
 def test_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tmp_path):
@@ -239,13 +242,13 @@ def stop_after(epochs, script, *flags):
     class Stop(Exception):
         pass
 
-    def save_and_stop(folder, state, best=False, save=checkpoint.RunFolder.save):
+    def save_and_stop(folder, state, best=False, save=output.RunFolder.save):
         save(folder, state, best)
         if state.epoch == epochs:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(checkpoint.RunFolder, 'save', save_and_stop)
+        patch.setattr(output.RunFolder, 'save', save_and_stop)
         script('main_deit', *flags)
 
 
@@ -736,3 +739,126 @@ def test_clipping_needs_a_norm(script, flags, value, capfd):
     with pytest.raises(SystemExit):
         script('main_deit', *flags, '--clip-grad', value)
     assert 'expected a number above 0' in capfd.readouterr().err
+
+
+# --- flags that are out of range, or would do nothing
+
+
+@pytest.mark.parametrize(
+    'flag, value, expected',
+    [
+        ('--start_epoch', -3, '0 or more'),
+        ('--stage-epoch', -1, '0 or more'),
+        ('--warmup-epochs', -1, '0 or more'),
+        ('--local_rank', -2, '-1 or more'),
+        ('--model-ema-decay', 2, 'a number from 0 to 1'),
+        ('--weight-decay', -1, 'a number from 0'),
+        ('--momentum', 1.5, 'a number from 0 to 1'),
+        ('--opt-eps', 'nan', 'a number from 0'),
+        ('--lr', 'inf', 'a number from 0'),
+        ('--lr', -1, 'a number from 0'),
+        ('--lr-noise', 2, 'a number from 0 to 1'),
+        ('--decay-epochs', 0, 'a number above 0'),
+        ('--dist-timeout', 0, 'a number above 0'),
+        ('--distillation-alpha', 1.5, 'a number from 0 to 1'),
+        ('--distillation-tau', 0, 'a number above 0'),
+    ],
+)
+def test_numbers_out_of_range_end_at_the_flag(script, capfd, flag, value, expected):
+    with pytest.raises(SystemExit) as end:
+        script('main_deit', f'{flag}={value}')
+    assert end.value.code == 2
+    assert capfd.readouterr().err.startswith(
+        f'main_deit.py: error: argument {flag}: expected {expected}, found {value}'
+    )
+
+
+@pytest.mark.parametrize(
+    'useless, says',
+    [
+        (['--fuse'], '--fuse needs --eval'),
+        (['--eval-ema', '--no-model-ema'], '--no-model-ema keeps none'),
+        (['--start_epoch', 3, '--epochs', 3], '--start_epoch: expected less than --epochs 3, found 3'),
+        (
+            ['--distillation-type', 'hard'],
+            'needs --teacher-path, the weights of --teacher-model regnety_160; .*https://',
+        ),
+        (['--overwrite', '--auto-resume', '--output_dir', 'OUT'], '--overwrite starts over, .*give one of them'),
+        (['--overwrite', '--resume', 'OUT/checkpoint.pth', '--output_dir', 'OUT'], '--overwrite starts over'),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused_at_once(script, tmp_path, monkeypatch, useless, says):
+    monkeypatch.setattr(models, 'build', lambda *args: pytest.fail('the model was built'))
+    (tmp_path / 'checkpoint.pth').touch()
+    useless = [str(flag).replace('OUT', str(tmp_path)) for flag in useless]
+    with pytest.raises(InputError, match=says):
+        script('main_deit', *useless, '--data-path', tmp_path / 'nowhere')
+
+
+def test_only_models_that_select_have_stages(script, flags):
+    assert 'epochs 0 to 0, stage-wise from epoch 0\n' in script('main_deit', *flags, '--epochs', 1)
+    assert 'epochs 0 to 0\n' in script('main_deit', *flags, '--model', 'resnet10t', '--epochs', 1)
+
+
+def test_what_the_training_left_open_is_not_called_none(capsys):
+    args = engine.get_parser('', {}).parse_args(['--resume', 'c.pth', '--keep-ratio', '0.5'])
+    checkpoint.restore_model_args(args, {'args': {'keep_ratio': None}})
+    said = "c.pth was trained with the model's own keep_ratio, and is evaluated with [0.5]"
+    assert said in capsys.readouterr().out
+
+
+def test_another_number_of_training_images_is_noticed(script, flags, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / 'images')
+    recipe = [*flags[:-1], tmp_path / 'images', '--epochs', 2]
+    script('main_deit', *recipe, '--output_dir', tmp_path / 'run')
+    source = tmp_path / 'run' / 'checkpoint-0001-000000.pth'
+    content = weights.read_checkpoint(source)
+    next((tmp_path / 'images' / 'train' / 'class0').iterdir()).unlink()
+    with pytest.raises(InputError, match=r'train_images +64 +63\n'):
+        script('main_deit', *recipe, '--resume', source)
+    assert 'Epoch 1 done' in script('main_deit', *recipe, '--resume', source, '--accept-changes')
+    # Checkpoints did not always say how many there were.
+    del content['args']['train_images']
+    torch.save(content, tmp_path / 'older.pth')
+    assert 'Epoch 1 done' in script('main_deit', *recipe, '--resume', tmp_path / 'older.pth')
+
+
+# adahessian needs second derivatives; kron keeps counters outside its state; others need a GPU.
+OPTIMIZERS = list_optimizers(exclude_filters=['adahessian', 'kron*', 'bnb*', 'fused*'])
+
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_every_optimizer_takes_its_own_state(opt):
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def begin() -> engine.State:
+        torch.manual_seed(0)
+        layers = torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.LayerNorm(32), torch.nn.Linear(32, 40)
+        args = engine.get_parser('', {}).parse_args(['--opt', opt, '--lr', '0.1', '--warmup-epochs', '0'])
+        return engine.build_state(args, torch.nn.Sequential(*layers), 'fp32', 512)
+
+    def step(state: engine.State):
+        state.model(images).square().sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    one, two, file = begin(), begin(), io.BytesIO()
+    step(one)
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    two.load(torch.load(file, weights_only=True), 'c.pth')
+    for _ in range(2):
+        step(one)
+        step(two)
+    for key, value in one.model.state_dict().items():
+        assert torch.equal(value, two.model.state_dict()[key]), key
+
+
+def test_optimizers_that_group_otherwise_say_what_to_do():
+    args = engine.get_parser('', {}).parse_args(['--weight-decay', '0'])
+    model = torch.nn.Linear(2, 2)
+    saved = engine.build_state(args, model, 'fp32', 512).state_dict()
+    for value, fits in (('0', True), ('0.05', False)):
+        state = engine.build_state(engine.get_parser('', {}).parse_args(['--weight-decay', value]), model, 'fp32', 512)
+        with nullcontext() if fits else pytest.raises(InputError, match='--weight-decay 0 does; .*1e-12.*--finetune'):
+            state.load(saved | {'epoch': 0}, 'c.pth', {'weight_decay'})
