@@ -18,7 +18,7 @@ from utils import InputError, at_least, print_rank0
 MAY_CHANGE = dict.fromkeys(
     (
         *('output_dir', 'resume', 'auto_resume', 'overwrite', 'accept_changes', 'finetune', 'eval', 'eval_ema'),
-        *('save_interval_steps', 'keep_checkpoints'),
+        *('save_interval_steps', 'keep_checkpoints', 'results_file', 'tensorboard'),
     ),
     True,
 )
@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--finetune', default='', metavar='PATH', help='weights to start from; another head or image size is adapted')
     add('--eval', action='store_true', help='evaluate --resume and stop')
     add('--eval-ema', action='store_true', help='evaluate the EMA of the weights (in training: also the EMA)')
+    add('--results-file', default='', metavar='PATH', help='with --eval: a JSON file for the results')
+    add('--tensorboard', action='store_true', help='training: the log for TensorBoard too (pip install .[logging])')
     add(
         '--save-interval-steps',
         type=at_least(0),
@@ -59,6 +61,12 @@ def check_arguments(args: argparse.Namespace):
         raise InputError('--auto-resume looks for checkpoints in --output_dir, which is not given')
     if args.eval and not args.resume:
         raise InputError('--eval needs --resume with the checkpoint to evaluate')
+    if args.results_file and not args.eval:
+        raise InputError('--results-file needs --eval; training writes its results to log.txt in --output_dir')
+    if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
+        raise InputError(f'--results-file {args.results_file}: its folder does not exist')
+    if args.tensorboard and (args.eval or not args.output_dir):
+        raise InputError('--tensorboard logs a training to --output_dir; it needs that, and no --eval')
 
 
 # --- the state of a run

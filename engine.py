@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,10 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import checkpoint
+import costs
 import datasets
 import losses
 import models
 import optim
+import output
 import utils
 from checkpoint import State
 from models import weights
@@ -38,7 +41,7 @@ from utils import InputError, at_least, make_autocast, pick_precision, print_ran
 # Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
 MAY_CHANGE = {
     **dict.fromkeys(('print_freq', 'fuse', 'start_epoch', 'amp'), True),
-    **dict.fromkeys(('precision', 'compile'), False),
+    **dict.fromkeys(('precision', 'compile', 'grad_checkpointing'), False),
     'eval_interval': False,  # plateau schedules and the best checkpoint depend on it
     **utils.MAY_CHANGE,
     **checkpoint.MAY_CHANGE,
@@ -49,7 +52,7 @@ MAY_CHANGE = {
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Flags of the loop: epochs, schedules, precision."""
+    """Flags of the loop: epochs, precision, and those of the optimizer."""
     add = parser.add_argument_group('training').add_argument
     add('--epochs', type=at_least(1), default=300, help='passes over the training images')
     add('--start_epoch', type=at_least(0), default=0, help='first epoch, where no checkpoint says it')
@@ -71,12 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--amp', action=on_off, default=True, help='half precision where --precision is not given')
     add('--fuse', action='store_true', help='with --eval: fold BatchNorms and drop training heads')
     add('--compile', action='store_true', help='compile the model and the teacher with torch.compile')
+    add('--grad-checkpointing', action='store_true', help='save memory: run blocks again in the backward pass')
+    add(
+        '--mixup-off-epoch', type=at_least(0), default=0, metavar='N',
+        help='train without mixup and cutmix from epoch N on (0: never)',
+    )  # fmt: skip
+    optim.add_arguments(parser)
 
 
 def get_parser(description: str, recipe: dict) -> utils.Parser:
     """Parser with the flags of all modules; `recipe` holds the defaults in which a script differs from the others."""
     parser = utils.Parser(description)
-    for module in (models, datasets, losses, optim, checkpoint, utils):
+    for module in (models, datasets, losses, checkpoint, utils):
         module.add_arguments(parser)
     add_arguments(parser)
     parser.set_defaults(**recipe)
@@ -154,6 +163,8 @@ class Plan(NamedTuple):
     clip_mode: str
     channels_last: bool
     compile: bool
+    grad_checkpointing: bool
+    mixup_off_epoch: int
     seed: int
     print_freq: int
     eval_interval: int
@@ -313,9 +324,25 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> dict[
     print_rank0(f'{source}: {describe_schedule(model)}')
     if args.fuse:
         fuse(model)
+    gmacs = count_gmacs(model, config.input_size) if args.results_file else None
     if args.compile:
         model.compile()
-    return evaluate(model, loader, make_autocast(precision, device))
+    results = evaluate(model, loader, make_autocast(precision, device))
+    if args.results_file and utils.rank() == 0:
+        about = dict(model=args.model, checkpoint=source, ema=use_ema, images=len(loader.dataset), precision=precision)
+        about |= dict(selection=describe_schedule(model), fused=args.fuse, gmacs=gmacs, **config._asdict())
+        output.write_results(Path(args.results_file), results | about | {'parameters': count_parameters(model)})
+    return results
+
+
+@torch.no_grad()
+def count_gmacs(model: nn.Module, input_size: int) -> float | None:
+    """GMACs of an image, or None where the model has an operator that cannot be counted."""
+    images = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
+    try:
+        return costs.count_gmacs(model.eval(), [images])
+    except InputError:
+        return None
 
 
 def fuse(model: nn.Module):
@@ -364,6 +391,8 @@ def train(
     networks, first, evolves = [model, ema] if ema else [model], state.epoch, hasattr(model, 'set_schedule')
     print_rank0(describe_plan(plan, first, len(train_loader), evolves))
     folder.clear()
+    if plan.grad_checkpointing:
+        checkpoint_gradients(model)
     autocast, net = make_autocast(state.flags['precision'], device), wrap(model, criterion, plan.compile)
     clip = dict(clip_grad=plan.clip_grad, clip_mode=plan.clip_mode)
     step_on = partial(train_step, state, net, criterion, autocast=autocast, **clip)
@@ -371,7 +400,8 @@ def train(
     for epoch in range(first, plan.epochs):
         for network in networks if evolves else ():
             network.set_schedule(epoch >= plan.stage_epoch, epoch >= plan.prune_warmup_epoch)
-        record = train_one_epoch(state, step_on, train_loader, mixup, plan, check, folder)
+        mixed = None if plan.mixup_off_epoch and epoch >= plan.mixup_off_epoch else mixup
+        record = train_one_epoch(state, step_on, train_loader, mixed, plan, check, folder)
         for network in networks if utils.world_size() > 1 else ():
             # The first process writes the files: its BatchNorm statistics count.
             distribute_bn(network, utils.world_size())
@@ -403,6 +433,14 @@ def describe_plan(plan: Plan, first: int, batches: int, evolves: bool) -> str:
     return f'{text}epochs {first} to {epochs - 1}' + (f', stage-wise from epoch {plan.stage_epoch}' if evolves else '')
 
 
+def checkpoint_gradients(model: nn.Module):
+    """Let a model keep the inputs of its blocks alone and run them again in the backward pass."""
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f'--grad-checkpointing: {type(model).__name__} cannot do that') from error
+
+
 def wrap(model: nn.Module, criterion: nn.Module, compiled: bool) -> nn.Module:
     """The model as training calls it, with several processes in DistributedDataParallel; compiles the teacher too."""
     if compiled:
@@ -427,5 +465,5 @@ def finish_epoch(state: State, folder: RunFolder, record: dict):
         'selection': describe_schedule(state.model),
     }
     # The log first: once the checkpoint is there, a run goes on with the next epoch, and would never write this line.
-    folder.write_log(record)
+    folder.log.write(record)
     folder.save(state, improved)

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 import models
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         '--distillation-type', choices=['none', 'soft', 'hard', 'cls'], default='none',
         help="learn from the teacher's probabilities (soft) or its decision (hard; cls is an old name of it)",
     )  # fmt: skip
+    add('--bce-loss', action='store_true', help='binary cross entropy of each class with the labels (see docs)')
     add('--distillation-alpha', type=between(0, 1), default=0.5, help="the teacher's share of the loss")
     add('--distillation-tau', type=above_zero, default=1.0, help='temperature of soft distillation')
 
@@ -62,6 +64,7 @@ class Criterion(nn.Module):
         teacher_autocast: a context for it; without one it has the precision of the model.
         hard: learn the teacher's decision; otherwise its probabilities at temperature `tau`.
         alpha: the teacher's share of the loss.
+        bce: labels count by timm's binary cross entropy of each class.
     """
 
     def __init__(
@@ -72,9 +75,14 @@ class Criterion(nn.Module):
         alpha: float = 0.5,
         tau: float = 1.0,
         teacher_autocast: Callable = nullcontext,
+        bce: bool = False,
     ):
         super().__init__()
-        self.label_smoothing, self.hard, self.alpha, self.tau = label_smoothing, hard, alpha, tau
+        self.hard, self.alpha, self.tau = hard, alpha, tau
+        self.label_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.soft_label_loss = nn.CrossEntropyLoss()
+        if bce:
+            self.label_loss = self.soft_label_loss = BinaryCrossEntropy(label_smoothing)
         self.teacher, self.teacher_autocast = teacher, teacher_autocast
 
     def forward(self, images: Tensor, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
@@ -83,8 +91,8 @@ class Criterion(nn.Module):
         heads = {name: _full_precision(logits) for name, logits in heads.items()}
         distilled = [logits for name, logits in heads.items() if name.endswith('_dist')] or list(heads.values())
         labelled = [logits for name, logits in heads.items() if self.teacher is None or not name.endswith('_dist')]
-        smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
-        base = _mean(F.cross_entropy(logits, targets, label_smoothing=smoothing) for logits in labelled)
+        label_loss = self.soft_label_loss if targets.is_floating_point() else self.label_loss
+        base = _mean(label_loss(logits, targets) for logits in labelled)
         if self.teacher is None:
             return base
         with torch.no_grad(), self.teacher_autocast():
@@ -131,7 +139,7 @@ def build_criterion(
     take most of the time of a run.
     """
     if args.distillation_type == 'none':
-        return Criterion(label_smoothing)
+        return Criterion(label_smoothing, bce=args.bce_loss)
     try:
         teacher = models.create(args.teacher_model, num_classes, config.input_size)
         weights.load_weights(teacher, args.teacher_path, report=print_rank0)
@@ -154,7 +162,8 @@ def build_criterion(
         + (f', in {precision}' if precision else '')
     )
     hard = args.distillation_type != 'soft'
-    return Criterion(label_smoothing, teacher, hard, args.distillation_alpha, args.distillation_tau, autocast)
+    alpha, tau = args.distillation_alpha, args.distillation_tau
+    return Criterion(label_smoothing, teacher, hard, alpha, tau, autocast, args.bce_loss)
 
 
 def advise_teacher(teacher_model: str, num_classes: int) -> str:

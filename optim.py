@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--opt', default='adamw', metavar='NAME', help='any optimizer of timm')
     add('--opt-eps', type=between(0), default=1e-8, help='epsilon of the optimizer')
     add('--opt-betas', type=between(0, 1), nargs=2, help="default: the optimizer's own")
+    add('--layer-decay', type=between(0, 1), metavar='F', help='the rate of a layer is F times that of the next')
     add('--clip-grad', type=above_zero, metavar='NORM', help='clip gradients (default: not)')
     add('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='the norm, each value, or adaptive (AGC)')
     add('--momentum', type=between(0, 1), default=0.9, help='of optimizers that have one')
@@ -107,8 +108,9 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def learning_rate(state: State) -> float:
-    """The learning rate of the step that comes, without the layer-wise factors that some optimizers have."""
-    return state.optimizer.param_groups[-1]['lr']
+    """The learning rate of the step that comes, without the factors of --layer-decay."""
+    group = state.optimizer.param_groups[-1]
+    return group['lr'] / group.get('lr_scale', 1)
 
 
 def global_batch(batch_size: int, accumulate: int) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -862,3 +863,149 @@ def test_optimizers_that_group_otherwise_say_what_to_do():
         state = engine.build_state(engine.get_parser('', {}).parse_args(['--weight-decay', value]), model, 'fp32', 512)
         with nullcontext() if fits else pytest.raises(InputError, match='--weight-decay 0 does; .*1e-12.*--finetune'):
             state.load(saved | {'epoch': 0}, 'c.pth', {'weight_decay'})
+
+
+# --- flags that timm's scripts have too
+
+
+@pytest.mark.parametrize('warmup', [0, 2])
+@pytest.mark.parametrize('name', ['evo_deit_nano_patch4_32', 'EvoLeViT_128S', 'vit_tiny_patch16_224'])
+def test_layer_decay_slows_early_layers(name, warmup):
+    model = models.create(name, 4, 64)
+    if name.startswith('vit'):
+        model = models.evolve(model)
+    flags = ['--model', name, '--layer-decay', '0.5', '--lr', '1', '--warmup-epochs', str(warmup), '--warmup-lr', '0.5']
+    state = engine.build_state(engine.get_parser('', {}).parse_args(flags), model, 'fp32', 512)
+    rates = {id(p): group['lr'] for group in state.optimizer.param_groups for p in group['params']}
+    assert rates.keys() == {id(p) for p in model.parameters()}
+    assert engine.learning_rate(state) == (0.5 if warmup else 1.0)
+    blocks = [dict(model.named_modules())[block] for block in model.block_names()]
+    layers = [{rates[id(p)] for p in block.parameters()} for block in blocks]
+    assert all(len(layer) == 1 for layer in layers)
+    layers = [layer.pop() for layer in layers]
+    assert all(after == 2 * before for before, after in pairwise(layers))
+    early = {rates[id(p)] for p in (*model.patch_embed.parameters(), model.pos_embed, model.cls_token)}
+    assert max(early) < layers[0]
+    heads = [p for key, p in model.named_parameters() if key.startswith('head')]
+    assert {rates[id(p)] for p in heads} == {max(rates.values())} == {engine.learning_rate(state)}
+    state.scheduler.step(4)  # all follow the schedule; a power of two divides exactly
+    assert {group['lr'] / group['lr_scale'] for group in state.optimizer.param_groups} == {engine.learning_rate(state)}
+    assert engine.learning_rate(state) < 1
+
+
+def test_layer_decay_trains_and_resumes_exactly(script, flags, tmp_path):
+    recipe = [*flags, '--layer-decay', 0.7, '--lr', 0.05, '--warmup-epochs', 0, '--no-model-ema', '--epochs', 2]
+    script('main_deit', *recipe, '--output_dir', tmp_path / 'whole')
+    log = read_log(tmp_path / 'whole')
+    assert log[0]['train_lr'] == pytest.approx(0.05 * 16 / 512)
+    source = tmp_path / 'whole' / 'checkpoint-0001-000000.pth'
+    script('main_deit', *recipe, '--output_dir', tmp_path / 'resumed', '--resume', source)
+    whole, resumed = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth') for name in ('whole', 'resumed'))
+    assert all(torch.equal(value, resumed['model'][key]) for key, value in whole['model'].items())
+
+
+@pytest.mark.parametrize('stage_epoch', [0, 1])
+@pytest.mark.parametrize(
+    'model, blocks',
+    [
+        (['evo_deit_nano_patch4_32'], 'blocks'),
+        (['EvoLeViT_128S', '--input-size', 64], 'stages.0.blocks'),
+        (['vit_tiny_patch16_224', '--evolve'], 'blocks'),
+        (['vit_tiny_patch16_224'], 'blocks'),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else '',
+)
+def test_gradient_checkpointing_runs_blocks_twice_to_the_same_weights(
+    script, flags, tmp_path, monkeypatch, model, blocks, stage_epoch
+):
+    calls, build = [], models.build
+
+    def count_calls(*args):
+        network = build(*args)
+        for module in dict(network.named_modules())[blocks].modules():
+            module.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        return network
+
+    monkeypatch.setattr(models, 'build', count_calls)
+    recipe = [*flags, '--model', *model, '--epochs', 1, '--stage-epoch', stage_epoch, '--lr', 0.05]
+    recipe += ['--warmup-lr', 0.01, '--drop-path', 0.1, '--no-model-ema', '--distillation-type', 'none']
+    counts = []
+    for name, more in (('plain', []), ('saved', ['--grad-checkpointing'])):
+        calls.clear()
+        script('main_deit', *recipe, *more, '--output_dir', tmp_path / name)
+        counts.append(sum(calls))
+    assert 1.8 * counts[0] < counts[1] <= 2 * counts[0], 'all but what the last gradients do not need'
+    plain, saved = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('plain', 'saved'))
+    for key, value in plain.items():
+        if 'running_' not in key and 'num_batches' not in key:  # statistics of BatchNorm move twice, see the docs
+            assert torch.equal(value, saved[key]), key
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none(script, flags):
+    with pytest.raises(InputError, match='--grad-checkpointing: .* cannot do that'):
+        script(
+            'main_deit', *flags, '--model', 'convit_tiny', '--input-size', 224, '--grad-checkpointing', '--epochs', 1
+        )
+
+
+def test_mixup_ends_at_an_epoch(script, flags, monkeypatch):
+    seen, train_step = [], engine.train_step
+
+    def spy(state, net, criterion, batches, *args, **kwargs):
+        batches = list(batches)
+        seen.append((state.epoch, batches[0][1].is_floating_point()))
+        return train_step(state, net, criterion, batches, *args, **kwargs)
+
+    monkeypatch.setattr(engine, 'train_step', spy)
+    script('main_deit', *flags, '--epochs', 3, '--mixup-off-epoch', 1)
+    assert set(seen) == {(0, True), (1, False), (2, False)}
+
+
+def test_an_evaluation_writes_its_results(script, flags, tmp_path):
+    script('main_deit', *flags, '--epochs', 1, '--lr', 0.05, '--warmup-epochs', 0, '--output_dir', tmp_path)
+    path, source = tmp_path / 'results.json', tmp_path / 'checkpoint.pth'
+    script('main_deit', *flags, '--eval', '--resume', source, '--results-file', path)
+    results, log = json.loads(path.read_text()), read_log(tmp_path)[0]
+    assert [results[name] for name in ('acc1', 'acc5', 'loss')] == [log[f'test_{n}'] for n in ('acc1', 'acc5', 'loss')]
+    expected = dict(
+        model='evo_deit_nano_patch4_32', checkpoint=str(source), images=30, input_size=32, precision='fp32', ema=False,
+        selection='stage-wise', fused=False, parameters=log['n_parameters'],
+    )  # fmt: skip
+    assert {name: results[name] for name in expected} == expected
+    assert results['versions'].keys() == {'python', 'torch', 'torchvision', 'timm'}
+    # Half of the patches, from the fifth block on: less arithmetic than with all of them.
+    script('main_deit', *flags, '--eval', '--resume', source, '--results-file', path, '--keep-ratio', 1)
+    assert 0 < results['gmacs'] < json.loads(path.read_text())['gmacs'] < 1
+    for wrong, says in (
+        (['--results-file', path], '--results-file needs --eval'),
+        (['--eval', '--resume', source, '--results-file', tmp_path / 'no' / 'r.json'], 'its folder does not exist'),
+    ):
+        with pytest.raises(InputError, match=says):
+            script('main_deit', *flags, *wrong)
+
+
+def test_tensorboard_shows_what_the_log_has(script, flags, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = [*flags, '--epochs', 3, '--tensorboard', '--output_dir', tmp_path]
+    stop_after(2, script, *recipe)
+    script('main_deit', *recipe, '--resume', tmp_path / 'checkpoint-0001-000000.pth')  # epoch 1 again
+    events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+    log = read_log(tmp_path)
+    for tag, name in (('test/acc1', 'test_acc1'), ('train/loss', 'train_loss'), ('train/lr', 'train_lr')):
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [0, 1, 2]
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in log], rel=1e-6)
+    script('main_deit', *flags, '--epochs', 1, '--overwrite', '--output_dir', tmp_path)
+    assert not list((tmp_path / 'tensorboard').glob('*'))
+
+
+def test_tensorboard_that_is_not_installed_is_said_at_the_start(script, flags, tmp_path, monkeypatch):
+    for name in ('tensorboard', 'torch.utils.tensorboard'):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(models, 'build', lambda *args: pytest.fail('the model was built'))
+    with pytest.raises(InputError, match='--tensorboard: .*pip install tensorboard'):
+        script('main_deit', *flags, '--tensorboard', '--output_dir', tmp_path)
+    with pytest.raises(InputError, match='--tensorboard logs a training to --output_dir'):
+        script('main_deit', *flags, '--tensorboard')

@@ -1155,12 +1155,12 @@ def test_row_38_names_that_lead_elsewhere(name, tmp_path):
 
 
 def test_row_40_the_log_after_a_crash(tmp_path):
-    path, folder = tmp_path / 'log.txt', output.RunFolder(tmp_path)
+    path, log = tmp_path / 'log.txt', output.Log(tmp_path)
     for epoch in range(3):
-        folder.write_log({'epoch': epoch, 'loss': float('nan'), 'run': 1})
+        log.write({'epoch': epoch, 'loss': float('nan'), 'run': 1})
     path.write_text(path.read_text() + 'no json\n[1]\n{"epoch": 3, "lo')
     for epoch in (2, 3):
-        folder.write_log({'epoch': epoch, 'loss': float('inf'), 'run': 2})
+        log.write({'epoch': epoch, 'loss': float('inf'), 'run': 2})
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert [(line['epoch'], line['run'], line['loss']) for line in lines] == [
         (0, 1, None), (1, 1, None), (2, 2, None), (3, 2, None),
@@ -1170,7 +1170,7 @@ def test_row_40_the_log_after_a_crash(tmp_path):
 
 def test_row_26_and_row_40_killed_between_the_files_of_an_epoch(tmp_path, monkeypatch):
     """The newest checkpoint comes last: until it is there, a run does the epoch again, and with it the other files."""
-    state, folder = build_state(arguments()), output.RunFolder(tmp_path)
+    state, folder = build_state(arguments()), output.RunFolder(tmp_path, log=output.Log(tmp_path))
     state.epoch = 1
     engine.finish_epoch(state, folder, {'epoch': 0, 'test_acc1': 40.0})
     real = utils.atomic_write
