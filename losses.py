@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         '--distillation-type', choices=['none', 'soft', 'hard', 'cls'], default='none',
         help="learn from the teacher's probabilities (soft) or its decision (hard; cls is an old name of it)",
     )  # fmt: skip
-    add('--bce-loss', action='store_true', help='binary cross entropy of each class with the labels (see docs)')
+    add('--bce-loss', action='store_true', help='learn labels by binary cross-entropy, each class by itself')
     add('--distillation-alpha', type=between(0, 1), default=0.5, help="the teacher's share of the loss")
     add('--distillation-tau', type=above_zero, default=1.0, help='temperature of soft distillation')
 

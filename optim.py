@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--opt', default='adamw', metavar='NAME', help='any optimizer of timm')
     add('--opt-eps', type=between(0), default=1e-8, help='epsilon of the optimizer')
     add('--opt-betas', type=between(0, 1), nargs=2, help="default: the optimizer's own")
-    add('--layer-decay', type=between(0, 1), metavar='F', help='the rate of a layer is F times that of the next')
+    add('--layer-decay', type=between(0.01, 1), metavar='F', help='the rate of a layer is F times that of the next')
     add('--clip-grad', type=above_zero, metavar='NORM', help='clip gradients (default: not)')
     add('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='the norm, each value, or adaptive (AGC)')
     add('--momentum', type=between(0, 1), default=0.9, help='of optimizers that have one')

@@ -942,10 +942,9 @@ def test_gradient_checkpointing_runs_blocks_twice_to_the_same_weights(
 
 
 def test_gradient_checkpointing_is_refused_where_there_is_none(script, flags):
+    model = ['--model', 'convit_tiny', '--input-size', 224]
     with pytest.raises(InputError, match='--grad-checkpointing: .* cannot do that'):
-        script(
-            'main_deit', *flags, '--model', 'convit_tiny', '--input-size', 224, '--grad-checkpointing', '--epochs', 1
-        )
+        script('main_deit', *flags, *model, '--grad-checkpointing', '--epochs', 1)
 
 
 def test_mixup_ends_at_an_epoch(script, flags, monkeypatch):
