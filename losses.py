@@ -14,7 +14,7 @@ import models
 import utils
 from datasets import DataConfig
 from models import weights
-from utils import InputError, above_zero, between, print_rank0
+from utils import HALF, InputError, above_zero, between, print_rank0
 
 PUBLISHED_TEACHER = 'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'
 MAY_CHANGE = {'teacher_path': True}  # between a run and its continuation, which goes on bit for bit
@@ -155,7 +155,7 @@ def build_criterion(
     autocast, precision = nullcontext, ''
     if device.type == 'cuda':
         precision = utils.half_precision(device)
-        autocast = partial(torch.autocast, 'cuda', dtype=utils.HALF[precision])
+        autocast = partial(torch.autocast, 'cuda', dtype=HALF[precision])
         teacher = teacher.to(memory_format=torch.channels_last)
     print_rank0(
         f'teacher: {args.teacher_model}, {args.distillation_type} distillation, alpha {args.distillation_alpha}'
