@@ -1,14 +1,8 @@
-"""A run on disk: its whole state, to go on exactly from, the best and the last checkpoints, the log."""
+"""The state of a run: saved, to go on exactly from, and to evaluate."""
 
 import argparse
-import json
-import math
-import os
-import tempfile
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
@@ -24,18 +18,21 @@ from utils import InputError, at_least, print_rank0
 MAY_CHANGE = dict.fromkeys(
     (
         *('output_dir', 'resume', 'auto_resume', 'overwrite', 'accept_changes', 'finetune', 'eval', 'eval_ema'),
-        *('save_interval_steps', 'keep_checkpoints'),
+        *('save_interval_steps', 'keep_checkpoints', 'results_file', 'tensorboard'),
     ),
     True,
 )
+# With another one of these, the steps that were done of an epoch saw other images.
+ORDER_OF_IMAGES = {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug', 'seed', 'train_images'}
+# States of optimizers that have the shape of their parameter, or are one number.
+MOMENTS = {'exp_avg', 'exp_avg_sq', 'momentum_buffer'}
 # Flags of the model that an evaluation takes from the training, besides those of the images.
 MODEL_FLAGS = 'method', 'stages', 'keep_ratio', 'representative', 'merge_r', 'model_kwargs'
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of what is kept, of resuming from it, and of evaluating it."""
-    group = parser.add_argument_group('checkpoints')
-    add = group.add_argument
+    add = parser.add_argument_group('checkpoints').add_argument
     add('--output_dir', default='', metavar='PATH', help='for checkpoints and the log; nothing is written without')
     add('--resume', default='', metavar='PATH', help='checkpoint (path or URL) to resume from, or to evaluate')
     add('--auto-resume', action='store_true', help='resume from the newest good one in --output_dir, if any')
@@ -44,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--finetune', default='', metavar='PATH', help='weights to start from; another head or image size is adapted')
     add('--eval', action='store_true', help='evaluate --resume and stop')
     add('--eval-ema', action='store_true', help='evaluate the EMA of the weights (in training: also the EMA)')
+    add('--results-file', default='', metavar='PATH', help='with --eval: a JSON file for the results')
+    add('--tensorboard', action='store_true', help='training: the log for TensorBoard too (pip install .[logging])')
     add(
         '--save-interval-steps',
         type=at_least(0),
@@ -61,9 +60,13 @@ def check_arguments(args: argparse.Namespace):
     if args.auto_resume and not args.output_dir:
         raise InputError('--auto-resume looks for checkpoints in --output_dir, which is not given')
     if args.eval and not args.resume:
-        raise InputError(
-            '--eval needs --resume with the checkpoint to evaluate; without one, random weights would be scored'
-        )
+        raise InputError('--eval needs --resume with the checkpoint to evaluate')
+    if args.results_file and not args.eval:
+        raise InputError('--results-file needs --eval; training writes its results to log.txt in --output_dir')
+    if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
+        raise InputError(f'--results-file {args.results_file}: its folder does not exist')
+    if args.tensorboard and (args.eval or not args.output_dir):
+        raise InputError('--tensorboard logs a training to --output_dir; it needs that, and no --eval')
 
 
 # --- the state of a run
@@ -121,48 +124,49 @@ class State:
         self.epoch = content['epoch'] + 1
         for name in ('step', 'loss_sum', 'best_acc1'):
             setattr(self, name, content.get(name, 0))
-        if self.step and changed & {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug', 'seed'}:
-            print_rank0(
-                f'{source}: its {self.step} steps of epoch {self.epoch} saw other images; the epoch starts over'
-            )
+        if self.step and changed & ORDER_OF_IMAGES:
+            print_rank0(f'{source}: its {self.step} steps of this epoch saw other images; the epoch starts over')
             self.step, self.loss_sum = 0, 0.0
         if self.epoch > 0:
             # The schedule is a function of the epoch; a schedule that was changed counts from here.
             self.scheduler.step(self.epoch - 1, self.best_acc1)
-        self._load_optimizer(content, source, changed)
+        published = hasattr(self.model, 'is_published') and self.model.is_published(weights.find_weights(content))
+        if content.get('optimizer') is None or published or 'opt' in changed:
+            # The published optimizer state follows another order and number of parameters.
+            print_rank0(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its learning rate')
+        else:
+            self._load_optimizer(content['optimizer'], source)
+            if self._plateau() is not self.scheduler and 'sched' not in changed:
+                self._plateau().load_state_dict(content['lr_scheduler'])
+                for i, group in enumerate(self.optimizer.param_groups):
+                    group['lr'] = content['optimizer']['param_groups'][i]['lr']
         if self.scaler.is_enabled() and content.get('scaler'):
             self.scaler.load_state_dict(content['scaler'])
         elif self.scaler.is_enabled() or content.get('scaler'):
             print_rank0(f'{source} was saved in another precision; the loss scale is left out')
 
-    def _load_optimizer(self, content: dict, source: str, changed: set[str]):
-        saved, new = content.get('optimizer'), self.optimizer.state_dict()
-        published = hasattr(self.model, 'is_published') and self.model.is_published(weights.find_weights(content))
-        if saved is None or published or 'opt' in changed:
-            # The published optimizer state follows another order and number of parameters.
-            print_rank0(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its learning rate')
-            return
-        # Checked here, because AdamW takes moments of any shape and fails, or worse, does not, in the first step.
-        shapes = [((), p.shape) for group in self.optimizer.param_groups for p in group['params']]
-        moments = [(int(i), value) for i, values in saved['state'].items() for value in values.values()]
-        counts = [[len(group['params']) for group in state['param_groups']] for state in (saved, new)]
-        if counts[0] != counts[1] or any(torch.is_tensor(v) and v.shape not in shapes[i] for i, v in moments):
+    def _load_optimizer(self, saved: dict, source: str):
+        groups, parameters = self.optimizer.state_dict()['param_groups'], []
+        for group in self.optimizer.param_groups:
+            parameters += group['params']
+        if [len(group['params']) for group in saved['param_groups']] != [len(group['params']) for group in groups]:
             raise InputError(
-                f'{source}: its optimizer state is of other parameters; --finetune takes the weights alone'
+                f'{source}: its optimizer groups parameters in another way, as --weight-decay 0 does; give the value '
+                'of then (1e-12 decays nothing and groups as others do), or take the weights alone with --finetune'
             )
+        # Checked here, because AdamW takes moments of any shape and fails, or worse, does not, in the first step.
+        moments = [(int(i), state[name]) for i, state in saved['state'].items() for name in MOMENTS & state.keys()]
+        if any(torch.is_tensor(v) and v.shape not in ((), parameters[i].shape) for i, v in moments):
+            raise InputError(f'{source}: its optimizer state is of other parameters; take its weights with --finetune')
         # Some optimizers (LAMB, Adan) count their steps in the groups; all else there is what the flags say.
-        steps = [{k: v for k, v in group.items() if k.endswith('step')} for group in saved['param_groups']]
-        groups = [group | step for group, step in zip(new['param_groups'], steps, strict=True)]
+        for group, before in zip(groups, saved['param_groups'], strict=True):
+            group |= {key: value for key, value in before.items() if key.endswith('step')}
         self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
         # A fused step takes it for granted that moments lie in memory as their parameter does (--channels-last).
-        for parameter, moments in self.optimizer.state.items():
-            for name, value in moments.items():
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        if self._plateau() is not self.scheduler and 'sched' not in changed:
-            self._plateau().load_state_dict(content['lr_scheduler'])
-            for group, before in zip(self.optimizer.param_groups, saved['param_groups'], strict=True):
-                group['lr'] = before['lr']
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _plateau(self):
         # timm's plateau schedule leaves half of its state out; torch's, inside it, does not.
@@ -176,20 +180,16 @@ def load_strict(
 
     Evaluation (`training` False) takes a plain ViT too, whose head an Evo-DeiT reads as it was trained.
     """
+    advice = 'To start training from weights of another model, image size or classes, use --finetune.'
+    if not training:
+        advice = 'Evaluation needs the --model and --input-size of the training, and a data set with its classes.'
     try:
         content = {key: value for key, value in content.items() if key != 'schedule'}  # that of the flags counts
         loaded = weights.load_weights(model, content, use_ema, report=print_rank0)
     except InputError as error:
-        if training:
-            advice = 'To start training from weights of another model, image size or classes, use --finetune.'
-        else:
-            advice = 'Evaluation needs the --model and --input-size of the training, and a data set with its classes.'
         raise InputError(f'{source}: {error}\n{advice}') from error
     if training and loaded.filled:
-        raise InputError(
-            f'{source} has no {", ".join(loaded.filled)}, which training needs. To start training from its other '
-            'weights, use --finetune.'
-        )
+        raise InputError(f'{source} has no {", ".join(loaded.filled)}, which training needs. {advice}')
     return loaded
 
 
@@ -256,6 +256,11 @@ def find_resume_checkpoint(folder: str, source: str) -> tuple[str, dict] | None:
     if checkpoints:
         raise InputError('--auto-resume: no checkpoint can be read:\n  ' + '\n  '.join(damaged))
     return (source, weights.read_checkpoint(source, print_rank0)) if source else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The last checkpoints in a folder, the newest first; that one has two names."""
+    return [*folder.glob('checkpoint.pth'), *sorted(folder.glob('checkpoint-*.pth'), reverse=True)]
 
 
 def compare_flags(content: dict, source: str, flags: dict, may_change: dict[str, bool], accept: bool) -> set[str]:
@@ -327,7 +332,8 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
         if name in saved and given in (None, False):
             restored[name] = saved[name]
         elif name in (*MODEL_FLAGS, 'input_size') and given != saved.get(name, given):
-            print_rank0(f'{args.resume} was trained with {name} {saved[name]}, and is evaluated with {given}')
+            before = f"the model's own {name}" if saved[name] is None else f'{name} {saved[name]}'
+            print_rank0(f'{args.resume} was trained with {before}, and is evaluated with {given}')
     # Where the device has TF32, that is the default without --amp; elsewhere such a run is evaluated in fp32.
     trained = saved.get('precision') or 'fp32'
     restored['precision'] = getattr(args, 'precision', None) or (None if trained == 'tf32' else trained)
@@ -346,92 +352,3 @@ def load_for_evaluation(model: nn.Module, content: dict, source: str, use_ema: b
         print_rank0(f'{source} holds a plain vision transformer, which was not trained for this selection')
     else:
         print_rank0(f'{source} does not say whether it is stage-wise or layer-wise; it is taken for a finished model')
-
-
-# --- the output folder
-
-
-class RunFolder(NamedTuple):
-    """Where a run writes: `path`, how many checkpoints stay, and files of an earlier run, to be removed.
-
-    Without a path, as on all processes but the first, nothing is written.
-    """
-
-    path: Path | None = None
-    keep: int = 2
-    stale: tuple[Path, ...] = ()
-
-    def clear(self):
-        """Remove what --overwrite replaces; called once nothing is left that could stop the new run."""
-        for path in self.stale:
-            path.unlink()
-
-    def save(self, state: State, best: bool = False):
-        """Write `checkpoint.pth`, keep the last ones beside it, and the best."""
-        if not self.path:
-            return
-        newest, write = self.path / 'checkpoint.pth', partial(torch.save, state.state_dict())
-        # The best first: its accuracy must not be on record in the newest before its weights are there.
-        if best:
-            utils.atomic_write(self.path / 'best_checkpoint.pth', write)
-        utils.atomic_write(newest, write)
-        try:
-            # A second name for the same file: a link costs neither time nor space.
-            numbered = self.path / f'checkpoint-{state.epoch:04d}-{state.step:06d}.pth'
-            numbered.unlink(missing_ok=True)
-            os.link(newest, numbered)
-            numbers = sorted(self.path.glob('checkpoint-*.pth'))
-            here = numbers.index(numbered) + 1
-            # Later ones are of a run that went another way from an earlier checkpoint, as are later lines of the log.
-            for other in numbers[: max(here - self.keep, 0)] + numbers[here:]:
-                other.unlink()
-        except OSError as error:
-            print_rank0(f'warning: older checkpoints in {self.path} could not be kept or removed: {error}')
-
-    def write_log(self, record: dict):
-        """Put a line of JSON for an epoch into `log.txt`; lines of this epoch or later go, and torn ones."""
-        if not self.path:
-            return
-        path, lines = self.path / 'log.txt', []
-        for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)['epoch'] < record['epoch']:
-                    lines.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        text = '\n'.join([*lines, json.dumps(finite)]) + '\n'
-        utils.atomic_write(path, lambda file: file.write(text.encode()))
-
-
-def prepare_output_dir(args: argparse.Namespace) -> RunFolder:
-    """Make --output_dir; InputError where it cannot be written to, or holds another run, but for --overwrite."""
-    if not args.output_dir or args.eval or int(os.environ.get('RANK', 0)) > 0:
-        return RunFolder()
-    path = Path(args.output_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise InputError(f'--output_dir {path.absolute()} cannot be written to: {error}') from error
-    existing = (*list_checkpoints(path), *path.glob('best_checkpoint.pth'), *path.glob('log.txt'))
-    # A checkpoint from elsewhere starts another run here. (A job that its launcher starts again wrote this one itself.)
-    elsewhere = weights.is_url(args.resume) or Path(args.resume).resolve().parent != path.resolve()
-    goes_on = args.auto_resume or (args.resume and (not elsewhere or utils.restarts()))
-    if not existing or goes_on:
-        return RunFolder(path, args.keep_checkpoints)
-    # What a launcher starts again must not remove what it wrote itself.
-    if not args.overwrite or utils.restarts():
-        raise InputError(
-            f'--output_dir {path} holds a run ({", ".join(file.name for file in existing)}): '
-            '--resume or --auto-resume goes on with it, --overwrite starts over'
-        )
-    for source in filter(None, (args.resume, args.finetune, args.teacher_path)):
-        if Path(source).exists() and any(file.samefile(source) for file in existing):
-            raise InputError(f'{source} is of the run that --overwrite removes; move it to another folder first')
-    return RunFolder(path, args.keep_checkpoints, existing)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The last checkpoints in a folder, the newest first; that one has two names."""
-    return [*folder.glob('checkpoint.pth'), *sorted(folder.glob('checkpoint-*.pth'), reverse=True)]

@@ -7,39 +7,42 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 import models
 import utils
 from datasets import DataConfig
 from models import weights
-from utils import InputError, print_rank0
+from utils import HALF, InputError, above_zero, between, print_rank0
 
-HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 PUBLISHED_TEACHER = 'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'
 MAY_CHANGE = {'teacher_path': True}  # between a run and its continuation, which goes on bit for bit
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the loss and the teacher."""
-    group = parser.add_argument_group('loss and distillation')
-    group.add_argument('--teacher-model', default='regnety_160', metavar='NAME', help='any timm model')
-    group.add_argument('--teacher-path', default='', metavar='PATH', help="path or URL of the teacher's weights")
-    group.add_argument(
-        '--distillation-type',
-        choices=['none', 'soft', 'hard', 'cls'],
-        default='none',
+    add = parser.add_argument_group('loss and distillation').add_argument
+    add('--teacher-model', default='regnety_160', metavar='NAME', help='any timm model')
+    add('--teacher-path', default='', metavar='PATH', help="path or URL of the teacher's weights")
+    add(
+        '--distillation-type', choices=['none', 'soft', 'hard', 'cls'], default='none',
         help="learn from the teacher's probabilities (soft) or its decision (hard; cls is an old name of it)",
-    )
-    group.add_argument('--distillation-alpha', type=float, default=0.5, help="the teacher's share of the loss")
-    group.add_argument('--distillation-tau', type=float, default=1.0, help='temperature of soft distillation')
+    )  # fmt: skip
+    add('--bce-loss', action='store_true', help='learn labels by binary cross-entropy, each class by itself')
+    add('--distillation-alpha', type=between(0, 1), default=0.5, help="the teacher's share of the loss")
+    add('--distillation-tau', type=above_zero, default=1.0, help='temperature of soft distillation')
 
 
 def check_arguments(args: argparse.Namespace):
-    """InputError where a teacher is asked for whose file does not exist."""
-    if args.distillation_type != 'none':
-        advice = f'; the published teacher, for ImageNet, is at {PUBLISHED_TEACHER}'
-        utils.check_source('--teacher-path', args.teacher_path, advice)
+    """InputError where a teacher is asked for whose file is not given or does not exist."""
+    if args.distillation_type == 'none':
+        return
+    advice = f'; the published teacher, for ImageNet, is at {PUBLISHED_TEACHER}'
+    if not args.teacher_path:
+        weights_of = f'--teacher-path, the weights of --teacher-model {args.teacher_model}'
+        raise InputError(f'--distillation-type {args.distillation_type} needs {weights_of}{advice}')
+    utils.check_source('--teacher-path', args.teacher_path, advice)
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -61,6 +64,7 @@ class Criterion(nn.Module):
         teacher_autocast: a context for it; without one it has the precision of the model.
         hard: learn the teacher's decision; otherwise its probabilities at temperature `tau`.
         alpha: the teacher's share of the loss.
+        bce: labels count by timm's binary cross entropy of each class.
     """
 
     def __init__(
@@ -71,9 +75,14 @@ class Criterion(nn.Module):
         alpha: float = 0.5,
         tau: float = 1.0,
         teacher_autocast: Callable = nullcontext,
+        bce: bool = False,
     ):
         super().__init__()
-        self.label_smoothing, self.hard, self.alpha, self.tau = label_smoothing, hard, alpha, tau
+        self.hard, self.alpha, self.tau = hard, alpha, tau
+        self.label_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.soft_label_loss = nn.CrossEntropyLoss()
+        if bce:
+            self.label_loss = self.soft_label_loss = BinaryCrossEntropy(label_smoothing)
         self.teacher, self.teacher_autocast = teacher, teacher_autocast
 
     def forward(self, images: Tensor, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
@@ -82,8 +91,8 @@ class Criterion(nn.Module):
         heads = {name: _full_precision(logits) for name, logits in heads.items()}
         distilled = [logits for name, logits in heads.items() if name.endswith('_dist')] or list(heads.values())
         labelled = [logits for name, logits in heads.items() if self.teacher is None or not name.endswith('_dist')]
-        smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
-        base = _mean(F.cross_entropy(logits, targets, label_smoothing=smoothing) for logits in labelled)
+        label_loss = self.soft_label_loss if targets.is_floating_point() else self.label_loss
+        base = _mean(label_loss(logits, targets) for logits in labelled)
         if self.teacher is None:
             return base
         with torch.no_grad(), self.teacher_autocast():
@@ -130,12 +139,7 @@ def build_criterion(
     take most of the time of a run.
     """
     if args.distillation_type == 'none':
-        return Criterion(label_smoothing)
-    if not args.teacher_path:
-        raise InputError(
-            f'--distillation-type {args.distillation_type} needs --teacher-path, the weights of {args.teacher_model}; '
-            + advise_teacher(args.teacher_model, num_classes)
-        )
+        return Criterion(label_smoothing, bce=args.bce_loss)
     try:
         teacher = models.create(args.teacher_model, num_classes, config.input_size)
         weights.load_weights(teacher, args.teacher_path, report=print_rank0)
@@ -158,7 +162,8 @@ def build_criterion(
         + (f', in {precision}' if precision else '')
     )
     hard = args.distillation_type != 'soft'
-    return Criterion(label_smoothing, teacher, hard, args.distillation_alpha, args.distillation_tau, autocast)
+    alpha, tau = args.distillation_alpha, args.distillation_tau
+    return Criterion(label_smoothing, teacher, hard, alpha, tau, autocast, args.bce_loss)
 
 
 def advise_teacher(teacher_model: str, num_classes: int) -> str:

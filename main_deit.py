@@ -21,6 +21,8 @@ import datasets
 import engine
 import losses
 import models
+import optim
+import output
 import utils
 
 # DeiT's recipe is the default of every flag; these are left.
@@ -30,12 +32,12 @@ RECIPE = dict(model='evo_deit_small_patch16_224', drop_path=0.1)
 def main() -> dict[str, float]:
     """Train or evaluate Evo-DeiT, as the flags say; returns the last evaluation."""
     args = engine.parse_args(__doc__, RECIPE)
-    folder = checkpoint.prepare_output_dir(args)
+    folder = output.prepare_output_dir(args)
     device = utils.set_up_processes(args)
     if args.eval:
         return engine.evaluate_checkpoint(args, device)
-    precision = engine.pick_precision(args.precision, device, args.amp)
-    engine.set_backends(precision, device)
+    precision = utils.pick_precision(args.precision, device, args.amp)
+    utils.set_backends(precision, device)
     config = datasets.data_config(args, args.model)
     train_loader, val_loader = datasets.build_loaders(args, config, utils.rank(), utils.world_size())
     classes = val_loader.dataset.classes
@@ -44,9 +46,10 @@ def main() -> dict[str, float]:
     utils.print_rank0(f'{datasets.describe(config)}\n{engine.describe(args.model, model, precision)}')
     criterion = losses.build_criterion(args, config, len(classes), device, args.smoothing)
     mixup = datasets.build_mixup(args, len(classes))
-    state = engine.build_state(args, model, precision, args.batch_size, config, classes)
+    images = len(train_loader.dataset)
+    state = optim.build_state(args, model, precision, args.batch_size, config, classes, images)
     checkpoint.resume(args, state, engine.MAY_CHANGE)
-    return engine.train(args, state, criterion, mixup, train_loader, val_loader, folder)
+    return engine.train(engine.Plan.from_args(args), state, criterion, mixup, train_loader, val_loader, folder)
 
 
 if __name__ == '__main__':

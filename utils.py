@@ -2,13 +2,16 @@
 
 import argparse
 import importlib.metadata
+import math
 import os
 import random
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -137,10 +140,24 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def above_zero(text: str) -> float:
-    """The `type` of a flag: a number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f'expected a number above 0, found {text}; leave the flag out to turn it off')
+    """The `type` of a flag: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f'expected a number above 0, found {text}')
     return float(text)
+
+
+def between(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """The `type` of a flag: a finite number from `low` to `high`, both allowed."""
+    ends = [f'{name} {end:g}' for name, end in (('from', low), ('to', high)) if math.isfinite(end)]
+    expected = ' '.join(['a number', *ends]) if ends else 'a finite number'
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f'expected {expected}, found {text}')
+        return value
+
+    return number
 
 
 def check_source(flag: str, source: str, advice: str = ''):
@@ -151,13 +168,13 @@ def check_source(flag: str, source: str, advice: str = ''):
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the processes that a script runs in."""
-    group = parser.add_argument_group('device and processes')
-    group.add_argument('--device', help='cuda or cpu (default: a GPU where there is one, else the CPU)')
-    group.add_argument('--seed', type=at_least(0), default=0, help='seed of weights, order and augmentation')
-    group.add_argument('--dist_url', default='env://', help='where the processes meet; launchers set the environment')
-    group.add_argument('--dist-timeout', type=float, default=1800, help='seconds to wait for another process')
-    group.add_argument('--local_rank', type=int, default=-1, help='set by launchers that do not use the environment')
-    group.add_argument('--world_size', type=int, default=1, help='ignored: the launcher decides how many processes run')
+    add = parser.add_argument_group('device and processes').add_argument
+    add('--device', help='cuda or cpu (default: a GPU where there is one, else the CPU)')
+    add('--seed', type=at_least(0), default=0, help='seed of weights, order and augmentation')
+    add('--dist_url', default='env://', help='where the processes meet; launchers set the environment')
+    add('--dist-timeout', type=above_zero, default=1800, help='seconds to wait for another process')
+    add('--local_rank', type=at_least(-1), default=-1, help='set by launchers that do not use the environment')
+    add('--world_size', type=int, default=1, help='ignored: the launcher decides how many processes run')
 
 
 # --- processes
@@ -224,9 +241,44 @@ def pick_device(name: str | None, local_rank: int) -> torch.device:
     return device
 
 
+# --- precision
+
+HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
 def half_precision(device: torch.device) -> str:
     """The half precision that a GPU has fast units for: bf16 since compute capability 8.0, else fp16."""
     return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+
+
+def pick_precision(precision: str | None, device: torch.device, amp: bool = True) -> str:
+    """The precision asked for, or on a GPU the fastest safe one: half precision with `amp`, else TF32, or fp32.
+
+    The published recipes in fp32 had TF32 products where the device has them: it was PyTorch's default.
+    """
+    has_tf32 = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == 'tf32' and not has_tf32:
+        raise InputError(f'--precision tf32 is a mode of NVIDIA GPUs since Ampere, the device is {device}; use fp32')
+    if precision:
+        return precision
+    if amp and device.type == 'cuda':
+        return half_precision(device)
+    return 'tf32' if has_tf32 else 'fp32'
+
+
+def set_backends(precision: str, device: torch.device):
+    """PyTorch's global switches: TF32 in products of float32, or not; cuDNN tries which convolution is the fastest."""
+    # By their older names: after the newer `fp32_precision`, torch.compile, which still reads these, raises an error.
+    with warnings.catch_warnings(action='ignore'):  # some versions say that there are newer names
+        torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+        torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+    torch.backends.cudnn.benchmark = device.type == 'cuda'  # worth it, as all batches have the same shape
+
+
+def make_autocast(precision: str, device: torch.device) -> partial:
+    """A context for forward passes: autocast to half precision, or nothing in fp32 and tf32."""
+    dtype = HALF.get(precision)
+    return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def all_sum(values: Tensor) -> Tensor:

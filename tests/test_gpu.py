@@ -174,8 +174,8 @@ def test_a_training_step_does_not_wait_for_the_gpu(name, precision):
 
 
 def test_the_guard_does_not_wait_for_the_step_that_was_queued_last(monkeypatch):
-    monkeypatch.setattr(engine.signal, 'signal', lambda *_: None)
-    guard = engine.StepGuard(DEVICE)
+    monkeypatch.setattr('signal.signal', lambda *_: None)
+    guard = engine.StepCheck(DEVICE)
     for i in range(3):  # kernels are loaded and memory is pinned when first needed, which may wait
         guard.check(torch.full((), 0.0, device=DEVICE), f'in step {i}')
     torch.cuda._sleep(2 * 10**9)  # clock cycles: about a second

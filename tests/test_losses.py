@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from golden import fill
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
@@ -77,6 +78,19 @@ def test_a_model_without_distillation_heads_learns_with_all(hard):
     outputs = named(logits('avg').requires_grad_(), logits('cls').requires_grad_())
     Criterion(0.1, Teacher(), hard, alpha=1.0, tau=2.0)(None, outputs, targets('labels')).backward()
     assert outputs.head.grad.any() and outputs.head_cls.grad.any()
+
+
+@pytest.mark.parametrize('alpha', [None, 0.3])
+def test_binary_cross_entropy_of_the_labels(alpha):
+    """Of labels smoothed as timm does it, of mixed ones as they are; what a teacher says is learned as before."""
+    outputs, share = logits('avg'), 1.0 if alpha is None else 1 - alpha
+    distillation = 0.0 if alpha is None else alpha * F.cross_entropy(outputs, logits('teacher').argmax(1))
+    criterion = Criterion(0.1, None if alpha is None else Teacher(), True, alpha or 0.5, bce=True)
+    labels, soft = targets('labels'), targets('SoftTargetCrossEntropy')
+    smoothed = F.one_hot(labels, RECIPE['classes']) * 0.9 + 0.1 / RECIPE['classes']
+    for given, expected in ((labels, smoothed), (soft, soft)):
+        loss = share * F.binary_cross_entropy_with_logits(outputs, expected.double()) + distillation
+        torch.testing.assert_close(criterion(None, outputs, given), loss)
 
 
 def test_the_teacher_has_a_precision_of_its_own_and_no_gradients():

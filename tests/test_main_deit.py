@@ -1,10 +1,14 @@
 """main_deit.py as its users run it: training, resuming, evaluating, fine-tuning, launchers."""
 
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from conftest import accuracy, free_port, launch, read_log
 from golden import fill
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
+from timm.optim import list_optimizers
 
 import checkpoint
 import engine
@@ -21,6 +26,7 @@ import losses
 import main_deit
 import main_levit
 import models
+import output
 from models import weights
 from utils import InputError
 
@@ -183,19 +189,17 @@ def test_tf32_is_a_switch_of_products_and_convolutions():
 # --- one process
 
 
-def test_the_average_follows_the_schedule_of_its_model():
-    args = engine.get_parser('', main_deit.RECIPE).parse_args(['--clip-grad', '1'])
-    model = timm.create_model('evo_deit_nano_patch4_32', num_classes=4)
-    state = engine.build_state(args, model, 'fp32', batch_size=2)
-    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    for schedule in ((False, True), (True, False), (True, True)):
-        model.set_schedule(*schedule)
-        autocast = engine.make_autocast('fp32', torch.device('cpu'))
-        engine.train_step(state, model, losses.Criterion(), [(images, targets)], 1, autocast, args.clip_grad)
-        assert (state.ema.module.stage_wise, state.ema.module.evolving) == schedule
-    model.set_schedule(False)
-    state.ema.set(model)
-    assert not state.ema.module.stage_wise
+def test_the_average_follows_the_schedule_of_its_model(script, flags, monkeypatch):
+    seen = []
+
+    def evaluate(model, loader, autocast, name='Test'):
+        seen.append((name, engine.describe_schedule(model)))
+        return {'acc1': 0.0}
+
+    monkeypatch.setattr(engine, 'evaluate', evaluate)
+    script('main_deit', *flags, '--epochs', 3, '--prune-warmup-epoch', 1, '--stage-epoch', 2, '--eval-ema')
+    expected = ['all patches', 'layer-wise', 'stage-wise']
+    assert seen == [(name, schedule) for schedule in expected for name in ('Test', 'Test of the EMA')]
 
 
 def test_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tmp_path):
@@ -239,13 +243,13 @@ def stop_after(epochs, script, *flags):
     class Stop(Exception):
         pass
 
-    def save_and_stop(folder, state, best=False, save=checkpoint.RunFolder.save):
+    def save_and_stop(folder, state, best=False, save=output.RunFolder.save):
         save(folder, state, best)
         if state.epoch == epochs:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(checkpoint.RunFolder, 'save', save_and_stop)
+        patch.setattr(output.RunFolder, 'save', save_and_stop)
         script('main_deit', *flags)
 
 
@@ -737,3 +741,271 @@ def test_clipping_needs_a_norm(script, flags, value, capfd):
     with pytest.raises(SystemExit):
         script('main_deit', *flags, '--clip-grad', value)
     assert 'expected a number above 0' in capfd.readouterr().err
+
+
+# --- flags that are out of range, or would do nothing
+
+
+@pytest.mark.parametrize(
+    'flag, value, expected',
+    [
+        ('--start_epoch', -3, '0 or more'),
+        ('--stage-epoch', -1, '0 or more'),
+        ('--warmup-epochs', -1, '0 or more'),
+        ('--local_rank', -2, '-1 or more'),
+        ('--model-ema-decay', 2, 'a number from 0 to 1'),
+        ('--weight-decay', -1, 'a number from 0'),
+        ('--momentum', 1.5, 'a number from 0 to 1'),
+        ('--opt-eps', 'nan', 'a number from 0'),
+        ('--lr', 'inf', 'a number from 0'),
+        ('--lr', -1, 'a number from 0'),
+        ('--lr-noise', 2, 'a number from 0 to 1'),
+        ('--decay-epochs', 0, 'a number above 0'),
+        ('--dist-timeout', 0, 'a number above 0'),
+        ('--distillation-alpha', 1.5, 'a number from 0 to 1'),
+        ('--distillation-tau', 0, 'a number above 0'),
+    ],
+)
+def test_numbers_out_of_range_end_at_the_flag(script, capfd, flag, value, expected):
+    with pytest.raises(SystemExit) as end:
+        script('main_deit', f'{flag}={value}')
+    assert end.value.code == 2
+    assert capfd.readouterr().err.startswith(
+        f'main_deit.py: error: argument {flag}: expected {expected}, found {value}'
+    )
+
+
+@pytest.mark.parametrize(
+    'useless, says',
+    [
+        (['--fuse'], '--fuse needs --eval'),
+        (['--eval-ema', '--no-model-ema'], '--no-model-ema keeps none'),
+        (['--start_epoch', 3, '--epochs', 3], '--start_epoch: expected less than --epochs 3, found 3'),
+        (
+            ['--distillation-type', 'hard'],
+            'needs --teacher-path, the weights of --teacher-model regnety_160; .*https://',
+        ),
+        (['--overwrite', '--auto-resume', '--output_dir', 'OUT'], '--overwrite starts over, .*give one of them'),
+        (['--overwrite', '--resume', 'OUT/checkpoint.pth', '--output_dir', 'OUT'], '--overwrite starts over'),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused_at_once(script, tmp_path, monkeypatch, useless, says):
+    monkeypatch.setattr(models, 'build', lambda *args: pytest.fail('the model was built'))
+    (tmp_path / 'checkpoint.pth').touch()
+    useless = [str(flag).replace('OUT', str(tmp_path)) for flag in useless]
+    with pytest.raises(InputError, match=says):
+        script('main_deit', *useless, '--data-path', tmp_path / 'nowhere')
+
+
+def test_only_models_that_select_have_stages(script, flags):
+    assert 'epochs 0 to 0, stage-wise from epoch 0\n' in script('main_deit', *flags, '--epochs', 1)
+    assert 'epochs 0 to 0\n' in script('main_deit', *flags, '--model', 'resnet10t', '--epochs', 1)
+
+
+def test_what_the_training_left_open_is_not_called_none(capsys):
+    args = engine.get_parser('', {}).parse_args(['--resume', 'c.pth', '--keep-ratio', '0.5'])
+    checkpoint.restore_model_args(args, {'args': {'keep_ratio': None}})
+    said = "c.pth was trained with the model's own keep_ratio, and is evaluated with [0.5]"
+    assert said in capsys.readouterr().out
+
+
+def test_another_number_of_training_images_is_noticed(script, flags, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / 'images')
+    recipe = [*flags[:-1], tmp_path / 'images', '--epochs', 2]
+    script('main_deit', *recipe, '--output_dir', tmp_path / 'run')
+    source = tmp_path / 'run' / 'checkpoint-0001-000000.pth'
+    content = weights.read_checkpoint(source)
+    next((tmp_path / 'images' / 'train' / 'class0').iterdir()).unlink()
+    with pytest.raises(InputError, match=r'train_images +64 +63\n'):
+        script('main_deit', *recipe, '--resume', source)
+    assert 'Epoch 1 done' in script('main_deit', *recipe, '--resume', source, '--accept-changes')
+    # Checkpoints did not always say how many there were.
+    del content['args']['train_images']
+    torch.save(content, tmp_path / 'older.pth')
+    assert 'Epoch 1 done' in script('main_deit', *recipe, '--resume', tmp_path / 'older.pth')
+
+
+# adahessian needs second derivatives; kron keeps counters outside its state; others need a GPU.
+OPTIMIZERS = list_optimizers(exclude_filters=['adahessian', 'kron*', 'bnb*', 'fused*'])
+
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_every_optimizer_takes_its_own_state(opt):
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def begin() -> engine.State:
+        torch.manual_seed(0)
+        layers = torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.LayerNorm(32), torch.nn.Linear(32, 40)
+        args = engine.get_parser('', {}).parse_args(['--opt', opt, '--lr', '0.1', '--warmup-epochs', '0'])
+        return engine.build_state(args, torch.nn.Sequential(*layers), 'fp32', 512)
+
+    def step(state: engine.State):
+        state.model(images).square().sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    one, two, file = begin(), begin(), io.BytesIO()
+    step(one)
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    two.load(torch.load(file, weights_only=True), 'c.pth')
+    for _ in range(2):
+        step(one)
+        step(two)
+    for key, value in one.model.state_dict().items():
+        assert torch.equal(value, two.model.state_dict()[key]), key
+
+
+def test_optimizers_that_group_otherwise_say_what_to_do():
+    args = engine.get_parser('', {}).parse_args(['--weight-decay', '0'])
+    model = torch.nn.Linear(2, 2)
+    saved = engine.build_state(args, model, 'fp32', 512).state_dict()
+    for value, fits in (('0', True), ('0.05', False)):
+        state = engine.build_state(engine.get_parser('', {}).parse_args(['--weight-decay', value]), model, 'fp32', 512)
+        with nullcontext() if fits else pytest.raises(InputError, match='--weight-decay 0 does; .*1e-12.*--finetune'):
+            state.load(saved | {'epoch': 0}, 'c.pth', {'weight_decay'})
+
+
+# --- flags that timm's scripts have too
+
+
+@pytest.mark.parametrize('warmup', [0, 2])
+@pytest.mark.parametrize('name', ['evo_deit_nano_patch4_32', 'EvoLeViT_128S', 'vit_tiny_patch16_224'])
+def test_layer_decay_slows_early_layers(name, warmup):
+    model = models.create(name, 4, 64)
+    if name.startswith('vit'):
+        model = models.evolve(model)
+    flags = ['--model', name, '--layer-decay', '0.5', '--lr', '1', '--warmup-epochs', str(warmup), '--warmup-lr', '0.5']
+    state = engine.build_state(engine.get_parser('', {}).parse_args(flags), model, 'fp32', 512)
+    rates = {id(p): group['lr'] for group in state.optimizer.param_groups for p in group['params']}
+    assert rates.keys() == {id(p) for p in model.parameters()}
+    assert engine.learning_rate(state) == (0.5 if warmup else 1.0)
+    blocks = [dict(model.named_modules())[block] for block in model.block_names()]
+    layers = [{rates[id(p)] for p in block.parameters()} for block in blocks]
+    assert all(len(layer) == 1 for layer in layers)
+    layers = [layer.pop() for layer in layers]
+    assert all(after == 2 * before for before, after in pairwise(layers))
+    early = {rates[id(p)] for p in (*model.patch_embed.parameters(), model.pos_embed, model.cls_token)}
+    assert max(early) < layers[0]
+    heads = [p for key, p in model.named_parameters() if key.startswith('head')]
+    assert {rates[id(p)] for p in heads} == {max(rates.values())} == {engine.learning_rate(state)}
+    state.scheduler.step(4)  # all follow the schedule; a power of two divides exactly
+    assert {group['lr'] / group['lr_scale'] for group in state.optimizer.param_groups} == {engine.learning_rate(state)}
+    assert engine.learning_rate(state) < 1
+
+
+def test_layer_decay_trains_and_resumes_exactly(script, flags, tmp_path):
+    recipe = [*flags, '--layer-decay', 0.7, '--lr', 0.05, '--warmup-epochs', 0, '--no-model-ema', '--epochs', 2]
+    script('main_deit', *recipe, '--output_dir', tmp_path / 'whole')
+    log = read_log(tmp_path / 'whole')
+    assert log[0]['train_lr'] == pytest.approx(0.05 * 16 / 512)
+    source = tmp_path / 'whole' / 'checkpoint-0001-000000.pth'
+    script('main_deit', *recipe, '--output_dir', tmp_path / 'resumed', '--resume', source)
+    whole, resumed = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth') for name in ('whole', 'resumed'))
+    assert all(torch.equal(value, resumed['model'][key]) for key, value in whole['model'].items())
+
+
+@pytest.mark.parametrize('stage_epoch', [0, 1])
+@pytest.mark.parametrize(
+    'model, blocks',
+    [
+        (['evo_deit_nano_patch4_32'], 'blocks'),
+        (['EvoLeViT_128S', '--input-size', 64], 'stages.0.blocks'),
+        (['vit_tiny_patch16_224', '--evolve'], 'blocks'),
+        (['vit_tiny_patch16_224'], 'blocks'),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else '',
+)
+def test_gradient_checkpointing_runs_blocks_twice_to_the_same_weights(
+    script, flags, tmp_path, monkeypatch, model, blocks, stage_epoch
+):
+    calls, build = [], models.build
+
+    def count_calls(*args):
+        network = build(*args)
+        for module in dict(network.named_modules())[blocks].modules():
+            module.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        return network
+
+    monkeypatch.setattr(models, 'build', count_calls)
+    recipe = [*flags, '--model', *model, '--epochs', 1, '--stage-epoch', stage_epoch, '--lr', 0.05]
+    recipe += ['--warmup-lr', 0.01, '--drop-path', 0.1, '--no-model-ema', '--distillation-type', 'none']
+    counts = []
+    for name, more in (('plain', []), ('saved', ['--grad-checkpointing'])):
+        calls.clear()
+        script('main_deit', *recipe, *more, '--output_dir', tmp_path / name)
+        counts.append(sum(calls))
+    assert 1.8 * counts[0] < counts[1] <= 2 * counts[0], 'all but what the last gradients do not need'
+    plain, saved = (weights.read_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('plain', 'saved'))
+    for key, value in plain.items():
+        if 'running_' not in key and 'num_batches' not in key:  # statistics of BatchNorm move twice, see the docs
+            assert torch.equal(value, saved[key]), key
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none(script, flags):
+    model = ['--model', 'convit_tiny', '--input-size', 224]
+    with pytest.raises(InputError, match='--grad-checkpointing: .* cannot do that'):
+        script('main_deit', *flags, *model, '--grad-checkpointing', '--epochs', 1)
+
+
+def test_mixup_ends_at_an_epoch(script, flags, monkeypatch):
+    seen, train_step = [], engine.train_step
+
+    def spy(state, net, criterion, batches, *args, **kwargs):
+        batches = list(batches)
+        seen.append((state.epoch, batches[0][1].is_floating_point()))
+        return train_step(state, net, criterion, batches, *args, **kwargs)
+
+    monkeypatch.setattr(engine, 'train_step', spy)
+    script('main_deit', *flags, '--epochs', 3, '--mixup-off-epoch', 1)
+    assert set(seen) == {(0, True), (1, False), (2, False)}
+
+
+def test_an_evaluation_writes_its_results(script, flags, tmp_path):
+    script('main_deit', *flags, '--epochs', 1, '--lr', 0.05, '--warmup-epochs', 0, '--output_dir', tmp_path)
+    path, source = tmp_path / 'results.json', tmp_path / 'checkpoint.pth'
+    script('main_deit', *flags, '--eval', '--resume', source, '--results-file', path)
+    results, log = json.loads(path.read_text()), read_log(tmp_path)[0]
+    assert [results[name] for name in ('acc1', 'acc5', 'loss')] == [log[f'test_{n}'] for n in ('acc1', 'acc5', 'loss')]
+    expected = dict(
+        model='evo_deit_nano_patch4_32', checkpoint=str(source), images=30, input_size=32, precision='fp32', ema=False,
+        selection='stage-wise', fused=False, parameters=log['n_parameters'],
+    )  # fmt: skip
+    assert {name: results[name] for name in expected} == expected
+    assert results['versions'].keys() == {'python', 'torch', 'torchvision', 'timm'}
+    # Half of the patches, from the fifth block on: less arithmetic than with all of them.
+    script('main_deit', *flags, '--eval', '--resume', source, '--results-file', path, '--keep-ratio', 1)
+    assert 0 < results['gmacs'] < json.loads(path.read_text())['gmacs'] < 1
+    for wrong, says in (
+        (['--results-file', path], '--results-file needs --eval'),
+        (['--eval', '--resume', source, '--results-file', tmp_path / 'no' / 'r.json'], 'its folder does not exist'),
+    ):
+        with pytest.raises(InputError, match=says):
+            script('main_deit', *flags, *wrong)
+
+
+def test_tensorboard_shows_what_the_log_has(script, flags, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = [*flags, '--epochs', 3, '--tensorboard', '--output_dir', tmp_path]
+    stop_after(2, script, *recipe)
+    script('main_deit', *recipe, '--resume', tmp_path / 'checkpoint-0001-000000.pth')  # epoch 1 again
+    events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+    log = read_log(tmp_path)
+    for tag, name in (('test/acc1', 'test_acc1'), ('train/loss', 'train_loss'), ('train/lr', 'train_lr')):
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [0, 1, 2]
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in log], rel=1e-6)
+    script('main_deit', *flags, '--epochs', 1, '--overwrite', '--output_dir', tmp_path)
+    assert not list((tmp_path / 'tensorboard').glob('*'))
+
+
+def test_tensorboard_that_is_not_installed_is_said_at_the_start(script, flags, tmp_path, monkeypatch):
+    for name in ('tensorboard', 'torch.utils.tensorboard'):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(models, 'build', lambda *args: pytest.fail('the model was built'))
+    with pytest.raises(InputError, match='--tensorboard: .*pip install tensorboard'):
+        script('main_deit', *flags, '--tensorboard', '--output_dir', tmp_path)
+    with pytest.raises(InputError, match='--tensorboard logs a training to --output_dir'):
+        script('main_deit', *flags, '--tensorboard')

@@ -41,6 +41,7 @@ import engine
 import losses
 import main_deit
 import models
+import output
 import shapes
 import utils
 from models import weights
@@ -399,11 +400,11 @@ def test_row_11_a_loss_that_is_not_finite_on_one_rank(start, tmp_path):
 
 
 def test_row_11_infinity_too_and_that_it_matters(script, image_folder, tmp_path, monkeypatch):
-    guard = engine.StepGuard(torch.device('cpu'))
-    guard.check(torch.tensor(1.0), 'here')
+    check = engine.StepCheck(torch.device('cpu'))
+    check.check(torch.tensor(1.0), 'here')
     with pytest.raises(InputError, match='the loss of rank 0 is inf here'):
-        guard.check(torch.tensor(float('inf')), 'here')
-    monkeypatch.setattr(engine.StepGuard, 'check', lambda *args, **kwargs: None)
+        check.check(torch.tensor(float('inf')), 'here')
+    monkeypatch.setattr(engine.StepCheck, 'check', lambda *args, **kwargs: None)
     monkeypatch.setattr(engine, 'train_step', faulty_step('nan:0:1:0'))
     script('main_deit', *NANO, '--data-path', image_folder, '--output_dir', tmp_path)
     assert not weights.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['head.weight'].isfinite().any()
@@ -422,8 +423,8 @@ class Pinned:
 
 
 @pytest.fixture
-def delayed_guard(monkeypatch):
-    """A guard as on a GPU, with stand-ins for what a CPU does not have."""
+def delayed_check(monkeypatch):
+    """A check as on a GPU, with stand-ins for what a CPU does not have."""
     copies = []
 
     def empty_like(values, device=None, pin_memory=False, empty_like=torch.empty_like):
@@ -435,35 +436,35 @@ def delayed_guard(monkeypatch):
     monkeypatch.setattr(torch, 'empty_like', empty_like)
     stream = argparse.Namespace(record_event=lambda: copies[-1])
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
-    return engine.StepGuard(torch.device('cuda'))
+    return engine.StepCheck(torch.device('cuda'))
 
 
-def test_row_11_on_a_gpu_a_loss_is_read_one_step_later(delayed_guard):
-    delayed_guard.check(torch.tensor(1.0), 'in step 0')
-    delayed_guard.check(torch.tensor(float('nan')), 'in step 1')  # queued, not read
+def test_row_11_on_a_gpu_a_loss_is_read_one_step_later(delayed_check):
+    delayed_check.check(torch.tensor(1.0), 'in step 0')
+    delayed_check.check(torch.tensor(float('nan')), 'in step 1')  # queued, not read
     with pytest.raises(InputError, match='the loss of rank 0 is nan in step 1'):
-        delayed_guard.check(torch.tensor(1.0), 'in step 2')
+        delayed_check.check(torch.tensor(1.0), 'in step 2')
     # What is still open is read before a checkpoint is written.
-    delayed_guard.check(torch.tensor(float('inf')), 'in step 3')
+    delayed_check.check(torch.tensor(float('inf')), 'in step 3')
     with pytest.raises(InputError, match='the loss of rank 0 is inf in step 3'):
-        delayed_guard.check_last()
-    delayed_guard.check_last()
+        delayed_check.check_last()
+    delayed_check.check_last()
 
 
-def test_row_13_on_a_gpu_a_signal_is_read_one_step_later(delayed_guard):
-    delayed_guard.check(torch.tensor(1.0), 'in step 0')
+def test_row_13_on_a_gpu_a_signal_is_read_one_step_later(delayed_check):
+    delayed_check.check(torch.tensor(1.0), 'in step 0')
     os.kill(os.getpid(), signal.SIGTERM)
-    delayed_guard.check(torch.tensor(1.0), 'in step 1')
-    assert delayed_guard.stop_signal == 0
-    delayed_guard.check(torch.tensor(1.0), 'in step 2')
-    assert delayed_guard.stop_signal == signal.SIGTERM
+    delayed_check.check(torch.tensor(1.0), 'in step 1')
+    assert not delayed_check.stop
+    delayed_check.check(torch.tensor(1.0), 'in step 2')
+    assert delayed_check.stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.slow
-def test_row_11_on_gpus_no_checkpoint_holds_a_bad_update(script, image_folder, tmp_path, delayed_guard, monkeypatch):
-    monkeypatch.setattr(engine, 'StepGuard', lambda device: delayed_guard)
+def test_row_11_on_gpus_no_checkpoint_holds_a_bad_update(script, image_folder, tmp_path, delayed_check, monkeypatch):
+    monkeypatch.setattr(engine, 'StepCheck', lambda device: delayed_check)
     monkeypatch.setattr(engine, 'train_step', faulty_step('nan:0:0:1'))
     with pytest.raises(InputError, match='the loss of rank 0 is nan in epoch 0, step 1'):
         script(
@@ -1105,13 +1106,13 @@ def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path
     with pytest.raises(InputError, match='holds a run'):
         script('main_deit', *flags, folder, '--resume', tmp_path / 'other.pth')
     assert sorted(folder.iterdir()) == before
-    checkpoint.prepare_output_dir(arguments('--output_dir', folder, '--resume', folder / 'checkpoint.pth'))
+    output.prepare_output_dir(arguments('--output_dir', folder, '--resume', folder / 'checkpoint.pth'))
     with pytest.raises(InputError, match='is of the run that --overwrite removes'):
         (tmp_path / 'link.pth').hardlink_to(folder / 'checkpoint.pth')
         script('main_deit', *flags, folder, '--overwrite', '--resume', tmp_path / 'link.pth')
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     with pytest.raises(InputError, match='holds a run'):
-        checkpoint.prepare_output_dir(arguments('--overwrite', '--output_dir', folder))
+        output.prepare_output_dir(arguments('--overwrite', '--output_dir', folder))
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
     # What is wrong otherwise is found before anything is removed; what the new run starts from is not removed.
     with pytest.raises(InputError, match='nowhere'):
@@ -1119,9 +1120,9 @@ def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path
     with pytest.raises(InputError, match='is of the run that --overwrite removes'):
         script('main_deit', *flags, folder, '--overwrite', '--finetune', folder / 'checkpoint.pth')
     for flag in ('--auto-resume', '--overwrite'):
-        output = checkpoint.prepare_output_dir(arguments(flag, '--output_dir', folder))
+        found = output.prepare_output_dir(arguments(flag, '--output_dir', folder))
         assert sorted(folder.iterdir()) == before
-        output.clear()
+        found.clear()
         assert sorted(folder.iterdir()) == (before if flag == '--auto-resume' else [])
     with pytest.raises(InputError, match='--auto-resume looks for checkpoints in --output_dir'):
         script('main_deit', *NANO, '--auto-resume')
@@ -1154,12 +1155,12 @@ def test_row_38_names_that_lead_elsewhere(name, tmp_path):
 
 
 def test_row_40_the_log_after_a_crash(tmp_path):
-    path, folder = tmp_path / 'log.txt', checkpoint.RunFolder(tmp_path)
+    path, log = tmp_path / 'log.txt', output.Log(tmp_path)
     for epoch in range(3):
-        folder.write_log({'epoch': epoch, 'loss': float('nan'), 'run': 1})
+        log.write({'epoch': epoch, 'loss': float('nan'), 'run': 1})
     path.write_text(path.read_text() + 'no json\n[1]\n{"epoch": 3, "lo')
     for epoch in (2, 3):
-        folder.write_log({'epoch': epoch, 'loss': float('inf'), 'run': 2})
+        log.write({'epoch': epoch, 'loss': float('inf'), 'run': 2})
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert [(line['epoch'], line['run'], line['loss']) for line in lines] == [
         (0, 1, None), (1, 1, None), (2, 2, None), (3, 2, None),
@@ -1169,7 +1170,7 @@ def test_row_40_the_log_after_a_crash(tmp_path):
 
 def test_row_26_and_row_40_killed_between_the_files_of_an_epoch(tmp_path, monkeypatch):
     """The newest checkpoint comes last: until it is there, a run does the epoch again, and with it the other files."""
-    state, folder = build_state(arguments()), checkpoint.RunFolder(tmp_path)
+    state, folder = build_state(arguments()), output.RunFolder(tmp_path, log=output.Log(tmp_path))
     state.epoch = 1
     engine.finish_epoch(state, folder, {'epoch': 0, 'test_acc1': 40.0})
     real = utils.atomic_write
@@ -1189,7 +1190,7 @@ def test_row_26_and_row_40_killed_between_the_files_of_an_epoch(tmp_path, monkey
 
 
 def test_row_41_the_last_are_kept_and_the_best(tmp_path, monkeypatch, capsys):
-    state, folder = build_state(arguments()), checkpoint.RunFolder(tmp_path, keep=2)
+    state, folder = build_state(arguments()), output.RunFolder(tmp_path, keep=2)
 
     def save(epoch: int, best: bool = False) -> list[str]:
         state.epoch = epoch

@@ -25,6 +25,28 @@ def test_flags_with_dashes_or_underscores(spelling):
         parser.parse_args(['--weight', '3'])
 
 
+@pytest.mark.parametrize(
+    'kind, good, bad, expected',
+    [
+        (utils.between(0, 1), ['0', '1', '0.5', '1e-9'], ['2', '-1', 'nan', 'inf'], 'a number from 0 to 1'),
+        (utils.between(0), ['0', '1e9'], ['-0.1', 'nan', 'inf'], 'a number from 0'),
+        (utils.between(), ['-1', '5'], ['nan', '-inf'], 'a finite number'),
+        (utils.above_zero, ['0.1', '2'], ['0', '-1', 'nan', 'inf'], 'a number above 0'),
+        (utils.at_least(2), ['2', '3'], ['1', '-5'], '2 or more'),
+    ],
+    ids=['from 0 to 1', 'from 0', 'finite', 'above 0', 'integer'],
+)
+def test_types_of_flags_have_a_range(capsys, kind, good, bad, expected):
+    parser = utils.Parser('')
+    parser.add_argument('--x', type=kind)
+    assert [parser.parse_args([f'--x={text}']).x for text in good] == [float(text) for text in good]
+    for text in [*bad, 'word']:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f'--x={text}'])
+        error = capsys.readouterr().err
+        assert f'expected {expected}, found {text} ' in error if text in bad else "value: 'word'" in error
+
+
 def test_a_key_decides_all_random_numbers():
     def draw(*key):
         utils.seed_all(*key)

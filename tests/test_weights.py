@@ -14,6 +14,7 @@ import timm
 import torch
 from conftest import nano
 
+import models
 from models import weights
 from utils import InputError
 
