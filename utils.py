@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import math
 import os
 import random
 import re
@@ -134,6 +135,20 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return int(text)
 
     return integer
+
+
+def between(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """The `type` of a flag: a finite number from `low` to `high`, both allowed."""
+    ends = [f'{name} {end:g}' for name, end in (('from', low), ('to', high)) if math.isfinite(end)]
+    expected = ' '.join(['a number', *ends]) if ends else 'a finite number'
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f'expected {expected}, found {text}')
+        return value
+
+    return number
 
 
 def above_zero(text: str) -> float:

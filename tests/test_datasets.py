@@ -93,6 +93,39 @@ def test_flags_have_the_published_defaults():
     assert args.cutmix_minmax == [0.2, 0.8]
 
 
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        ('--cutmix-minmax 2 1', 'from 0 to 1, found 2'),
+        ('--cutmix-minmax 0.8 0.2', 'expected the smaller number first, found 0.8 0.2'),
+        ('--mean nan', 'from 0 to 1, found nan'),
+        ('--mean 0.5 0.5 123', 'from 0 to 1, found 123'),
+        ('--std 0', 'from 0.001 to 1, found 0'),
+        ('--crop-pct 1.5', 'from 0.01 to 1, found 1.5'),
+        ('--crop-pct 0', 'from 0.01 to 1, found 0'),
+        ('--input-size 0', 'expected 1 or more, found 0'),
+        ('--num_workers -1', 'expected 0 or more, found -1'),
+        ('--max-broken-images -1', 'expected 0 or more, found -1'),
+        ('--recount 0', 'expected 1 or more, found 0'),
+        ('--reprob 1.1', 'from 0 to 1, found 1.1'),
+        ('--color-jitter -0.4', 'from 0, found -0.4'),
+        ('--mixup inf', 'from 0, found inf'),
+        ('--cutmix -1', 'from 0, found -1'),
+        ('--mixup-prob 2', 'from 0 to 1, found 2'),
+        ('--mixup-switch-prob -1', 'from 0 to 1, found -1'),
+        ('--smoothing 2', 'from 0 to 1, found 2'),
+        ('--aa nonsense', "timm has no policy 'nonsense'"),
+        ('--aa rand-m9-foo3', "timm has no policy 'rand-m9-foo3'"),
+    ],
+)
+def test_flags_out_of_range_are_one_line_at_the_start(wrong, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        flags(*wrong.split())
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count('\n') == 1
+    assert f'argument {wrong.split()[0]}: ' in printed and message in printed
+
+
 # --- image files
 
 
@@ -623,9 +656,7 @@ def test_flags_stand_in_for_the_configuration_and_the_start_says_so():
     'wrong, message',
     [
         (['--mean', 0.1, 0.2], r'--mean: expected one number or three, found \[0.1, 0.2\]'),
-        (['--std', 0], r'--std: expected one number or three, above 0, found \[0.0\]'),
-        (['--crop-pct', 1.5], '--crop-pct: expected a share'),
-        (['--input-size', 0], '--input-size: expected 1 or more, found 0'),
+        (['--std', 0.1, 0.2, 0.3, 0.4], r'--std: expected one number or three, found \[0.1, 0.2, 0.3, 0.4\]'),
         (['--model', 'vit_base_patch16_sapiens2'], 'takes images of 3 x 1024 x 768; expected 3 channels and a square'),
     ],
 )
