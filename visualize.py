@@ -20,11 +20,10 @@ Does the selection find the object? SHAPES knows where it is:
     python3 visualize.py --model evo_deit_nano_patch4_32 --resume output/checkpoint.pth --output_dir pictures \\
         --data-set SHAPES --batch-size 12 --score
 
-For each image, NAME.png is what the model sees. NAME_block4.png shows the selection before block 4
-(NAME_stage1_block0.png in Evo-LeViT): placeholders are faded and hatched. With --representative nearest,
-NAME_block4_clusters.png fills them with the mean colour of the patches that share one informative patch.
-NAME_sheet.png has all of these, the scores and the prediction. --animate writes them as NAME.gif. Each batch of
-several images has a contact sheet.
+NAME.png is what the model sees, and NAME_block4.png the selection before block 4 (NAME_stage1_block0.png in Evo-LeViT):
+placeholders are faded and hatched. With --representative nearest, NAME_block4_clusters.png fills them with the mean
+colour of the patches that share one informative patch. NAME_sheet.png has all of these, the scores and the prediction.
+Each batch of several images has a contact sheet.
 """
 
 import argparse
@@ -32,10 +31,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from textwrap import fill
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +91,7 @@ class View(NamedTuple):
 
 def get_parser() -> utils.Parser:
     parser = utils.Parser(__doc__)
-    for add in (models.add_arguments, datasets.add_arguments, utils.add_arguments):
+    for add in (models.add_arguments, datasets.add_image_arguments, utils.add_arguments):
         add(parser)
     add = parser.add_argument_group('pictures').add_argument
     add('--resume', required=True, metavar='PATH', help='checkpoint: path or URL; published, ours or of timm')
@@ -101,7 +100,6 @@ def get_parser() -> utils.Parser:
     add('--save-name', default='', metavar='NAME', help='name of one image, prefix of several')
     add('--layer-wise-prune', action='store_true', help='select before each layer, whatever the model was trained for')
     add('--format', default='png', choices=['png', 'jpg', 'pdf'], help='of sheets; copies are always png')
-    add('--animate', action='store_true', help='also write the pictures of an image as a GIF')
     add('--score', action='store_true', help='measure how much of the objects is kept in all of val (SHAPES only)')
     parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='')
     return parser
@@ -117,30 +115,30 @@ def main():
     content = weights.read_checkpoint(args.resume, print_rank0)
     args = checkpoint.restore_model_args(args, content)
     config = datasets.data_config(args, args.model)
-    print_rank0(datasets.describe(config))
     names, num_classes = checkpoint.find_classes(content, args.model)
     model = load_model(args, content, num_classes or 0, config.input_size).to(device)
-    print_rank0(f'{args.model}: computed in fp32, whatever the precision of its training')
+    print_rank0(f'{datasets.describe(config)}\n{args.model}: computed in fp32, whatever the precision of its training')
 
     from_dataset = args.data_path or args.data_set == 'SHAPES'
     dataset = datasets.build_dataset(args, config, False, names, num_classes) if from_dataset else None
     classes = class_names(dataset.classes if dataset else names, model.num_classes)
     prefix = f'{args.save_name}_' if args.save_name else ''
     if args.score:
-        shares = object_shares(model, dataset, args.batch_size)
-        write_figure(output, f'{prefix}score', report_shares(shares), args.format)
+        print_shares(object_shares(model, dataset, args.batch_size))
     if files:
-        titles = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
-        batches = load_photos(files, titles, datasets.build_transform(config), args.batch_size)
+        names = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
+        samples = load_photos(files, names, datasets.build_transform(config))
     else:
-        batches = [random_samples(dataset, classes, args.batch_size, args.seed, prefix)]
-    for number, batch in enumerate(batches, 1):
-        titles, images, labels = zip(*batch, strict=True)
+        samples = random_samples(dataset, classes, args.batch_size, args.seed, prefix)
+    number = 0
+    while batch := list(islice(samples, args.batch_size)):
+        names, images, labels = zip(*batch, strict=True)
         predictions = predict(model, torch.stack(images).to(device), labels, config.mean, config.std)
-        write_pictures(output, titles, predictions, classes, args.format, args.animate)
+        write_pictures(output, names, predictions, classes, args.format)
+        number += 1
         if len(predictions) > 1:
-            title = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
-            write_figure(output, title, draw_contact(predictions, classes), args.format)
+            name = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
+            write_figure(output, name, draw_contact(predictions, classes), args.format)
 
 
 # --- input
@@ -163,11 +161,10 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     for path in (Path(path).expanduser() for path in paths):
         if not path.exists():
             raise InputError(f'--img-path {path}: {path.absolute()} does not exist')
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        inside = [p for p in inside if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith('.')]
-        if path.is_dir() and not inside:
+        files = sorted(path.glob('[!.]*')) if path.is_dir() else [path]
+        if path.is_dir() and not (files := [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]):
             raise InputError(f'--img-path {path}: no images there; expected names in {", ".join(IMG_EXTENSIONS)}')
-        images += inside or [path]
+        images += files
     return images
 
 
@@ -205,21 +202,18 @@ def class_names(names: list[str] | None, count: int) -> list[str]:
     return [descriptions.get(name, name).split(',')[0] for name in names]
 
 
-def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, prefix: str) -> list[tuple]:
+def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, prefix: str) -> Iterator[tuple]:
     """Up to `count` random ones of a dataset: name of the pictures, normalised image (3, height, width), label."""
-    samples = []
     for index in np.random.default_rng(seed).permutation(len(dataset))[:count].tolist():
         image, label = dataset[index]
         name = re.sub(r'[^\w-]+', '_', classes[label])[:60]
-        samples.append((f'{prefix}{name}_seed{seed}_{index}', image, label))
-    return samples
+        yield f'{prefix}{name}_seed{seed}_{index}', image, label
 
 
-def load_photos(files: list[Path], names: list[str], transform: Callable, batch_size: int) -> Iterator[list[tuple]]:
-    """Batches of photographs, as those of `random_samples`, with None for the label."""
-    for start in range(0, len(files), batch_size):
-        part = slice(start, start + batch_size)
-        yield [(name, transform(load_upright(f)), None) for name, f in zip(names[part], files[part], strict=True)]
+def load_photos(files: list[Path], names: list[str], transform: Callable) -> Iterator[tuple]:
+    """Photographs, as those of `random_samples`, with None for the label."""
+    for name, file in zip(names, files, strict=True):
+        yield name, transform(load_upright(file)), None
 
 
 def picture_names(files: Sequence[Path], prefix: str) -> list[str]:
@@ -251,11 +245,7 @@ def load_upright(path: Path) -> Image.Image:
 
 
 def predict(
-    model: nn.Module,
-    images: Tensor,
-    labels: Sequence[int | None],
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    model: nn.Module, images: Tensor, labels: Sequence[int | None], mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
 ) -> list[Prediction]:
     """Predictions and selections for images (B, 3, height, width) that are normalised by `mean` and `std`."""
     tokens, selections, _ = model.evolve(images)
@@ -266,11 +256,11 @@ def predict(
     predictions = [Prediction(*parts, {}) for parts in zip(pixels, labels, probabilities, strict=True)]
     for name, (kept, score, cluster) in selections.items():
         grid = grid_shape(score.shape[1], *images.shape[2:])
-        kept = torch.zeros_like(score).scatter(1, kept, 1.0).bool()
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, kept, True)
         parts = kept, score / score.mean(1, keepdim=True), cluster
-        parts = [None if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
-        for i, prediction in enumerate(predictions):
-            prediction.selections[name] = Selection(*(None if part is None else part[i] for part in parts))
+        parts = [[None] * len(kept) if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
+        for prediction, *selection in zip(predictions, *parts, strict=True):
+            prediction.selections[name] = Selection(*selection)
     return predictions
 
 
@@ -331,24 +321,15 @@ def likely_classes(prediction: Prediction, classes: list[str]) -> str:
     return '\n'.join(lines)
 
 
-def report_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
-    """Print and draw how much of the object each selection keeps beside what chance would keep."""
-    names = [label(name) for name in shares]
-    means = [100 * share.mean() for share, _ in shares.values()]
-    intervals = [196 * share.std() / math.sqrt(len(share)) for share, _ in shares.values()]
-    for name, mean, interval, (share, chance) in zip(names, means, intervals, shares.values(), strict=True):
-        kept = f'keeps {mean:.1f} +- {interval:.1f} % of the object, chance {100 * chance:.1f} %'
-        print_rank0(f'{name:<16} {kept}, more in {(share > chance).mean():.0%} of the images')
+def print_shares(shares: dict[str, tuple[np.ndarray, float]]):
+    """Print how much of the object each selection keeps beside what chance would keep."""
+    for name, (share, chance) in shares.items():
+        interval = 1.96 * share.std() / math.sqrt(len(share))
+        print_rank0(
+            f'{label(name):<16} keeps {100 * share.mean():.1f} +- {100 * interval:.1f} % of the object, '
+            f'chance {100 * chance:.1f} %, more in {(share > chance).mean():.0%} of the images'
+        )
     print_rank0(f'(mean share of its area over {len(share)} images, with the 95 % interval of the mean)')
-    figure = Figure((max(4.0, 0.8 * len(names) + 2), 3), layout='constrained')
-    axes = figure.subplots()
-    chances = [100 * chance for _, chance in shares.values()]
-    axes.errorbar(names, means, intervals, color=BLUE, marker='o', capsize=3, label='of the object')
-    axes.plot(names, chances, '--s', color=ORANGE, label='by chance')
-    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='share kept (%)')
-    axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
-    axes.legend(frameon=False, loc='lower right')
-    return figure
 
 
 # --- pixels
@@ -492,7 +473,7 @@ def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figur
 
 
 def write_pictures(
-    output: Path, names: Sequence[str], predictions: Sequence[Prediction], classes: list[str], kind: str, animate: bool
+    output: Path, names: Sequence[str], predictions: Sequence[Prediction], classes: list[str], kind: str
 ):
     """Write the copies and the sheet of each image, and print its prediction."""
     for i, (name, prediction) in enumerate(zip(names, predictions, strict=True), 1):
@@ -500,8 +481,6 @@ def write_pictures(
         name = f'{name}_{verdict}' if verdict else name
         write_copies(output, name, prediction)
         write_figure(output, f'{name}_sheet', draw_sheet(prediction, classes), kind)
-        if animate:
-            utils.atomic_write(output / f'{name}.gif', partial(save_gif, prediction))
         print_rank0(f'[{i}/{len(predictions)}] {name}: {text}')
 
 
@@ -510,18 +489,6 @@ def write_copies(output: Path, name: str, prediction: Prediction):
     for view in views(prediction, prediction.selections):
         save = partial(Image.fromarray(view.pixels).save, format='PNG')
         utils.atomic_write(output / f'{name}{view.ending}.png', save)
-
-
-def save_gif(prediction: Prediction, file: BinaryIO):
-    """The image, then each selection."""
-    frames = []
-    for view in views(prediction, prediction.selections):
-        figure, axes = blank_axes(2.4, 2.6, 1, 1)
-        draw_view(axes[0, 0], view)
-        axes[0, 0].set_title(view.title.replace('\n', ' '), fontsize=9)
-        figure.savefig(frame := BytesIO())
-        frames.append(Image.open(frame).convert('RGB'))
-    frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=900, loop=0)
 
 
 def write_figure(output: Path, name: str, figure: Figure, kind: str):

@@ -382,14 +382,12 @@ def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
     assert model.patch_embed.img_size == (16, 16)
 
 
-def test_layers_and_animation(script, checkpoint, tmp_path):
+def test_layers(script, checkpoint, tmp_path):
     photograph(40, 32).save(tmp_path / 'a.png')
     flags = ['--model', 'EvoLeViT_128S', '--resume', checkpoint('EvoLeViT_128S'), '--img-path', tmp_path / 'a.png']
-    script('visualize', *flags, '--output_dir', tmp_path / 'out', '--layer-wise-prune', '--animate')
+    script('visualize', *flags, '--output_dir', tmp_path / 'out', '--layer-wise-prune')
     layers = {f'a_stage{i}_block{j}.png' for i, depth in ((1, 3), (2, 4)) for j in range(depth)}
-    assert {p.name for p in (tmp_path / 'out').iterdir()} == layers | {'a.png', 'a_sheet.png', 'a.gif'}
-    with Image.open(tmp_path / 'out/a.gif') as gif:
-        assert gif.n_frames == 1 + len(layers)
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == layers | {'a.png', 'a_sheet.png'}
 
 
 def test_any_photograph(script, checkpoint, tmp_path):
@@ -488,13 +486,12 @@ def test_the_share_of_the_object():
     assert found['chance'] == pytest.approx(0.5, abs=0.03)
 
 
-def test_score_is_printed_and_drawn(script, checkpoint, tmp_path, monkeypatch):
+def test_score_is_printed(script, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.Shapes.LENGTHS, 'val', 20)
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32', 10)]
     flags += ['--data-set', 'SHAPES', '--score', '--batch-size', 1, '--layer-wise-prune', '--output_dir', tmp_path]
     printed = script('visualize', *flags)
     assert printed.count('% of the object, chance 50.0 %') == 8 and '20 images' in printed
-    assert (tmp_path / 'score.png').exists()
 
 
 def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, image_folder):
@@ -549,3 +546,10 @@ def test_a_failed_picture_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match='x.png could not be written.*no space left'):
         visualize.write_figure(tmp_path, 'x', Figure(), 'png')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flag', ['--mixup', '--aa', '--reprob', '--num_workers', '--smoothing'])
+def test_pictures_have_no_flags_of_training(flag, capsys):
+    with pytest.raises(SystemExit):
+        visualize.get_parser().parse_args(['--resume', 'x', flag, '1'])
+    assert f'unrecognized arguments: {flag}' in capsys.readouterr().err
