@@ -54,6 +54,7 @@ import datasets
 import models
 import shapes
 import utils
+from image_files import FORMATS, load_image
 from models import weights
 from models.evolution import Selection
 from models.vit import Evolving
@@ -231,10 +232,10 @@ def picture_names(files: Sequence[Path], prefix: str) -> list[str]:
 
 
 def load_upright(path: Path) -> Image.Image:
-    """A photograph as RGB, turned as its EXIF says. (Evaluation does not turn: see datasets.load_image.)"""
-    image = datasets.load_image(path)
+    """A photograph as RGB, turned as its EXIF says. (Evaluation does not turn: see load_image.)"""
+    image = load_image(path)
     try:
-        with Image.open(path, formats=datasets.FORMATS) as header:
+        with Image.open(path, formats=FORMATS) as header:
             image.info = header.info  # which a conversion may have lost
         return ImageOps.exif_transpose(image)
     except Exception as error:  # damaged EXIF data raises many kinds

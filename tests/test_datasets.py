@@ -20,8 +20,10 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 import datasets
+import image_files
 import utils
-from datasets import CropLoader, Seeded, build_mixup, load_image
+from datasets import Seeded, build_mixup
+from image_files import CropLoader, load_image
 from shapes import Shapes
 from utils import InputError
 
@@ -199,7 +201,7 @@ def large_jpegs(tmp_path):
 @pytest.mark.parametrize('decoder', ['torchvision', 'Pillow'])
 def test_large_jpegs_are_decoded_small_for_the_same_crop(large_jpegs, monkeypatch, decoder):
     if decoder == 'Pillow':
-        monkeypatch.setattr(datasets, 'decode_jpeg', None)
+        monkeypatch.setattr(image_files, 'decode_jpeg', None)
     drafts, draft = [], JpegImageFile.draft
     monkeypatch.setattr(JpegImageFile, 'draft', lambda self, *args: drafts.append(args) or draft(self, *args))
     crop = make_transform(True, flags()).transforms[0]
@@ -369,7 +371,7 @@ def test_an_error_of_the_crop_is_not_an_unreadable_image(image_root, monkeypatch
     def breaks(*_):
         raise kind('a bug')
 
-    monkeypatch.setattr(datasets.RandomResizedCropAndInterpolation, 'get_params', breaks)
+    monkeypatch.setattr(image_files.RandomResizedCropAndInterpolation, 'get_params', breaks)
     data = Seeded(make_dataset(True, flags('--data-path', image_root)), seed=0, max_broken=5)
     with pytest.raises(kind, match='^a bug$') as error:
         data[0, 0, 0]
