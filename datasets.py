@@ -26,9 +26,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode
 
 import models
+import timm_data
 from image_files import CropLoader, load_image
 from samplers import REPEATS, RepeatedAugSampler, eval_shard
 from shapes import Shapes
+from timm_data import Stream
 from utils import InputError, at_least, between, print_rank0, seed_all
 
 DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
@@ -77,8 +79,14 @@ def add_image_arguments(parser: ArgumentParser):
     """Flags of what is read and how a model is to see it, which is all that pictures need."""
     add = parser.add_argument_group('data').add_argument
     add('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
-    about = 'IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program'
-    add('--data-set', default='IMNET', choices=DATA_SETS, help=about)
+    about = (
+        'IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR: CIFAR-100; CIFAR10; INAT, INAT19: iNaturalist; '
+        "SHAPES: drawn by the program; or timm's name: torch/..., hfds/..., wds/"
+    )
+    add('--data-set', type=data_set, default='IMNET', metavar='NAME', help=about)
+    add('--train-split', default='train', metavar='NAME', help="split of timm's data sets; wds/: SHARDS.tar|IMAGES too")
+    add('--val-split', default='validation', metavar='NAME', help='the same, for evaluation')
+    add('--num-classes', type=at_least(1), metavar='N', help="for timm's data sets that do not tell, as wds/")
     add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
     add('--batch-size', type=at_least(1), default=64, help='images of one process in one step')
 
@@ -91,6 +99,14 @@ def add_image_arguments(parser: ArgumentParser):
     add('--crop-pct', type=between(0.01, 1), metavar='P', help=about)
     add('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
     add('--interpolation', choices=('bilinear', 'bicubic'), help='of evaluation')
+
+
+def data_set(text: str) -> str:
+    """The `type` of a flag: one of DATA_SETS, or timm's name of a data set."""
+    if text not in DATA_SETS and not text.startswith(timm_data.PREFIXES):
+        expected = ', '.join((*DATA_SETS, *(f'{prefix}...' for prefix in timm_data.PREFIXES)))
+        raise ArgumentTypeError(f'expected one of {expected}, found {text}')
+    return text
 
 
 class Ascending(Action):
@@ -218,6 +234,11 @@ def build_dataset(
         dataset = ImageFiles(*inaturalist(root, split, year, args.inat_category), transform, fast)
     elif args.data_set == 'SHAPES':
         dataset = Shapes(split, config.input_size, transform=transform)
+    elif '/' in args.data_set:
+        split, count = args.train_split if train else args.val_split, num_classes or args.num_classes
+        dataset = timm_data.build(
+            args.data_set, args.data_path, split, train, transform, count, args.batch_size, args.seed
+        )
     else:
         dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
     if num_classes not in (None, len(dataset.classes)):
@@ -416,6 +437,10 @@ def build_loaders(
     if train:
         dataset = build_dataset(args, config, train=True)
         classes = dataset.classes
+    if train and isinstance(dataset, Stream):
+        print_rank0(f'--data-set {args.data_set}: {timm_data.STREAM}')
+        train_loader = build_stream_loader(args, dataset, rank, world_size)
+    elif train:
         sampler = RepeatedAugSampler(len(dataset), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
         if len(sampler) < args.batch_size:
             raise InputError(
@@ -427,13 +452,24 @@ def build_loaders(
     dataset = build_dataset(args, config, False, classes, num_classes)
     if not len(dataset):
         raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
+    if isinstance(dataset, Stream):
+        return train_loader, build_stream_loader(args, dataset, rank, world_size)
     return train_loader, build_loader(args, dataset, sampler=eval_shard(len(dataset), rank, world_size))
 
 
-def build_loader(args: Namespace, dataset: Dataset, **options) -> DataLoader:
+def build_stream_loader(args: Namespace, stream: Stream, rank: int, world_size: int) -> DataLoader:
+    """The loader of a stream, with one worker a shard at the most."""
+    loader = build_loader(args, stream, stream.share(rank, world_size), drop_last=stream.train)
+    stream.workers = loader.num_workers
+    loader.sampler.set_epoch = stream.set_epoch  # where the loader of a data set that is read by index has it
+    return loader
+
+
+def build_loader(args: Namespace, dataset: Dataset, most_workers: int | None = None, **options) -> DataLoader:
     """A loader with as many workers as the flags and the cores of this process allow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     workers = min(args.num_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    workers = min(workers, most_workers or workers)
     return DataLoader(
         dataset,
         args.batch_size,
