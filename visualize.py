@@ -20,6 +20,10 @@ Does the selection find the object? SHAPES knows where it is:
     python3 visualize.py --model evo_deit_nano_patch4_32 --resume output/checkpoint.pth --output_dir pictures \\
         --data-set SHAPES --batch-size 12 --score
 
+Learning curves of one or several runs:
+
+    python3 visualize.py --log output/first output/second --output_dir pictures
+
 NAME.png is what the model sees, and NAME_block4.png the selection before block 4 (NAME_stage1_block0.png in Evo-LeViT):
 placeholders are faded and hatched. With --representative nearest, NAME_block4_clusters.png fills them with the mean
 colour of the patches that share one informative patch. NAME_sheet.png has all of these, the scores and the prediction.
@@ -50,6 +54,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import checkpoint
+import curves
 import datasets
 import models
 import shapes
@@ -95,7 +100,8 @@ def get_parser() -> utils.Parser:
     for add in (models.add_arguments, datasets.add_image_arguments, utils.add_arguments):
         add(parser)
     add = parser.add_argument_group('pictures').add_argument
-    add('--resume', required=True, metavar='PATH', help='checkpoint: path or URL; published, ours or of timm')
+    add('--resume', default='', metavar='PATH', help='checkpoint: path or URL; published, ours or of timm')
+    add('--log', nargs='+', default=[], metavar='RUN', help='draw the learning curves of these output folders instead')
     add('--output_dir', default='output', metavar='PATH', help='where the pictures go')
     add('--img-path', nargs='+', default=[], metavar='PATH', help='images or folders, instead of a dataset')
     add('--save-name', default='', metavar='NAME', help='name of one image, prefix of several')
@@ -110,8 +116,13 @@ def get_parser() -> utils.Parser:
 def main():
     args = get_parser().parse_args()
     check_arguments(args)
+    prefix = f'{args.save_name}_' if args.save_name else ''
+    runs = curves.read_logs(args.log)
     files = find_images(args.img_path)
     output = prepare_output_dir(Path(args.output_dir).expanduser(), files)
+    if runs:
+        write_figure(output, f'{prefix}curves', curves.draw_curves(runs), args.format)
+        return
     device = utils.set_up_processes(args)
     content = weights.read_checkpoint(args.resume, print_rank0)
     args = checkpoint.restore_model_args(args, content)
@@ -123,7 +134,6 @@ def main():
     from_dataset = args.data_path or args.data_set == 'SHAPES'
     dataset = datasets.build_dataset(args, config, False, names, num_classes) if from_dataset else None
     classes = class_names(dataset.classes if dataset else names, model.num_classes)
-    prefix = f'{args.save_name}_' if args.save_name else ''
     if args.score:
         print_shares(object_shares(model, dataset, args.batch_size))
     if files:
@@ -149,6 +159,12 @@ def check_arguments(args: argparse.Namespace):
     """InputError for flags that cannot work."""
     if not re.fullmatch(r'([^./\\\0][^/\\\0]{0,49})?', args.save_name):
         raise InputError(f'--save-name {args.save_name!r}: expected up to 50 characters, no folders, no dot at first')
+    if args.log and (args.resume or args.img_path):
+        raise InputError('--log draws learning curves alone; leave out --resume and --img-path, or --log')
+    if args.log:
+        return
+    if not args.resume:
+        raise InputError('expected --resume with a checkpoint, or --log with the output folder of a run')
     if not (args.img_path or args.data_path or args.data_set == 'SHAPES'):
         raise InputError('no images: expected --img-path, --data-path, or --data-set SHAPES')
     if args.data_set.startswith('wds/'):
@@ -496,8 +512,8 @@ def write_copies(output: Path, name: str, prediction: Prediction):
 
 def write_figure(output: Path, name: str, figure: Figure, kind: str):
     """Write NAME.png, NAME.jpg or NAME.pdf."""
-    options = {'pil_kwargs': {'quality': 85}} if kind == 'jpg' else {}
-    utils.atomic_write(output / f'{name}.{kind}', partial(figure.savefig, format=kind, dpi=150, **options))
+    options, path = {'pil_kwargs': {'quality': 85}} if kind == 'jpg' else {}, output / f'{name}.{kind}'
+    utils.atomic_write(path, partial(figure.savefig, format=kind, dpi=150, **options))
 
 
 if __name__ == '__main__':

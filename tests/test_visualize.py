@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import nn
 
+import curves
 import datasets
 import models
 import shapes
 import visualize
-from checkpoint import find_classes, restore_model_args
+from checkpoint import RunFolder, find_classes, restore_model_args
 from models import weights
 from models.evolution import Selection
 from utils import InputError
@@ -553,3 +554,91 @@ def test_pictures_have_no_flags_of_training(flag, capsys):
     with pytest.raises(SystemExit):
         visualize.get_parser().parse_args(['--resume', 'x', flag, '1'])
     assert f'unrecognized arguments: {flag}' in capsys.readouterr().err
+
+
+def write_run(folder, losses=(2.0, 1.5, 1.25)) -> list[dict]:
+    """A run's log, as training writes it; evaluated in the first and the last epoch."""
+    folder.mkdir(parents=True)
+    lines = []
+    for epoch, loss in enumerate(losses):
+        line = dict(
+            epoch=epoch,
+            train_loss=loss,
+            train_lr=1e-3 / (epoch + 1),
+            selection=f'{"layer" if epoch < 2 else "stage"}-wise',
+        )
+        if epoch in (0, len(losses) - 1):
+            line |= dict(test_loss=loss - 0.1, test_acc1=50.0 + epoch, test_ema_acc1=float('nan') if epoch else 40.0)
+        RunFolder(folder).write_log(line)
+        lines.append(line)
+    return lines
+
+
+def curves_of(axes) -> list[list[tuple]]:
+    return [
+        list(zip(*line.get_data(), strict=True))
+        for line in axes.lines
+        if len(line.get_xdata()) != 2 or line.get_marker() != 'None'
+    ]
+
+
+def test_learning_curves_are_the_numbers_of_the_log(tmp_path, script):
+    lines = {'a': write_run(tmp_path / 'a'), 'b': write_run(tmp_path / 'b', (3.0, 2.5))}
+    runs = curves.read_logs([str(tmp_path / name) for name in lines])
+    figure = curves.draw_curves(runs)
+    loss, top1, rate = figure.axes
+    assert (loss.get_title(), top1.get_title(), rate.get_title()) == ('loss', 'validation top-1 (%)', 'learning rate')
+    assert {axes.get_xlabel() for axes in figure.axes} == {'epoch'}
+    expected = []
+    for run in lines.values():
+        expected.append([(line['epoch'], line['train_loss']) for line in run])
+        expected.append([(line['epoch'], line['test_loss']) for line in run if 'test_loss' in line])
+    assert curves_of(loss) == expected
+    assert curves_of(rate) == [[(line['epoch'], line['train_lr']) for line in run] for run in lines.values()]
+    assert [curve for curve in curves_of(top1) if curve[0][1] == 50] == [[(0, 50), (2, 52)], [(0, 50), (1, 51)]]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ['a: best 52.00 % in epoch 2', 'b: best 51.00 % in epoch 1']
+    # Without colour too, runs differ by their markers, and training from validation by the line.
+    assert len({line.get_marker() for line in rate.lines}) == 2
+    assert [line.get_linestyle() for line in loss.lines] == ['-', '--'] * 2
+    script('visualize', '--log', tmp_path / 'a', tmp_path / 'b' / 'log.txt', '--output_dir', tmp_path / 'out')
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['curves.png']
+
+
+def test_the_curves_of_one_run_show_where_selection_changes(tmp_path):
+    write_run(tmp_path / 'a')
+    figure = curves.draw_curves(curves.read_logs([str(tmp_path / 'a')]))
+    assert [text.get_text() for text in figure.axes[1].texts] == [' stage-wise']
+    assert list(figure.axes[1].lines[-1].get_xdata()) == [1.5, 1.5]
+
+
+def test_logs_of_runs_with_the_same_name_are_told_apart(tmp_path):
+    for name in 'ab':
+        write_run(tmp_path / name / 'run')
+    sources = [str(tmp_path / name / 'run') for name in 'ab']
+    assert list(curves.read_logs(sources)) == sources
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (None, 'is not a file'),
+        ('', 'is empty'),
+        ('{"epoch": 0}\nnot json\n', 'expected a line of JSON'),
+        ('[1]\n', 'expected a line'),
+    ],
+)
+def test_logs_that_cannot_be_drawn(content, message, tmp_path, script):
+    if content is not None:
+        (tmp_path / 'log.txt').write_text(content)
+    with pytest.raises(InputError, match=f'--log {tmp_path}.*{message}'):
+        script('visualize', '--log', tmp_path, '--output_dir', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'flags, message', [([], 'expected --resume'), (['--log', 'x', '--resume', 'y'], 'curves alone')]
+)
+def test_a_checkpoint_or_a_log_is_needed(flags, message, script):
+    with pytest.raises(InputError, match=message):
+        script('visualize', *flags)
