@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 from argparse import Action, ArgumentError, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Collection, Sequence
@@ -37,7 +38,7 @@ DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
 INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 CROP_MODES = ('center', 'squash', 'border')
 # Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
-MAY_CHANGE = dict.fromkeys(('data_path', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
+MAY_CHANGE = dict.fromkeys(('data_path', 'val_split', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
 
 
 def add_arguments(parser: ArgumentParser):
@@ -47,17 +48,16 @@ def add_arguments(parser: ArgumentParser):
     add = parser.add_argument_group('loading').add_argument
     add('--num_workers', type=at_least(0), default=10, help='loading processes, at most the cores at hand')
     add('--pin-mem', action=BooleanOptionalAction, default=True, help='used with CUDA alone')
-    about = 'unreadable training images that each process may replace by others; in evaluation there may be none'
+    about = 'unreadable training images that each process may replace by others'
     add('--max-broken-images', type=at_least(0), default=0, metavar='N', help=about)
     add('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
 
     add = parser.add_argument_group('augmentation').add_argument
     add('--repeated-aug', action=BooleanOptionalAction, default=True, help='three times each')
     add('--color-jitter', type=positive, default=0.4, help='strength, where --aa is off')
-    about = "timm's policy, rand-..., original, ...; '' is off"
-    add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help=about)
+    add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help="timm's policy; '' is off")
     add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of crops')
-    about = 'decode, crop and resize JPEGs in faster ways; off, training sees the exact pixels, as evaluation always'
+    about = 'training reads JPEGs in faster ways; off, it sees the exact pixels, as evaluation always'
     add('--fast-decode', action=BooleanOptionalAction, default=True, help=about)
     add('--reprob', type=unit, default=0.25, help='probability of erasing a rectangle')
     add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what fills it')
@@ -67,8 +67,7 @@ def add_arguments(parser: ArgumentParser):
     add = parser.add_argument_group('mixing of images and labels').add_argument
     add('--mixup', type=positive, default=0.8, help='alpha of mixup, 0 is off')
     add('--cutmix', type=positive, default=1.0, help='alpha of cutmix, 0 is off')
-    about = 'least and greatest side; replaces --cutmix'
-    add('--cutmix-minmax', type=unit, nargs=2, action=Ascending, metavar='RATIO', help=about)
+    add('--cutmix-minmax', type=unit, nargs=2, action=Ascending, metavar='SIDE', help='limits; replaces --cutmix')
     add('--mixup-prob', type=unit, default=1.0, help='probability of either')
     add('--mixup-switch-prob', type=unit, default=0.5, help='probability of cutmix where both are on')
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixture')
@@ -80,11 +79,10 @@ def add_image_arguments(parser: ArgumentParser):
     add = parser.add_argument_group('data').add_argument
     add('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
     about = (
-        'IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR: CIFAR-100; CIFAR10; INAT, INAT19: iNaturalist; '
-        "SHAPES: drawn by the program; or timm's name: torch/..., hfds/..., wds/"
+        f"{', '.join(DATA_SETS)}; or timm's name: {', '.join(timm_data.PREFIXES)}... (IMNET: train/CLASS/, val/CLASS/)"
     )
     add('--data-set', type=data_set, default='IMNET', metavar='NAME', help=about)
-    add('--train-split', default='train', metavar='NAME', help="split of timm's data sets; wds/: SHARDS.tar|IMAGES too")
+    add('--train-split', default='train', metavar='NAME', help="of timm's data sets; of wds/ also SHARDS.tar|IMAGES")
     add('--val-split', default='validation', metavar='NAME', help='the same, for evaluation')
     add('--num-classes', type=at_least(1), metavar='N', help="for timm's data sets that do not tell, as wds/")
     add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
@@ -95,8 +93,7 @@ def add_image_arguments(parser: ArgumentParser):
     add('--input-size', type=at_least(1), metavar='PX', help='side of the images')
     add('--mean', type=between(0, 1), nargs='+', metavar='M', help='of pixels from 0 to 1, one or one a channel')
     add('--std', type=between(0.001, 1), nargs='+', metavar='S', help='of pixels, one or one a channel')
-    about = 'evaluation crops this share of a resized side (1 up to 32 px)'
-    add('--crop-pct', type=between(0.01, 1), metavar='P', help=about)
+    add('--crop-pct', type=between(0.01, 1), metavar='P', help='share of a resized side that evaluation crops')
     add('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
     add('--interpolation', choices=('bilinear', 'bicubic'), help='of evaluation')
 
@@ -104,8 +101,7 @@ def add_image_arguments(parser: ArgumentParser):
 def data_set(text: str) -> str:
     """The `type` of a flag: one of DATA_SETS, or timm's name of a data set."""
     if text not in DATA_SETS and not text.startswith(timm_data.PREFIXES):
-        expected = ', '.join((*DATA_SETS, *(f'{prefix}...' for prefix in timm_data.PREFIXES)))
-        raise ArgumentTypeError(f'expected one of {expected}, found {text}')
+        raise ArgumentTypeError(f'expected {", ".join(DATA_SETS + timm_data.PREFIXES)}..., found {text}')
     return text
 
 
@@ -236,9 +232,7 @@ def build_dataset(
         dataset = Shapes(split, config.input_size, transform=transform)
     elif '/' in args.data_set:
         split, count = args.train_split if train else args.val_split, num_classes or args.num_classes
-        dataset = timm_data.build(
-            args.data_set, args.data_path, split, train, transform, count, args.batch_size, args.seed
-        )
+        dataset = timm_data.build(args.data_set, args.data_path, split, train, transform, count)
     else:
         dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
     if num_classes not in (None, len(dataset.classes)):
@@ -436,19 +430,7 @@ def build_loaders(
     train_loader = None
     if train:
         dataset = build_dataset(args, config, train=True)
-        classes = dataset.classes
-    if train and isinstance(dataset, Stream):
-        print_rank0(f'--data-set {args.data_set}: {timm_data.STREAM}')
-        train_loader = build_stream_loader(args, dataset, rank, world_size)
-    elif train:
-        sampler = RepeatedAugSampler(len(dataset), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
-        if len(sampler) < args.batch_size:
-            raise InputError(
-                f'{len(dataset)} training images give each of {world_size} processes {len(sampler)} an epoch, '
-                f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
-            )
-        dataset = Seeded(dataset, args.seed, args.max_broken_images)
-        train_loader = build_loader(args, dataset, sampler=sampler, drop_last=True)
+        classes, train_loader = dataset.classes, build_train_loader(args, dataset, rank, world_size)
     dataset = build_dataset(args, config, False, classes, num_classes)
     if not len(dataset):
         raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
@@ -457,29 +439,38 @@ def build_loaders(
     return train_loader, build_loader(args, dataset, sampler=eval_shard(len(dataset), rank, world_size))
 
 
+def build_train_loader(args: Namespace, dataset: Dataset, rank: int, world_size: int) -> DataLoader:
+    """A loader whose images are a function of the seed, the epoch and their place in it."""
+    if isinstance(dataset, Stream):
+        return build_stream_loader(args, dataset, rank, world_size)
+    sampler = RepeatedAugSampler(len(dataset), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
+    if len(sampler) < args.batch_size:
+        raise InputError(
+            f'{len(dataset)} training images give each of {world_size} processes {len(sampler)} an epoch, '
+            f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
+        )
+    dataset = Seeded(dataset, args.seed, args.max_broken_images)
+    return build_loader(args, dataset, sampler=sampler, drop_last=True)
+
+
 def build_stream_loader(args: Namespace, stream: Stream, rank: int, world_size: int) -> DataLoader:
     """The loader of a stream, with one worker a shard at the most."""
-    loader = build_loader(args, stream, stream.share(rank, world_size), drop_last=stream.train)
+    print_rank0(f'--data-set {args.data_set}: {timm_data.TRAINING if stream.train else timm_data.EVALUATION}')
+    stream.share(rank, world_size, args.batch_size, args.seed)
+    loader = build_loader(args, stream, stream.most_workers(), drop_last=stream.train)
     stream.workers = loader.num_workers
     loader.sampler.set_epoch = stream.set_epoch  # where the loader of a data set that is read by index has it
     return loader
 
 
-def build_loader(args: Namespace, dataset: Dataset, most_workers: int | None = None, **options) -> DataLoader:
+def build_loader(args: Namespace, dataset: Dataset, most_workers: int = sys.maxsize, **options) -> DataLoader:
     """A loader with as many workers as the flags and the cores of this process allow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = min(args.num_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-    workers = min(workers, most_workers or workers)
-    return DataLoader(
-        dataset,
-        args.batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=args.pin_mem and torch.cuda.is_available(),
-        worker_init_fn=_outlive_termination,
-        generator=torch.Generator(),  # its own: otherwise evaluating would shift the random numbers of training
-        **options,
-    )
+    workers = min(args.num_workers, most_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    options |= dict(num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_outlive_termination)
+    options |= dict(pin_memory=args.pin_mem and torch.cuda.is_available())
+    # A generator of its own: otherwise evaluating would shift the random numbers of training.
+    return DataLoader(dataset, args.batch_size, generator=torch.Generator(), **options)
 
 
 def _outlive_termination(_):

@@ -20,41 +20,30 @@ from utils import InputError, print_rank0, seed_all
 
 PREFIXES = ('torch/', 'hfds/', 'wds/')
 # What does not hold of a stream, for the start of a run.
-STREAM = (
-    'a stream. Training shuffles it within a buffer, without repeated augmentation; some images may come twice in an '
-    'epoch and others not at all. Broken images are left out with a warning. A resume is exact between epochs, with '
-    'the same --num_workers; within an epoch it starts again with the first images of that epoch'
+TRAINING = (
+    'a stream, shuffled within a buffer, without repeated augmentation; some images may come twice in an epoch, others '
+    'not at all; broken ones are left out with a warning; a resume is exact between epochs with the same --num_workers, '
+    'and within an epoch starts again with its first images'
 )
+EVALUATION = 'a stream; each image counts once, but broken ones are left out with a warning'
 
 
-def build(
-    name: str,
-    root: str,
-    split: str,
-    train: bool,
-    transform: Callable,
-    num_classes: int | None,
-    batch_size: int,
-    seed: int,
-) -> Dataset:
+def build(name: str, root: str, split: str, train: bool, transform: Callable, num_classes: int | None) -> Dataset:
     """A data set by timm's name for it; InputError where timm cannot make it or its classes are not known."""
-    make = partial(create_dataset, name, root, split, batch_size=batch_size, is_training=train, seed=seed)
+    make = partial(create_dataset, name, root, split, is_training=train)
     try:
         with _hugging_face():
             dataset = make()
     except Exception as error:  # timm and the packages that it calls raise all kinds
         message = f'--data-set {name}, {split} split, --data-path {root}: {str(error) or type(error).__name__}'
         raise InputError(message) from error
-    classes = _class_names(dataset)
-    if classes is None and num_classes is None:
-        raise InputError(f'--data-set {name} does not say how many classes it has; expected --num-classes')
-    if classes is None:
+    if (classes := _class_names(dataset)) is None:
+        if num_classes is None:
+            raise InputError(f'--data-set {name} does not say how many classes it has; expected --num-classes')
         classes = ImageNetInfo().label_names() if num_classes == 1000 else [str(i) for i in range(num_classes)]
-        print_rank0(
-            f'{name}: {num_classes} classes, which have no names there; taken for {classes[0]} to {classes[-1]}'
-        )
+        print_rank0(f'--data-set {name} has no names of classes: label 0 is called {classes[0]}')
     if isinstance(dataset, IterableImageDataset):
-        return Stream(make, transform, classes, train, seed)
+        return Stream(make, transform, classes, train)
     return Indexed(dataset, transform, classes, name)
 
 
@@ -116,25 +105,28 @@ class Stream(IterableDataset):
 
     max_broken = 0  # timm leaves out what cannot be read, with a warning
 
-    def __init__(self, make: Callable, transform: Callable, classes: list[str], train: bool, seed: int):
-        self.make, self.transform, self.classes, self.train, self.seed = make, transform, classes, train, seed
-        self.rank, self.world_size, self.workers = 0, 1, 0
-        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # which workers read too
-        self.shards = len(make().reader.split_info.filenames)
+    def __init__(self, make: Callable, transform: Callable, classes: list[str], train: bool):
+        self.make, self.transform, self.classes, self.train = make, transform, classes, train
+        self.rank, self.world_size, self.seed, self.workers = 0, 1, 0, 0
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers read it too
+
+    def share(self, rank: int, world_size: int, batch_size: int, seed: int):
+        """Read for this one of so many processes, from `seed` on, whole batches in training."""
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.make = partial(self.make, batch_size=batch_size, seed=seed)
+
+    def most_workers(self) -> int:
+        """How many workers can have a shard; InputError where not even each process can."""
+        shards, processes = len(self.make().reader.split_info.filenames), self.world_size if self.train else 1
+        if shards < processes:
+            raise InputError(f'{shards} shards are too few for {processes} processes, each needs its own')
+        return shards // processes
 
     def set_epoch(self, epoch: int, start: int = 0):
-        """Choose the epoch, whose stream begins anew whatever `start` says: there is no way to its middle."""
+        """Choose the epoch. Its stream begins anew whatever `start` says: there is no way to its middle."""
         self.epoch.fill_(epoch)
         if start:
             print_rank0(f'a stream has no way to its middle: epoch {epoch} goes on with its first images')
-
-    def share(self, rank: int, world_size: int) -> int:
-        """Read for this one of so many processes; returns how many workers can have a shard."""
-        self.rank, self.world_size = rank, world_size
-        processes = world_size if self.train else 1
-        if self.shards < processes:
-            raise InputError(f'{self.shards} shards are too few for {processes} processes, each needs its own')
-        return self.shards // processes
 
     def _reader(self) -> IterableImageDataset:
         images = self.make()

@@ -264,7 +264,11 @@ def load_upright(path: Path) -> Image.Image:
 
 
 def predict(
-    model: nn.Module, images: Tensor, labels: Sequence[int | None], mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
+    model: nn.Module,
+    images: Tensor,
+    labels: Sequence[int | None],
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> list[Prediction]:
     """Predictions and selections for images (B, 3, height, width) that are normalised by `mean` and `std`."""
     tokens, selections, _ = model.evolve(images)
