@@ -232,7 +232,8 @@ def build_dataset(
         dataset = Shapes(split, config.input_size, transform=transform)
     elif '/' in args.data_set:
         split, count = args.train_split if train else args.val_split, num_classes or args.num_classes
-        dataset = timm_data.build(args.data_set, args.data_path, split, train, transform, count)
+        where = os.path.expanduser(args.data_path)  # no Path, as it may be a URL
+        dataset = timm_data.build(args.data_set, where, split, train, transform, count)
     else:
         dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
     if num_classes not in (None, len(dataset.classes)):

@@ -22,8 +22,8 @@ PREFIXES = ('torch/', 'hfds/', 'wds/')
 # What does not hold of a stream, for the start of a run.
 TRAINING = (
     'a stream, shuffled within a buffer, without repeated augmentation; some images may come twice in an epoch, others '
-    'not at all; broken ones are left out with a warning; a resume is exact between epochs with the same --num_workers, '
-    'and within an epoch starts again with its first images'
+    'not at all; broken ones are left out with a warning; a resume is exact between epochs with the same --num_workers '
+    'and, within an epoch, starts again with its first images'
 )
 EVALUATION = 'a stream; each image counts once, but broken ones are left out with a warning'
 
