@@ -16,6 +16,7 @@ from torch import nn
 
 import curves
 import datasets
+import drawing
 import models
 import shapes
 import visualize
@@ -117,7 +118,7 @@ def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
         np.testing.assert_allclose(prediction.probabilities, logits[i].softmax(0), atol=1e-6)
         for (selection, kept), rows in zip(selections.items(), grids, strict=True):
             shown, score, _ = prediction.selections[selection]
-            assert unfaded(prediction.image, visualize.fade(prediction.image, shown), rows) == kept[i].tolist()
+            assert unfaded(prediction.image, drawing.fade(prediction.image, shown), rows) == kept[i].tolist()
             assert score[shown].min(initial=np.inf) >= score[~shown].max() and score.mean() == pytest.approx(
                 1, abs=1e-3
             )
@@ -131,7 +132,7 @@ def test_placeholders_are_told_from_kept_patches_on_any_image(side, rows):
     colours = [np.broadcast_to(255 * np.array(rgb), (side, side, 3)) for rgb in np.ndindex(2, 2, 2)]
     for image in (*plain, *colours, 40 * noise, 215 + 40 * noise, 255 * noise):
         image = image.astype(np.uint8)
-        faded = visualize.fade(image, np.zeros((rows, rows), bool))
+        faded = drawing.fade(image, np.zeros((rows, rows), bool))
         before, after = (
             np.stack([part for row in np.array_split(grey, rows) for part in np.array_split(row, rows, 1)])
             for grey in (np.asarray(Image.fromarray(pixels).convert('L')).astype(int) for pixels in (image, faded))
@@ -148,7 +149,7 @@ def test_a_coarser_patch_covers_the_one_it_comes_from(rows):
     for i in range(coarse):
         fine, kept = np.zeros((rows, rows), bool), np.zeros((coarse, coarse), bool)
         fine[2 * i, 0] = kept[i, 0] = True
-        assert (visualize.fade(image, kept)[visualize.fade(image, fine) == 0] == 0).all()
+        assert (drawing.fade(image, kept)[drawing.fade(image, fine) == 0] == 0).all()
 
 
 NEAREST = {
@@ -177,7 +178,7 @@ def test_clusters_are_those_of_the_model(name):
             shown = prediction.selections[selection]
             rows, columns = shown.kept.shape
             assert np.flatnonzero(shown.kept).tolist() == kept[i].sort().values.tolist()
-            picture = visualize.mosaic(prediction.image, shown.kept, shown.cluster)
+            picture = drawing.mosaic(prediction.image, shown.kept, shown.cluster)
             y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
             labels, informative = cluster[i].reshape(rows, columns).numpy()[y][:, x], shown.kept[y][:, x]
             np.testing.assert_array_equal(picture[informative], prediction.image[informative])
@@ -201,7 +202,7 @@ def test_clusters_are_told_apart_on_any_image(side, rows):
     labels = cluster[y][:, x]
     for rgb in (*np.ndindex(2, 2, 2), *((level / 16,) * 3 for level in range(17))):
         image = np.broadcast_to(np.rint(255 * np.array(rgb)), (side, side, 3)).astype(np.uint8)
-        picture = visualize.mosaic(image, kept, cluster)
+        picture = drawing.mosaic(image, kept, cluster)
         grey = np.asarray(Image.fromarray(picture).convert('L')).astype(int)
         plain = int(Image.fromarray(image[:1, :1]).convert('L').getpixel((0, 0)))
         for pixels, numbers in ((grey, labels), (grey.T, labels.T)):
@@ -230,7 +231,7 @@ def test_grids_that_are_not_square_are_outlined_in_place():
     kept = np.zeros((2, 4), bool)
     kept[1, 2] = True
     axes = Figure().subplots()
-    visualize.draw_view(axes, visualize.View('', '', visualize.fade(np.zeros((32, 64, 3), np.uint8), kept), kept))
+    drawing.draw_view(axes, drawing.View('', '', drawing.fade(np.zeros((32, 64, 3), np.uint8), kept), kept))
     corners = {tuple(point) for line in axes.collections[0].get_segments() for point in line}
     assert corners == {(0.5, 0.25), (0.75, 0.25), (0.5, 0.5), (0.75, 0.5)}
     assert axes.images[0].get_extent() == [0, 1, 0.5, 0]
@@ -263,7 +264,7 @@ def test_a_sheet_of_a_grid_without_clusters():
     with torch.inference_mode():
         (prediction,) = visualize.predict(model, torch.randn(1, 3, 32, 32), [1])
     clusters = [selection.cluster is not None for selection in prediction.selections.values()]
-    figure = visualize.draw_sheet(prediction, ['ant', 'bee'])
+    figure = drawing.draw_sheet(prediction, ['ant', 'bee'])
     # The image, three selections with their scores, and the clusters of one.
     assert clusters == [True, False, False] and sum(bool(axes.images) for axes in figure.axes) == 1 + 2 * 3 + 1
 
@@ -279,11 +280,11 @@ def test_a_backbone_without_a_head_is_shown(script, tmp_path, image_folder):
 
 
 def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
-    prediction = visualize.Prediction(np.zeros((32, 32, 3), np.uint8), None, np.array([0.2, 0.8]), {})
+    prediction = drawing.Prediction(np.zeros((32, 32, 3), np.uint8), None, np.array([0.2, 0.8]), {})
     for block in range(4):
         kept = np.arange(16).reshape(4, 4) < 8
         prediction.selections[f'blocks.{block}'] = Selection(kept, np.ones((4, 4)), np.arange(16).reshape(4, 4) % 8)
-    figure = visualize.draw_contact([prediction] * 7, ['ant', 'bee'])
+    figure = drawing.draw_contact([prediction] * 7, ['ant', 'bee'])
     drawn = [axes for axes in figure.axes if axes.images]
     texts = [text.get_text() for axes in drawn for text in axes.texts]
     assert len(drawn) == 7 * 5 and texts.count('bee 80%') == 7
