@@ -129,10 +129,8 @@ class Stream(IterableDataset):
             print_rank0(f'a stream has no way to its middle: epoch {epoch} goes on with its first images')
 
     def _reader(self) -> IterableImageDataset:
-        images = self.make()
-        images.reader.dist_rank, images.reader.dist_num_replicas = (
-            (self.rank, self.world_size) if self.train else (0, 1)
-        )
+        images, (rank, processes) = self.make(), (self.rank, self.world_size) if self.train else (0, 1)
+        images.reader.dist_rank, images.reader.dist_num_replicas = rank, processes
         images.set_loader_cfg(self.workers)
         images.set_epoch(int(self.epoch))
         return images
@@ -146,6 +144,8 @@ class Stream(IterableDataset):
         if not self.train:
             images = islice(images, self.rank, None, self.world_size)
         for i, (image, label) in enumerate(images):
+            if not 0 <= label < (count := len(self.classes)):
+                raise InputError(f'--data-set wds/ has label {label}, but there are {count} classes, counted from 0')
             if self.train:
                 seed_all(self.seed, int(self.epoch), self.rank, worker, i)
             yield self.transform(image), label

@@ -232,3 +232,12 @@ def test_pictures_need_data_that_is_read_by_index():
     args = visualize.get_parser().parse_args(['--resume', __file__, '--data-set', 'wds/', '--data-path', 'x'])
     with pytest.raises(InputError, match='wds/ is a stream'):
         visualize.check_arguments(args)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_labels_beyond_the_classes_are_named(shards, workers):
+    args = stream_flags(shards, '--num_workers', workers)
+    args.num_classes = 4
+    args.eval = True
+    with pytest.raises(InputError, match='wds/ has label [4-9], but there are 4 classes, counted from 0'):
+        list(make_loaders(args)[1])
