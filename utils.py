@@ -137,6 +137,13 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return integer
 
 
+def above_zero(text: str) -> float:
+    """The `type` of a flag: a number above 0."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f'expected a number above 0, found {text}; leave the flag out to turn it off')
+    return float(text)
+
+
 def between(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
     """The `type` of a flag: a finite number from `low` to `high`, both allowed."""
     ends = [f'{name} {end:g}' for name, end in (('from', low), ('to', high)) if math.isfinite(end)]
@@ -149,13 +156,6 @@ def between(low: float = -math.inf, high: float = math.inf) -> Callable[[str], f
         return value
 
     return number
-
-
-def above_zero(text: str) -> float:
-    """The `type` of a flag: a number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f'expected a number above 0, found {text}; leave the flag out to turn it off')
-    return float(text)
 
 
 def check_source(flag: str, source: str, advice: str = ''):
