@@ -25,7 +25,9 @@ demo: install
 	$(BIN)/python main_deit.py $(SHAPES) --eval --resume $(OUTPUT)/checkpoint.pth
 	$(BIN)/python visualize.py $(SHAPES) --resume $(OUTPUT)/checkpoint.pth --output_dir $(OUTPUT)/pictures \
 		--batch-size 12 --score
-	@echo "Everything was written to $(OUTPUT):" && ls $(OUTPUT) && echo "and to $(OUTPUT)/pictures:" && ls $(OUTPUT)/pictures/*contact*
+	$(BIN)/python visualize.py --log $(OUTPUT) --output_dir $(OUTPUT)/pictures
+	@echo "Learning curves: $(OUTPUT)/pictures/curves.png; what the model keeps of 12 images: $(OUTPUT)/pictures/seed0_contact.png"
+	@echo "Next, a pretrained ViT on a photo of yours: $(BIN)/python visualize.py --model deit_tiny_patch16_224 --evolve --resume WEIGHTS.pth --img-path PHOTO.jpg --output_dir $(OUTPUT)/photo"
 
 # Two halves at the same time, as two cores allow. Each prints when it is done, where make can do that.
 test: install

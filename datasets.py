@@ -7,94 +7,120 @@ index) instead; its augmentation is a function of (seed, epoch, position), so an
 import json
 import math
 import os
-import random
 import signal
+import sys
 import threading
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from argparse import Action, ArgumentError, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import ImageNetInfo, Mixup, create_transform, resolve_data_config
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resized_crop
 
 import models
+import timm_data
+from image_files import CropLoader, load_image
 from samplers import REPEATS, RepeatedAugSampler, eval_shard
 from shapes import Shapes
-from utils import InputError, at_least, print_rank0, seed_all
-
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # it is deprecated, for a package of its own; without it Pillow decodes, which takes longer
-    decode_jpeg = None
+from timm_data import Stream
+from utils import InputError, at_least, between, print_rank0, seed_all
 
 DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
 INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 CROP_MODES = ('center', 'squash', 'border')
 # Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
-MAY_CHANGE = dict.fromkeys(('data_path', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
+MAY_CHANGE = dict.fromkeys(('data_path', 'val_split', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
 
 
 def add_arguments(parser: ArgumentParser):
     """Flags of data, augmentation and loading."""
-    add = parser.add_argument_group('data').add_argument
-    add('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
-    add(
-        '--data-set', default='IMNET', choices=DATA_SETS,
-        help='IMNET: folders train/CLASS/ and val/CLASS/ of images; CIFAR is CIFAR-100; SHAPES is drawn by the program',
-    )  # fmt: skip
-    add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
-    add('--batch-size', type=at_least(1), default=64, help='images of one process in one step')
-    add('--num_workers', type=int, default=10, help='loading processes, at most the cores at hand')
+    add_image_arguments(parser)
+    unit, positive = between(0, 1), between(0, math.inf)
+    add = parser.add_argument_group('loading').add_argument
+    add('--num_workers', type=at_least(0), default=10, help='loading processes, at most the cores at hand')
     add('--pin-mem', action=BooleanOptionalAction, default=True, help='used with CUDA alone')
-    add(
-        '--max-broken-images', type=int, default=0, metavar='N',
-        help='unreadable training images that each process may replace by others; in evaluation there may be none',
-    )  # fmt: skip
+    about = 'unreadable training images that each process may replace by others'
+    add('--max-broken-images', type=at_least(0), default=0, metavar='N', help=about)
     add('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
-
-    group = parser.add_argument_group('preprocessing', "Defaults are the model's own; the start prints what holds.")
-    add = group.add_argument
-    add('--input-size', type=int, metavar='PX', help='side of the images')
-    add('--mean', type=float, nargs='+', metavar='M', help='of pixels from 0 to 1, one or one a channel')
-    add('--std', type=float, nargs='+', metavar='S', help='of pixels, one or one a channel')
-    add('--crop-pct', type=float, metavar='P', help='evaluation crops this share of a resized side (1 up to 32 px)')
-    add('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
-    add('--interpolation', choices=('bilinear', 'bicubic'), help='of evaluation')
 
     add = parser.add_argument_group('augmentation').add_argument
     add('--repeated-aug', action=BooleanOptionalAction, default=True, help='three times each')
-    add('--color-jitter', type=float, default=0.4, help='strength, where --aa is off')
-    add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's policy, rand-..., original, ...; '' is off")
+    add('--color-jitter', type=positive, default=0.4, help='strength, where --aa is off')
+    add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help="timm's policy; '' is off")
     add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of crops')
-    add(
-        '--fast-decode', action=BooleanOptionalAction, default=True,
-        help='decode, crop and resize JPEGs in faster ways; off, training sees the exact pixels, as evaluation always',
-    )  # fmt: skip
-    add('--reprob', type=float, default=0.25, help='probability of erasing a rectangle')
+    about = 'training reads JPEGs in faster ways; off, it sees the exact pixels, as evaluation always'
+    add('--fast-decode', action=BooleanOptionalAction, default=True, help=about)
+    add('--reprob', type=unit, default=0.25, help='probability of erasing a rectangle')
     add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what fills it')
-    add('--recount', type=int, default=1, help='most rectangles in an image')
+    add('--recount', type=at_least(1), default=1, help='most rectangles in an image')
     add('--resplit', action='store_true', help='accepted; there are no augmentation splits')
 
     add = parser.add_argument_group('mixing of images and labels').add_argument
-    add('--mixup', type=float, default=0.8, help='alpha of mixup, 0 is off')
-    add('--cutmix', type=float, default=1.0, help='alpha of cutmix, 0 is off')
-    add('--cutmix-minmax', type=float, nargs=2, metavar='RATIO', help='sides; replaces --cutmix')
-    add('--mixup-prob', type=float, default=1.0, help='probability of either')
-    add('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
+    add('--mixup', type=positive, default=0.8, help='alpha of mixup, 0 is off')
+    add('--cutmix', type=positive, default=1.0, help='alpha of cutmix, 0 is off')
+    add('--cutmix-minmax', type=unit, nargs=2, action=Ascending, metavar='SIDE', help='limits; replaces --cutmix')
+    add('--mixup-prob', type=unit, default=1.0, help='probability of either')
+    add('--mixup-switch-prob', type=unit, default=0.5, help='probability of cutmix where both are on')
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixture')
-    add('--smoothing', type=float, default=0.1, help='label smoothing')
+    add('--smoothing', type=unit, default=0.1, help='label smoothing')
+
+
+def add_image_arguments(parser: ArgumentParser):
+    """Flags of what is read and how a model is to see it, which is all that pictures need."""
+    add = parser.add_argument_group('data').add_argument
+    add('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
+    about = (
+        f"{', '.join(DATA_SETS)}; or timm's name: {', '.join(timm_data.PREFIXES)}... (IMNET: train/CLASS/, val/CLASS/)"
+    )
+    add('--data-set', type=data_set, default='IMNET', metavar='NAME', help=about)
+    add('--train-split', default='train', metavar='NAME', help="of timm's data sets; of wds/ also SHARDS.tar|IMAGES")
+    add('--val-split', default='validation', metavar='NAME', help='the same, for evaluation')
+    add('--num-classes', type=at_least(1), metavar='N', help="for timm's data sets that do not tell, as wds/")
+    add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
+    add('--batch-size', type=at_least(1), default=64, help='images of one process in one step')
+
+    group = parser.add_argument_group('preprocessing', "Defaults are the model's own; the start prints what holds.")
+    add = group.add_argument
+    add('--input-size', type=at_least(1), metavar='PX', help='side of the images')
+    add('--mean', type=between(0, 1), nargs='+', metavar='M', help='of pixels from 0 to 1, one or one a channel')
+    add('--std', type=between(0.001, 1), nargs='+', metavar='S', help='of pixels, one or one a channel')
+    add('--crop-pct', type=between(0.01, 1), metavar='P', help='share of a resized side that evaluation crops')
+    add('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
+    add('--interpolation', choices=('bilinear', 'bicubic'), help='of evaluation')
+
+
+def data_set(text: str) -> str:
+    """The `type` of a flag: one of DATA_SETS, or timm's name of a data set."""
+    if text not in DATA_SETS and not text.startswith(timm_data.PREFIXES):
+        raise ArgumentTypeError(f'expected {", ".join(DATA_SETS + timm_data.PREFIXES)}..., found {text}')
+    return text
+
+
+class Ascending(Action):
+    """Of a flag with two numbers: the first may not be above the second."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: list[float], option_string=None):
+        if values[0] > values[1]:
+            raise ArgumentError(self, f'expected the smaller number first, found {values[0]:g} {values[1]:g}')
+        setattr(namespace, self.dest, values)
+
+
+def augmentation_policy(text: str) -> str:
+    """The `type` of a flag: a policy that timm can make, or '' for none."""
+    try:
+        create_transform(SMALL, is_training=True, auto_augment=text)
+    except Exception as error:  # of half a dozen kinds
+        raise ArgumentTypeError(f'timm has no policy {text!r} ({type(error).__name__}: {error})') from error
+    return text
 
 
 # --- preprocessing and augmentation
@@ -118,26 +144,18 @@ class DataConfig(NamedTuple):
 def data_config(args: Namespace, model_name: str) -> DataConfig:
     """The data configuration that a model was published with, but for what the flags of preprocessing say.
 
-    Raises InputError for values that make no sense, and models that do not take square images with three channels.
+    Raises InputError for models that do not take square images with three channels.
     """
     given = {name: getattr(args, name) for name in DataConfig._fields}
-    for name, expected, is_valid in (
-        ('mean', 'one number or three', lambda mean: len(mean) in (1, 3)),
-        ('std', 'one number or three, above 0', lambda std: len(std) in (1, 3) and min(std) > 0),
-        ('crop_pct', 'a share above 0 and up to 1', lambda share: 0 < share <= 1),
-        ('input_size', '1 or more', lambda side: side >= 1),
-    ):
-        if given[name] is not None and not is_valid(given[name]):
-            raise InputError(f'--{name.replace("_", "-")}: expected {expected}, found {given[name]}')
-    cfg = models.published_cfg(model_name)
-    size = given['input_size'] and (3, given['input_size'], given['input_size'])
-    config = resolve_data_config(given | {'input_size': size}, cfg.to_dict())
+    for name in ('mean', 'std'):
+        if given[name] and len(given[name]) not in (1, 3):
+            raise InputError(f'--{name}: expected one number or three, found {given[name]}')
+    cfg, size = models.published_cfg(model_name), given['input_size']
+    config = resolve_data_config(given | {'input_size': size and (3, size, size)}, cfg.to_dict())
     _, rows, columns = config['input_size']
     if cfg.input_size[0] != 3 or rows != columns:
-        published_size = ' x '.join(map(str, cfg.input_size))
-        raise InputError(
-            f'{model_name} takes images of {published_size}; expected 3 channels and a square (--input-size)'
-        )
+        published = ' x '.join(map(str, cfg.input_size))
+        raise InputError(f'{model_name} takes images of {published}; expected 3 channels and a square (--input-size)')
     if config['crop_mode'] not in CROP_MODES:
         raise InputError(f'{model_name} has crop_mode {config["crop_mode"]}; expected one of {", ".join(CROP_MODES)}')
     if given['crop_pct'] is None and rows <= SMALL:
@@ -191,110 +209,6 @@ def augmentation(args: Namespace) -> dict:
     return {name: getattr(args, flag) for flag, name in names.items()}
 
 
-# --- image files
-
-# What Pillow may take a file for, whatever its name is. Others, EPS above all, start programs or rarely used parsers.
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'PPM', 'TIFF')
-# Judged by the header, before pixels are decoded: they take 4 bytes each, and a side of 1 would be resized like any.
-MAX_PIXELS = 2**26
-MAX_ASPECT = 100
-
-
-@contextmanager
-def _reading(path: str | Path):
-    """InputError that names the file for whatever Pillow raises: its readers raise a dozen kinds of errors."""
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        raise InputError(f'{path} holds no image in a format that is read here ({", ".join(FORMATS)})') from error
-    except Exception as error:
-        raise InputError(f'{path} cannot be read: {str(error) or type(error).__name__}') from error
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB; InputError that names the path where it is damaged, too large, or of another kind."""
-    with open_image(path) as image:
-        return to_rgb(image)
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read the header of an image file, not yet its pixels; InputError where they would be too many."""
-    with _reading(path):
-        image = Image.open(path, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
-            image.close()
-            limits = f'at most {MAX_PIXELS:,} are read, and sides up to 1 : {MAX_ASPECT}'
-            raise ValueError(f'{image.width} x {image.height} pixels; {limits}')
-        return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image file: pixels are what torchvision's loader gives, except where that is wrong.
-
-    Transparent ones become white, and 16 bits are scaled, not clipped. An orientation in EXIF is not applied: published
-    accuracies were measured without. InputError for damaged files, and for pixels without a known range.
-    """
-    with _reading(image.filename):
-        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert('RGB')
-        if image.mode in ('I', 'F'):
-            raise ValueError(f'pixels of mode {image.mode} have no known range')
-        if image.has_transparency_data:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        image.load()
-        return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy
-
-
-class CropLoader:
-    """Reads image files and crops them as timm's random crop does, by faster ways to the same pixels.
-
-    The crop is drawn by `crop`, for the size in the header. torchvision decodes to Pillow's pixels, and torch resizes
-    to them but for rounding, 2 of 255 at most. A JPEG whose crop is at least twice as large as the output is decoded at
-    1/2, 1/4 or 1/8, which JPEG's own transform does for less work; its low-pass filter differs a little, as in all
-    loaders that do this.
-    """
-
-    def __init__(self, crop: RandomResizedCropAndInterpolation):
-        self.crop = crop
-
-    def __call__(self, path: str | Path) -> Image.Image:
-        with open_image(path) as image:
-            top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-            interpolation = self.crop.interpolation
-            if isinstance(interpolation, Sequence):
-                interpolation = random.choice(interpolation)
-            # timm rounds a crop of an image of a few pixels down to nothing.
-            top, left = min(top, image.height - 1), min(left, image.width - 1)
-            height, width = max(height, 1), max(width, 1)
-            full_width, (rows, columns) = image.width, self.crop.size
-            reduction = min(height // rows, width // columns)
-            if reduction > 1:
-                image.draft(None, (image.width // reduction, image.height // reduction))  # JPEGs alone heed it
-            if image.width == full_width:
-                pixels = resized_crop(_decode(image), top, left, height, width, [rows, columns], interpolation)
-                return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            reduction = round(full_width / image.width)
-            box = [side / reduction for side in (left, top, left + width, top + height)]
-            return _resize(to_rgb(image), box, (columns, rows), Image.Resampling[interpolation.name])
-
-
-def _decode(image: Image.Image) -> Tensor:
-    """Pixels (3, rows, columns) of an opened image, by torchvision where it can."""
-    if decode_jpeg and image.format == 'JPEG' and image.mode in ('L', 'RGB'):
-        with suppress(RuntimeError, OSError):  # Pillow reads what is not quite right, or names what is wrong
-            return decode_jpeg(torch.from_numpy(np.fromfile(image.filename, np.uint8)), ImageReadMode.RGB)
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-
-
-def _resize(image: Image.Image, box: Sequence[float], size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """The part of an image in `box`, whose sides may lie within pixels, resized; nothing outside has an influence."""
-    left, top, right, bottom = box
-    outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
-    inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
-    return image.crop(outer).resize(size, resample, inner)
-
-
 # --- datasets
 
 
@@ -307,18 +221,19 @@ def build_dataset(
     Raises InputError where the dataset has others.
     """
     root, split = Path(args.data_path).expanduser(), 'train' if train else 'val'
-    transform, loader = build_transform(config, augmentation(args) if train else None), load_image
-    has_files = args.data_set in ('IMNET', 'INAT', 'INAT19')
-    if has_files and train and args.fast_decode and config.input_size > SMALL:
-        crop, *steps = transform.transforms
-        transform, loader = transforms.Compose(steps), CropLoader(crop)
+    transform = build_transform(config, augmentation(args) if train else None)
+    fast = train and args.fast_decode and config.input_size > SMALL
     if args.data_set == 'IMNET':
-        return image_folder(root / split, transform, loader, classes, num_classes)
-    if has_files:
-        year = 2018 if args.data_set == 'INAT' else 2019
-        dataset = inaturalist(root, split, year, args.inat_category, transform, loader)
+        return ImageFiles(*image_folder(root / split, classes, num_classes), transform, fast)
+    if args.data_set.startswith('INAT'):
+        year = 2019 if args.data_set == 'INAT19' else 2018
+        dataset = ImageFiles(*inaturalist(root, split, year, args.inat_category), transform, fast)
     elif args.data_set == 'SHAPES':
         dataset = Shapes(split, config.input_size, transform=transform)
+    elif '/' in args.data_set:
+        split, count = args.train_split if train else args.val_split, num_classes or args.num_classes
+        where = os.path.expanduser(args.data_path)  # no Path, as it may be a URL
+        dataset = timm_data.build(args.data_set, where, split, train, transform, count)
     else:
         dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
     if num_classes not in (None, len(dataset.classes)):
@@ -328,11 +243,17 @@ def build_dataset(
     return dataset
 
 
-class ImageFiles(Dataset):
-    """Image files: `samples` is a list of (path, label), `classes` names the labels; `loader` gives a path's image."""
+Samples = list[tuple[str, int]]  # path and label
 
-    def __init__(self, samples: list[tuple[str, int]], classes: list[str], transform: Callable, loader=load_image):
-        self.samples, self.classes, self.transform, self.loader = samples, classes, transform, loader
+
+class ImageFiles(Dataset):
+    """Image files and their labels, which `classes` names; `fast`: the first step of `transform` by a CropLoader."""
+
+    def __init__(self, samples: Samples, classes: list[str], transform: transforms.Compose, fast: bool = False):
+        self.samples, self.classes, self.transform, self.loader = samples, classes, transform, load_image
+        if fast:
+            crop, *steps = transform.transforms
+            self.transform, self.loader = transforms.Compose(steps), CropLoader(crop)
         for path, label in samples:
             if not 0 <= label < len(classes):
                 raise InputError(f'{path} has label {label}, but there are {len(classes)} classes, counted from 0')
@@ -346,26 +267,26 @@ class ImageFiles(Dataset):
 
 
 def image_folder(
-    root: Path, transform: Callable, loader=load_image, classes: list[str] | None = None, num_classes: int | None = None
-) -> ImageFiles:
-    """Images in one folder for each class, labelled in the order of the names; hidden files and folders are left out.
+    root: Path, classes: list[str] | None = None, num_classes: int | None = None
+) -> tuple[Samples, list[str]]:
+    """Images in one folder for each class, in the order of the names, and the classes; hidden ones are left out.
 
     `classes` are those of training, where known: labels then go by name; some folders may be missing, none unknown.
     Where only their number is known, see `name_classes`. Raises InputError where folders or images are missing.
     """
     if not root.is_dir():
         raise _missing(root, 'a folder with a folder of images for each class')
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if hidden := [name for name in folders if name.startswith('.')]:
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    if hidden := {name for name in folders if name.startswith('.')}:
         print_rank0(f'{root}: left out hidden folders: {_abbreviate(hidden)}')
-    folders = [name for name in folders if name not in hidden]
+        folders = [name for name in folders if name not in hidden]
     if not folders:
         raise InputError(f'{root} holds no class folders; it holds {_abbreviate(os.listdir(root))}')
     if classes is None:
         classes = folders if num_classes is None else name_classes(root, folders, num_classes)
-    if unknown := sorted(set(folders) - set(classes)):
+    if unknown := set(folders) - set(classes):
         raise InputError(f'{root} holds {len(unknown)} classes that training lacks: {_abbreviate(unknown)}')
-    if absent := sorted(set(classes) - set(folders)):
+    if absent := set(classes) - set(folders):
         print_rank0(f'{root}: no images of {len(absent)} of {len(classes)} classes: {_abbreviate(absent)}')
     labels = {name: label for label, name in enumerate(classes)}
     samples = make_dataset(root, labels, IMG_EXTENSIONS, allow_empty=True)
@@ -373,7 +294,7 @@ def image_folder(
     if empty := sorted(set(folders) - {classes[label] for _, label in samples}):
         content = _abbreviate(os.listdir(root / empty[0]))
         raise InputError(f'{root}: no images in {_abbreviate(empty)}; {root / empty[0]} holds {content}')
-    return ImageFiles(samples, classes, transform, loader)
+    return samples, classes
 
 
 def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
@@ -382,54 +303,56 @@ def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
     Raises InputError where neither fits.
     """
     synsets = ImageNetInfo().label_names()
-    unknown = sorted(set(folders) - set(synsets))
+    unknown = set(folders) - set(synsets)
     if num_classes == len(synsets) and not unknown:
         return synsets
-    if num_classes != len(folders):
-        message = f'the checkpoint has {num_classes} classes and does not name them, '
-        message += f'{root} holds {len(folders)} class folders'
-        if num_classes == len(synsets):
-            message += f', {len(unknown)} not named by an ImageNet synset: {_abbreviate(unknown)}'
-        raise InputError(message)
-    print_rank0(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in order')
-    return folders
+    if num_classes == len(folders):
+        print_rank0(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in order')
+        return folders
+    message = (
+        f'the checkpoint has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
+    )
+    if num_classes == len(synsets):
+        message += f', {len(unknown)} not named by an ImageNet synset: {_abbreviate(unknown)}'
+    raise InputError(message)
 
 
 def compare_classes(trained: Sequence[str], current: Sequence[str]) -> str:
     """How the classes of a dataset differ from those of training, in words; '' where they are the same."""
-    lacking, new = sorted(set(trained) - set(current)), sorted(set(current) - set(trained))
-    if not lacking and not new:
-        return '' if list(trained) == list(current) else 'the same names in another order'
-    return f'the data lacks {len(lacking)} ({_abbreviate(lacking)}) and has {len(new)} others ({_abbreviate(new)})'
+    lacking, new = set(trained) - set(current), set(current) - set(trained)
+    if lacking or new:
+        return f'the data lacks {len(lacking)} ({_abbreviate(lacking)}) and has {len(new)} others ({_abbreviate(new)})'
+    return '' if list(trained) == list(current) else 'the same names in another order'
 
 
-def inaturalist(root: Path, split: str, year: int, level: str, transform: Callable, loader=load_image) -> ImageFiles:
+def inaturalist(root: Path, split: str, year: int, level: str) -> tuple[Samples, list[str]]:
     """iNaturalist from `{split}{year}.json` and `categories.json`; classes are the names at `level`, in that order.
 
     The published code orders them by first appearance in the training list, which evaluation should not need. Raises
     InputError for a path outside `root`, a category that is not in the list, or a level that categories lack.
     """
-    list_path, categories_path = root / f'{split}{year}.json', root / 'categories.json'
-    for path in (list_path, categories_path):
+    list_path, categories_path = paths = root / f'{split}{year}.json', root / 'categories.json'
+    for path in paths:
         if not path.is_file():
             raise _missing(path, f"iNaturalist's {list_path.name} and {categories_path.name}")
-    listing, categories = (json.loads(path.read_text()) for path in (list_path, categories_path))
+    listing, categories = (json.loads(path.read_text()) for path in paths)
     if lacking := [category['id'] for category in categories if level not in category]:
         raise InputError(f'{categories_path}: {len(lacking)} categories lack a {level}, first id {lacking[0]}')
     name_of = {category['id']: category[level] for category in categories}
-    labels = {name: label for label, name in enumerate(dict.fromkeys(name_of.values()))}
+    classes = list(dict.fromkeys(name_of.values()))
+    labels = {category: classes.index(name) for category, name in name_of.items()}
     category_of = {annotation['image_id']: annotation['category_id'] for annotation in listing['annotations']}
     samples = []
     for image in listing['images']:
         path, category = Path(image['file_name']), category_of.get(image['id'])
         if path.is_absolute() or '..' in path.parts:
             raise InputError(f'{list_path} names a path outside {root}: {path}')
-        if category not in name_of:
-            raise InputError(f'{list_path}: {path} has category {category}, none of the {len(name_of)} that are listed')
-        samples.append((str(root / path), labels[name_of[category]]))
+        if category not in labels:
+            raise InputError(f'{list_path}: {path} has category {category}, none of the {len(labels)} that are listed')
+        samples.append((str(root / path), labels[category]))
     if samples and not os.path.exists(samples[0][0]):
         raise _missing(Path(samples[0][0]), f'the images that {list_path.name} lists')
-    return ImageFiles(samples, list(labels), transform, loader)
+    return samples, classes
 
 
 def cifar(root: Path, train: bool, kind: type[CIFAR10], transform: Callable) -> CIFAR10:
@@ -450,10 +373,10 @@ def _missing(path: Path, expected: str) -> InputError:
     return InputError(f'{path} does not exist: expected {expected}; {folder} holds {_abbreviate(os.listdir(folder))}')
 
 
-def _abbreviate(names: Sequence[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
+def _abbreviate(names: Collection[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
     more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(sorted(names)[:most]) + more if names else 'nothing'
+    return ', '.join(sorted(names)[:most]) + more or 'nothing'
 
 
 # --- loaders
@@ -505,37 +428,50 @@ def build_loaders(
     `classes` and `num_classes` are those of the checkpoint that is evaluated, where known.
     Raises InputError where there are no images, or fewer than a batch.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = min(args.num_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-
-    def build_loader(dataset: Dataset, **options) -> DataLoader:
-        return DataLoader(
-            dataset,
-            args.batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            worker_init_fn=_outlive_termination,
-            generator=torch.Generator(),  # its own: otherwise evaluating would shift the random numbers of training
-            **options,
-        )
-
     train_loader = None
     if train:
         dataset = build_dataset(args, config, train=True)
-        classes = dataset.classes
-        sampler = RepeatedAugSampler(len(dataset), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
-        if len(sampler) < args.batch_size:
-            raise InputError(
-                f'{len(dataset)} training images give each of {world_size} processes {len(sampler)} an epoch, '
-                f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
-            )
-        dataset = Seeded(dataset, args.seed, args.max_broken_images)
-        train_loader = build_loader(dataset, sampler=sampler, drop_last=True)
+        classes, train_loader = dataset.classes, build_train_loader(args, dataset, rank, world_size)
     dataset = build_dataset(args, config, False, classes, num_classes)
     if not len(dataset):
         raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
-    return train_loader, build_loader(dataset, sampler=eval_shard(len(dataset), rank, world_size))
+    if isinstance(dataset, Stream):
+        return train_loader, build_stream_loader(args, dataset, rank, world_size)
+    return train_loader, build_loader(args, dataset, sampler=eval_shard(len(dataset), rank, world_size))
+
+
+def build_train_loader(args: Namespace, dataset: Dataset, rank: int, world_size: int) -> DataLoader:
+    """A loader whose images are a function of the seed, the epoch and their place in it."""
+    if isinstance(dataset, Stream):
+        return build_stream_loader(args, dataset, rank, world_size)
+    sampler = RepeatedAugSampler(len(dataset), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
+    if len(sampler) < args.batch_size:
+        raise InputError(
+            f'{len(dataset)} training images give each of {world_size} processes {len(sampler)} an epoch, '
+            f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
+        )
+    dataset = Seeded(dataset, args.seed, args.max_broken_images)
+    return build_loader(args, dataset, sampler=sampler, drop_last=True)
+
+
+def build_stream_loader(args: Namespace, stream: Stream, rank: int, world_size: int) -> DataLoader:
+    """The loader of a stream, with one worker a shard at the most."""
+    print_rank0(f'--data-set {args.data_set}: {timm_data.TRAINING if stream.train else timm_data.EVALUATION}')
+    stream.share(rank, world_size, args.batch_size, args.seed)
+    loader = build_loader(args, stream, stream.most_workers(), drop_last=stream.train)
+    stream.workers = loader.num_workers
+    loader.sampler.set_epoch = stream.set_epoch  # where the loader of a data set that is read by index has it
+    return loader
+
+
+def build_loader(args: Namespace, dataset: Dataset, most_workers: int = sys.maxsize, **options) -> DataLoader:
+    """A loader with as many workers as the flags and the cores of this process allow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    workers = min(args.num_workers, most_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    options |= dict(num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_outlive_termination)
+    options |= dict(pin_memory=args.pin_mem and torch.cuda.is_available())
+    # A generator of its own: otherwise evaluating would shift the random numbers of training.
+    return DataLoader(dataset, args.batch_size, generator=torch.Generator(), **options)
 
 
 def _outlive_termination(_):

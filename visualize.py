@@ -20,29 +20,27 @@ Does the selection find the object? SHAPES knows where it is:
     python3 visualize.py --model evo_deit_nano_patch4_32 --resume output/checkpoint.pth --output_dir pictures \\
         --data-set SHAPES --batch-size 12 --score
 
-For each image, NAME.png is what the model sees. NAME_block4.png shows the selection before block 4
-(NAME_stage1_block0.png in Evo-LeViT): placeholders are faded and hatched. With --representative nearest,
-NAME_block4_clusters.png fills them with the mean colour of the patches that share one informative patch.
-NAME_sheet.png has all of these, the scores and the prediction. --animate writes them as NAME.gif. Each batch of
-several images has a contact sheet.
+Learning curves of one or several runs:
+
+    python3 visualize.py --log output/first output/second --output_dir pictures
+
+NAME.png is what the model sees, and NAME_block4.png the selection before block 4 (NAME_stage1_block0.png in Evo-LeViT):
+placeholders are faded and hatched. With --representative nearest, NAME_block4_clusters.png fills them with the mean
+colour of the patches that share one informative patch. NAME_sheet.png has all of these, the scores and the prediction.
+Each batch of several images has a contact sheet.
 """
 
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from io import BytesIO
+from itertools import islice
 from pathlib import Path
-from textwrap import fill
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
@@ -51,57 +49,31 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import checkpoint
+import curves
 import datasets
 import models
 import shapes
 import utils
+from drawing import Prediction, describe, draw_contact, draw_sheet, label, views
+from image_files import FORMATS, load_image
 from models import weights
 from models.evolution import Selection
 from models.vit import Evolving
 from utils import InputError, print_rank0
 
-FADED = 0.3  # share of a placeholder's own colour, as published; the rest is white, or the grey of the hatching
-HATCH_GREY = 128
-LINE = 0.45  # share of black or white in the outline of a cluster
-BLUE, ORANGE = '#0072B2', '#D55E00'  # told apart by colour-blind eyes
-MARKS, COLOURS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
-MAX_COLUMNS = 5  # selections side by side in a sheet
-
-
-class Prediction(NamedTuple):
-    """An image (height, width, 3), uint8, as a model sees it, its class probabilities, and selections by name.
-
-    The parts of a selection are grids (rows, columns): `kept` says which patches are informative, `score` is relative
-    to its mean, `cluster` is the informative patch that represents each patch, None unless it is the nearest.
-    """
-
-    image: np.ndarray
-    label: int | None
-    probabilities: np.ndarray
-    selections: dict[str, Selection]
-
-
-class View(NamedTuple):
-    """A picture of an image or of a selection: the end of its file's name, a title, pixels, the patches to outline."""
-
-    ending: str
-    title: str
-    pixels: np.ndarray
-    kept: np.ndarray | None = None
-
 
 def get_parser() -> utils.Parser:
     parser = utils.Parser(__doc__)
-    for add in (models.add_arguments, datasets.add_arguments, utils.add_arguments):
+    for add in (models.add_arguments, datasets.add_image_arguments, utils.add_arguments):
         add(parser)
     add = parser.add_argument_group('pictures').add_argument
-    add('--resume', required=True, metavar='PATH', help='checkpoint: path or URL; published, ours or of timm')
+    add('--resume', default='', metavar='PATH', help='checkpoint: path or URL; published, ours or of timm')
+    add('--log', nargs='+', default=[], metavar='RUN', help='draw the learning curves of these output folders instead')
     add('--output_dir', default='output', metavar='PATH', help='where the pictures go')
     add('--img-path', nargs='+', default=[], metavar='PATH', help='images or folders, instead of a dataset')
     add('--save-name', default='', metavar='NAME', help='name of one image, prefix of several')
     add('--layer-wise-prune', action='store_true', help='select before each layer, whatever the model was trained for')
     add('--format', default='png', choices=['png', 'jpg', 'pdf'], help='of sheets; copies are always png')
-    add('--animate', action='store_true', help='also write the pictures of an image as a GIF')
     add('--score', action='store_true', help='measure how much of the objects is kept in all of val (SHAPES only)')
     parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='')
     return parser
@@ -111,36 +83,41 @@ def get_parser() -> utils.Parser:
 def main():
     args = get_parser().parse_args()
     check_arguments(args)
+    prefix = f'{args.save_name}_' if args.save_name else ''
+    runs = curves.read_logs(args.log)
     files = find_images(args.img_path)
     output = prepare_output_dir(Path(args.output_dir).expanduser(), files)
+    if runs:
+        write_figure(output, f'{prefix}curves', curves.draw_curves(runs), args.format)
+        return
     device = utils.set_up_processes(args)
     content = weights.read_checkpoint(args.resume, print_rank0)
     args = checkpoint.restore_model_args(args, content)
     config = datasets.data_config(args, args.model)
-    print_rank0(datasets.describe(config))
     names, num_classes = checkpoint.find_classes(content, args.model)
     model = load_model(args, content, num_classes or 0, config.input_size).to(device)
-    print_rank0(f'{args.model}: computed in fp32, whatever the precision of its training')
+    print_rank0(f'{datasets.describe(config)}\n{args.model}: computed in fp32, whatever the precision of its training')
 
     from_dataset = args.data_path or args.data_set == 'SHAPES'
     dataset = datasets.build_dataset(args, config, False, names, num_classes) if from_dataset else None
     classes = class_names(dataset.classes if dataset else names, model.num_classes)
-    prefix = f'{args.save_name}_' if args.save_name else ''
     if args.score:
-        shares = object_shares(model, dataset, args.batch_size)
-        write_figure(output, f'{prefix}score', report_shares(shares), args.format)
+        print_shares(object_shares(model, dataset, args.batch_size))
     if files:
-        titles = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
-        batches = load_photos(files, titles, datasets.build_transform(config), args.batch_size)
+        names = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
+        transform = datasets.build_transform(config)
+        samples = ((name, transform(load_upright(f)), None) for name, f in zip(names, files, strict=True))
     else:
-        batches = [random_samples(dataset, classes, args.batch_size, args.seed, prefix)]
-    for number, batch in enumerate(batches, 1):
-        titles, images, labels = zip(*batch, strict=True)
+        samples = random_samples(dataset, classes, args.batch_size, args.seed, prefix)
+    number = 0
+    while batch := list(islice(samples, args.batch_size)):
+        names, images, labels = zip(*batch, strict=True)
         predictions = predict(model, torch.stack(images).to(device), labels, config.mean, config.std)
-        write_pictures(output, titles, predictions, classes, args.format, args.animate)
+        write_pictures(output, names, predictions, classes, args.format)
+        number += 1
         if len(predictions) > 1:
-            title = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
-            write_figure(output, title, draw_contact(predictions, classes), args.format)
+            name = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
+            write_figure(output, name, draw_contact(predictions, classes), args.format)
 
 
 # --- input
@@ -150,8 +127,16 @@ def check_arguments(args: argparse.Namespace):
     """InputError for flags that cannot work."""
     if not re.fullmatch(r'([^./\\\0][^/\\\0]{0,49})?', args.save_name):
         raise InputError(f'--save-name {args.save_name!r}: expected up to 50 characters, no folders, no dot at first')
+    if args.log and (args.resume or args.img_path):
+        raise InputError('--log draws learning curves alone; leave out --resume and --img-path, or --log')
+    if args.log:
+        return
+    if not args.resume:
+        raise InputError('expected --resume with a checkpoint, or --log with the output folder of a run')
     if not (args.img_path or args.data_path or args.data_set == 'SHAPES'):
         raise InputError('no images: expected --img-path, --data-path, or --data-set SHAPES')
+    if args.data_set.startswith('wds/'):
+        raise InputError('--data-set wds/ is a stream, from which no images can be chosen; expected --img-path')
     if args.score and args.data_set != 'SHAPES':
         raise InputError(f'--score: only SHAPES knows where its objects are, not {args.data_set}')
     utils.check_source('--resume', args.resume)
@@ -163,11 +148,10 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     for path in (Path(path).expanduser() for path in paths):
         if not path.exists():
             raise InputError(f'--img-path {path}: {path.absolute()} does not exist')
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        inside = [p for p in inside if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith('.')]
-        if path.is_dir() and not inside:
+        files = sorted(path.glob('[!.]*')) if path.is_dir() else [path]
+        if path.is_dir() and not (files := [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]):
             raise InputError(f'--img-path {path}: no images there; expected names in {", ".join(IMG_EXTENSIONS)}')
-        images += inside or [path]
+        images += files
     return images
 
 
@@ -205,21 +189,12 @@ def class_names(names: list[str] | None, count: int) -> list[str]:
     return [descriptions.get(name, name).split(',')[0] for name in names]
 
 
-def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, prefix: str) -> list[tuple]:
+def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, prefix: str) -> Iterator[tuple]:
     """Up to `count` random ones of a dataset: name of the pictures, normalised image (3, height, width), label."""
-    samples = []
     for index in np.random.default_rng(seed).permutation(len(dataset))[:count].tolist():
         image, label = dataset[index]
         name = re.sub(r'[^\w-]+', '_', classes[label])[:60]
-        samples.append((f'{prefix}{name}_seed{seed}_{index}', image, label))
-    return samples
-
-
-def load_photos(files: list[Path], names: list[str], transform: Callable, batch_size: int) -> Iterator[list[tuple]]:
-    """Batches of photographs, as those of `random_samples`, with None for the label."""
-    for start in range(0, len(files), batch_size):
-        part = slice(start, start + batch_size)
-        yield [(name, transform(load_upright(f)), None) for name, f in zip(names[part], files[part], strict=True)]
+        yield f'{prefix}{name}_seed{seed}_{index}', image, label
 
 
 def picture_names(files: Sequence[Path], prefix: str) -> list[str]:
@@ -237,10 +212,10 @@ def picture_names(files: Sequence[Path], prefix: str) -> list[str]:
 
 
 def load_upright(path: Path) -> Image.Image:
-    """A photograph as RGB, turned as its EXIF says. (Evaluation does not turn: see datasets.load_image.)"""
-    image = datasets.load_image(path)
+    """A photograph as RGB, turned as its EXIF says. (Evaluation does not turn: see load_image.)"""
+    image = load_image(path)
     try:
-        with Image.open(path, formats=datasets.FORMATS) as header:
+        with Image.open(path, formats=FORMATS) as header:
             image.info = header.info  # which a conversion may have lost
         return ImageOps.exif_transpose(image)
     except Exception as error:  # damaged EXIF data raises many kinds
@@ -266,11 +241,11 @@ def predict(
     predictions = [Prediction(*parts, {}) for parts in zip(pixels, labels, probabilities, strict=True)]
     for name, (kept, score, cluster) in selections.items():
         grid = grid_shape(score.shape[1], *images.shape[2:])
-        kept = torch.zeros_like(score).scatter(1, kept, 1.0).bool()
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, kept, True)
         parts = kept, score / score.mean(1, keepdim=True), cluster
-        parts = [None if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
-        for i, prediction in enumerate(predictions):
-            prediction.selections[name] = Selection(*(None if part is None else part[i] for part in parts))
+        parts = [[None] * len(kept) if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
+        for prediction, *selection in zip(predictions, *parts, strict=True):
+            prediction.selections[name] = Selection(*selection)
     return predictions
 
 
@@ -299,200 +274,22 @@ def object_shares(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -> 
     return {name: (torch.cat(share).cpu().numpy(), chance[name]) for name, share in shares.items()}
 
 
-# --- words
-
-
-def slug(selection: str) -> str:
-    """'stages.1.blocks.0' as a part of a file name: 'stage1_block0'."""
-    return selection.replace('s.', '').replace('.', '_')
-
-
-def label(selection: str) -> str:
-    """'stages.1.blocks.0' in words: 'stage 1, block 0'."""
-    return re.sub(r'(\d+)', r' \1', slug(selection)).replace('_', ', ')
-
-
-def describe(prediction: Prediction, classes: list[str]) -> tuple[str, str]:
-    """Whether a prediction is 'right' or 'wrong' ('' without a label), and a text ('' for a model without a head)."""
-    if not prediction.probabilities.size:
-        return '', ''
-    best, true = prediction.probabilities.argmax(), prediction.label
-    text = f'{classes[best]} {prediction.probabilities[best]:.0%}'
-    if true in (None, best):
-        return '' if true is None else 'right', text
-    return 'wrong', f'{text} (true: {classes[true]} {prediction.probabilities[true]:.0%})'
-
-
-def likely_classes(prediction: Prediction, classes: list[str]) -> str:
-    """A line for each of the three most likely classes, and for the true one."""
-    order, true = prediction.probabilities.argsort()[::-1].tolist(), prediction.label
-    shown = order[:3] + [c for c in order[3:] if c == true]
-    lines = [f'{classes[c]} {prediction.probabilities[c]:.0%}{" (true)" if c == true else ""}' for c in shown]
-    return '\n'.join(lines)
-
-
-def report_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
-    """Print and draw how much of the object each selection keeps beside what chance would keep."""
-    names = [label(name) for name in shares]
-    means = [100 * share.mean() for share, _ in shares.values()]
-    intervals = [196 * share.std() / math.sqrt(len(share)) for share, _ in shares.values()]
-    for name, mean, interval, (share, chance) in zip(names, means, intervals, shares.values(), strict=True):
-        kept = f'keeps {mean:.1f} +- {interval:.1f} % of the object, chance {100 * chance:.1f} %'
-        print_rank0(f'{name:<16} {kept}, more in {(share > chance).mean():.0%} of the images')
+def print_shares(shares: dict[str, tuple[np.ndarray, float]]):
+    """Print how much of the object each selection keeps beside what chance would keep."""
+    for name, (share, chance) in shares.items():
+        interval = 1.96 * share.std() / math.sqrt(len(share))
+        print_rank0(
+            f'{label(name):<16} keeps {100 * share.mean():.1f} +- {100 * interval:.1f} % of the object, '
+            f'chance {100 * chance:.1f} %, more in {(share > chance).mean():.0%} of the images'
+        )
     print_rank0(f'(mean share of its area over {len(share)} images, with the 95 % interval of the mean)')
-    figure = Figure((max(4.0, 0.8 * len(names) + 2), 3), layout='constrained')
-    axes = figure.subplots()
-    chances = [100 * chance for _, chance in shares.values()]
-    axes.errorbar(names, means, intervals, color=BLUE, marker='o', capsize=3, label='of the object')
-    axes.plot(names, chances, '--s', color=ORANGE, label='by chance')
-    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='share kept (%)')
-    axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
-    axes.legend(frameon=False, loc='lower right')
-    return figure
-
-
-# --- pixels
-
-
-def pixel_patches(image: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row and each column of the pixels, the row and the column of patches that it is in.
-
-    Every grid covers the image evenly. A patch of Evo-LeViT's coarser grids takes the place of one of the finer grid
-    (every second), and so covers it, also where 7 rows become 4.
-    """
-    rows, columns = (np.arange(image.shape[i]) * grid.shape[i] // image.shape[i] for i in (0, 1))
-    return rows, columns
-
-
-def fade(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The image (height, width, 3) with all patches faded and hatched but those kept (rows, columns)."""
-    y, x = pixel_patches(image, kept)
-    # White alone would not show on pale images, nor grey on grey ones: diagonal lines on white do on all.
-    patch = min(len(y) // kept.shape[0], len(x) // kept.shape[1])
-    period = max(2, min(max(4, min(len(y), len(x)) // 28), patch))
-    lines = np.add.outer(np.arange(len(y)), np.arange(len(x))) % period < max(1, period // 4)
-    veil = np.where(lines, HATCH_GREY, 255)[:, :, None]
-    faded = np.rint(FADED * image + (1 - FADED) * veil).astype(np.uint8)
-    return np.where(kept[y][:, x, None], image, faded)
-
-
-def mosaic(image: np.ndarray, kept: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """The image (height, width, 3) with placeholders in the mean colour of their cluster, kept patches as they are.
-
-    An outline inside the placeholders parts them from other clusters; it is darker than a light fill and lighter than
-    a dark one, so that it shows on any image.
-    """
-    y, x = pixel_patches(image, kept)
-    labels = cluster[y][:, x]
-    sums = [np.bincount(labels.ravel(), channel.ravel()) for channel in np.moveaxis(image, 2, 0)]
-    mean = np.stack(sums, 1) / np.bincount(labels.ravel())[:, None]
-    dark = mean @ (0.299, 0.587, 0.114) < 128
-    line = (1 - LINE) * mean + LINE * 255 * dark[:, None]
-    height, width = labels.shape
-    padded = np.pad(labels, 1, 'edge')
-    shifts = (0, 1), (2, 1), (1, 0), (1, 2)
-    edge = np.any([padded[i : i + height, j : j + width] != labels for i, j in shifts], axis=0)
-    filled = np.where(edge[:, :, None], line[labels], mean[labels])
-    return np.where(kept[y][:, x, None], image, np.rint(filled).astype(np.uint8))
-
-
-def views(prediction: Prediction, names: Sequence[str]) -> list[View]:
-    """The image, and for each of the selections `names` what it keeps, and its clusters if there are any."""
-    image, result = prediction.image, [View('', 'image', prediction.image)]
-    for name in names:
-        kept, _, cluster = prediction.selections[name]
-        title = f'{label(name)}\nkeeps {kept.sum()}\nof {kept.size}'
-        result.append(View(f'_{slug(name)}', title, fade(image, kept), kept))
-        if cluster is not None:
-            title = f'{kept.sum()} patches\nrepresent\nall {kept.size}'
-            result.append(View(f'_{slug(name)}_clusters', title, mosaic(image, kept, cluster)))
-    return result
-
-
-# --- drawing
-
-
-def blank_axes(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure of a size in inches, and its axes (rows, columns), without frames."""
-    figure = Figure((width, height), layout='constrained')
-    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 0.98))  # a margin, for pages that are dark
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for each in axes.flat:
-        each.set_axis_off()
-    return figure, axes
-
-
-def draw_view(axes: Axes, view: View):
-    """Draw the pixels, with an outline around them or around the patches that are kept."""
-    height = view.pixels.shape[0] / view.pixels.shape[1]
-    kept = np.ones((1, 1), bool) if view.kept is None else view.kept
-    axes.imshow(view.pixels, extent=(0, 1, height, 0))
-    lines = []
-    for turn, grid in ((slice(None), kept), (slice(None, None, -1), kept.T)):
-        for i, j in np.argwhere(np.diff(np.pad(grid, ((1, 1), (0, 0))).astype(int), axis=0)):
-            lines.append(np.array([(j, i), (j + 1, i)])[:, turn] / kept.shape[::-1] * (1, height))
-    width = min(0.8, 8 / len(kept))
-    axes.add_collection(LineCollection(lines, colors='black', linewidths=width, clip_on=False))
-
-
-def draw_sheet(prediction: Prediction, classes: list[str]) -> Figure:
-    """One image; for each selection what it keeps, its clusters if there are any, and the score that it chose by."""
-    columns = [views(prediction, [name])[1:] for name in prediction.selections]
-    scores = [selection.score for selection in prediction.selections.values()]
-    bands, rows = math.ceil(len(columns) / MAX_COLUMNS), max(map(len, columns)) + 1
-    width = math.ceil(len(columns) / bands)
-    figure, axes = blank_axes(2.1 * (width + 1), 2.3 * rows * bands + 0.9, rows * bands, width + 1)
-    draw_view(axes[0, 0], *views(prediction, []))
-    style = dict(va='center', fontsize=9, linespacing=2, parse_math=False)
-    axes[rows - 1, 0].text(0, 0.5, likely_classes(prediction, classes), **style)
-    highest = max(np.quantile(score, 0.99) for score in scores)
-    for i, (column, score) in enumerate(zip(columns, scores, strict=True)):
-        *upper, lowest = axes[rows * (i // width) :, i % width + 1][:rows]
-        for each, view in zip(upper, column, strict=False):  # a grid of one patch has no clusters
-            draw_view(each, view)
-            each.set_title(view.title.replace('\n', ' '), fontsize=8)
-        # By the root, so that a few bright patches do not leave the others black.
-        extent = (0, 1, prediction.image.shape[0] / prediction.image.shape[1], 0)
-        heat = lowest.imshow(score, 'cividis', PowerNorm(0.5, 0, highest, clip=True), extent=extent)
-    bar = figure.colorbar(heat, ax=axes[-1, 1:].tolist(), location='bottom', aspect=40, extend='max')
-    bar.set_ticks([tick for tick in (0, 1, 2, 4, 8, 16, 32, 64, 128) if tick <= highest])
-    bar.set_label('global class attention so far, 1 = mean', fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    verdict, text = describe(prediction, classes)
-    figure.suptitle(MARKS[verdict] + text, color=COLOURS[verdict], fontsize=12, parse_math=False)
-    return figure
-
-
-def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figure:
-    """A column for each image: the image, its first, middle and last selection, the last one's clusters if there are
-    any, and the prediction.
-    """
-    names = list(predictions[0].selections)
-    names = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
-    columns = [views(prediction, names) for prediction in predictions]
-    # Of the clusters, the last ones alone.
-    shown = [i for i, view in enumerate(columns[0]) if view.kept is not None or i in (0, len(columns[0]) - 1)]
-    columns, rows = [[column[i] for i in shown] for column in columns], len(shown)
-    bands = math.ceil(len(columns) / math.ceil(math.sqrt(len(columns) * rows)))
-    width = math.ceil(len(columns) / bands)
-    figure, axes = blank_axes(1.42 * width + 0.9, (1.42 * rows + 0.3) * bands, rows * bands, width)
-    for i, (column, prediction) in enumerate(zip(columns, predictions, strict=True)):
-        cells = axes[rows * (i // width) :, i % width][:rows]
-        for each, view in zip(cells, column, strict=True):
-            draw_view(each, view)
-            if i % width == 0:
-                each.text(-0.06, 0.5, view.title, fontsize=9, ha='right', va='center', transform=each.transAxes)
-        verdict, text = describe(prediction, classes)
-        style = dict(color=COLOURS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
-        cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 20), transform=cells[-1].transAxes, **style)
-    return figure
 
 
 # --- files
 
 
 def write_pictures(
-    output: Path, names: Sequence[str], predictions: Sequence[Prediction], classes: list[str], kind: str, animate: bool
+    output: Path, names: Sequence[str], predictions: Sequence[Prediction], classes: list[str], kind: str
 ):
     """Write the copies and the sheet of each image, and print its prediction."""
     for i, (name, prediction) in enumerate(zip(names, predictions, strict=True), 1):
@@ -500,8 +297,6 @@ def write_pictures(
         name = f'{name}_{verdict}' if verdict else name
         write_copies(output, name, prediction)
         write_figure(output, f'{name}_sheet', draw_sheet(prediction, classes), kind)
-        if animate:
-            utils.atomic_write(output / f'{name}.gif', partial(save_gif, prediction))
         print_rank0(f'[{i}/{len(predictions)}] {name}: {text}')
 
 
@@ -512,22 +307,10 @@ def write_copies(output: Path, name: str, prediction: Prediction):
         utils.atomic_write(output / f'{name}{view.ending}.png', save)
 
 
-def save_gif(prediction: Prediction, file: BinaryIO):
-    """The image, then each selection."""
-    frames = []
-    for view in views(prediction, prediction.selections):
-        figure, axes = blank_axes(2.4, 2.6, 1, 1)
-        draw_view(axes[0, 0], view)
-        axes[0, 0].set_title(view.title.replace('\n', ' '), fontsize=9)
-        figure.savefig(frame := BytesIO())
-        frames.append(Image.open(frame).convert('RGB'))
-    frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=900, loop=0)
-
-
 def write_figure(output: Path, name: str, figure: Figure, kind: str):
     """Write NAME.png, NAME.jpg or NAME.pdf."""
-    options = {'pil_kwargs': {'quality': 85}} if kind == 'jpg' else {}
-    utils.atomic_write(output / f'{name}.{kind}', partial(figure.savefig, format=kind, dpi=150, **options))
+    options, path = {'pil_kwargs': {'quality': 85}} if kind == 'jpg' else {}, output / f'{name}.{kind}'
+    utils.atomic_write(path, partial(figure.savefig, format=kind, dpi=150, **options))
 
 
 if __name__ == '__main__':

@@ -826,7 +826,7 @@ def test_row_10_by_every_flag(script, image_folder, tmp_path, kind, name, flags)
     if name == 'main_levit':
         small += ['--model', 'EvoLeViT_128S', '--input-size', 64, '--teacher-model', 'regnety_002']
     if name == 'visualize':
-        small = [*NANO[:8], '--data-path', image_folder, '--output_dir', tmp_path / 'out']
+        small = [*NANO[:6], '--data-path', image_folder, '--output_dir', tmp_path / 'out']
     with pytest.raises(InputError, match=r'bad\.pth'):
         script(name, *small, *flags, path)
     assert not proof.exists()

@@ -1,5 +1,6 @@
 """Pictures show what the models select; files are whole or not there; wrong input is named."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import nn
 
+import curves
 import datasets
+import drawing
 import models
 import shapes
 import visualize
@@ -115,7 +118,7 @@ def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
         np.testing.assert_allclose(prediction.probabilities, logits[i].softmax(0), atol=1e-6)
         for (selection, kept), rows in zip(selections.items(), grids, strict=True):
             shown, score, _ = prediction.selections[selection]
-            assert unfaded(prediction.image, visualize.fade(prediction.image, shown), rows) == kept[i].tolist()
+            assert unfaded(prediction.image, drawing.fade(prediction.image, shown), rows) == kept[i].tolist()
             assert score[shown].min(initial=np.inf) >= score[~shown].max() and score.mean() == pytest.approx(
                 1, abs=1e-3
             )
@@ -129,7 +132,7 @@ def test_placeholders_are_told_from_kept_patches_on_any_image(side, rows):
     colours = [np.broadcast_to(255 * np.array(rgb), (side, side, 3)) for rgb in np.ndindex(2, 2, 2)]
     for image in (*plain, *colours, 40 * noise, 215 + 40 * noise, 255 * noise):
         image = image.astype(np.uint8)
-        faded = visualize.fade(image, np.zeros((rows, rows), bool))
+        faded = drawing.fade(image, np.zeros((rows, rows), bool))
         before, after = (
             np.stack([part for row in np.array_split(grey, rows) for part in np.array_split(row, rows, 1)])
             for grey in (np.asarray(Image.fromarray(pixels).convert('L')).astype(int) for pixels in (image, faded))
@@ -146,7 +149,7 @@ def test_a_coarser_patch_covers_the_one_it_comes_from(rows):
     for i in range(coarse):
         fine, kept = np.zeros((rows, rows), bool), np.zeros((coarse, coarse), bool)
         fine[2 * i, 0] = kept[i, 0] = True
-        assert (visualize.fade(image, kept)[visualize.fade(image, fine) == 0] == 0).all()
+        assert (drawing.fade(image, kept)[drawing.fade(image, fine) == 0] == 0).all()
 
 
 NEAREST = {
@@ -175,7 +178,7 @@ def test_clusters_are_those_of_the_model(name):
             shown = prediction.selections[selection]
             rows, columns = shown.kept.shape
             assert np.flatnonzero(shown.kept).tolist() == kept[i].sort().values.tolist()
-            picture = visualize.mosaic(prediction.image, shown.kept, shown.cluster)
+            picture = drawing.mosaic(prediction.image, shown.kept, shown.cluster)
             y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
             labels, informative = cluster[i].reshape(rows, columns).numpy()[y][:, x], shown.kept[y][:, x]
             np.testing.assert_array_equal(picture[informative], prediction.image[informative])
@@ -199,7 +202,7 @@ def test_clusters_are_told_apart_on_any_image(side, rows):
     labels = cluster[y][:, x]
     for rgb in (*np.ndindex(2, 2, 2), *((level / 16,) * 3 for level in range(17))):
         image = np.broadcast_to(np.rint(255 * np.array(rgb)), (side, side, 3)).astype(np.uint8)
-        picture = visualize.mosaic(image, kept, cluster)
+        picture = drawing.mosaic(image, kept, cluster)
         grey = np.asarray(Image.fromarray(picture).convert('L')).astype(int)
         plain = int(Image.fromarray(image[:1, :1]).convert('L').getpixel((0, 0)))
         for pixels, numbers in ((grey, labels), (grey.T, labels.T)):
@@ -228,7 +231,7 @@ def test_grids_that_are_not_square_are_outlined_in_place():
     kept = np.zeros((2, 4), bool)
     kept[1, 2] = True
     axes = Figure().subplots()
-    visualize.draw_view(axes, visualize.View('', '', visualize.fade(np.zeros((32, 64, 3), np.uint8), kept), kept))
+    drawing.draw_view(axes, drawing.View('', '', drawing.fade(np.zeros((32, 64, 3), np.uint8), kept), kept))
     corners = {tuple(point) for line in axes.collections[0].get_segments() for point in line}
     assert corners == {(0.5, 0.25), (0.75, 0.25), (0.5, 0.5), (0.75, 0.5)}
     assert axes.images[0].get_extent() == [0, 1, 0.5, 0]
@@ -261,7 +264,7 @@ def test_a_sheet_of_a_grid_without_clusters():
     with torch.inference_mode():
         (prediction,) = visualize.predict(model, torch.randn(1, 3, 32, 32), [1])
     clusters = [selection.cluster is not None for selection in prediction.selections.values()]
-    figure = visualize.draw_sheet(prediction, ['ant', 'bee'])
+    figure = drawing.draw_sheet(prediction, ['ant', 'bee'])
     # The image, three selections with their scores, and the clusters of one.
     assert clusters == [True, False, False] and sum(bool(axes.images) for axes in figure.axes) == 1 + 2 * 3 + 1
 
@@ -277,11 +280,11 @@ def test_a_backbone_without_a_head_is_shown(script, tmp_path, image_folder):
 
 
 def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
-    prediction = visualize.Prediction(np.zeros((32, 32, 3), np.uint8), None, np.array([0.2, 0.8]), {})
+    prediction = drawing.Prediction(np.zeros((32, 32, 3), np.uint8), None, np.array([0.2, 0.8]), {})
     for block in range(4):
         kept = np.arange(16).reshape(4, 4) < 8
         prediction.selections[f'blocks.{block}'] = Selection(kept, np.ones((4, 4)), np.arange(16).reshape(4, 4) % 8)
-    figure = visualize.draw_contact([prediction] * 7, ['ant', 'bee'])
+    figure = drawing.draw_contact([prediction] * 7, ['ant', 'bee'])
     drawn = [axes for axes in figure.axes if axes.images]
     texts = [text.get_text() for axes in drawn for text in axes.texts]
     assert len(drawn) == 7 * 5 and texts.count('bee 80%') == 7
@@ -316,7 +319,7 @@ def test_a_batch_is_a_function_of_the_seed(script, checkpoint, image_folder, tmp
     assert one == two
     chosen = [{name.split('_')[2] for name in pictures if 'block4' in name} for pictures in (one, three)]
     assert len(chosen[0]) == 2 and chosen[0] != chosen[1]
-    dataset = datasets.image_folder(image_folder / 'val', np.asarray)
+    dataset = datasets.ImageFiles(*datasets.image_folder(image_folder / 'val'), np.asarray)
     for name in one:
         if name.endswith('_sheet.png'):
             kind, seed, index, verdict, _ = name.split('_')
@@ -382,14 +385,12 @@ def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
     assert model.patch_embed.img_size == (16, 16)
 
 
-def test_layers_and_animation(script, checkpoint, tmp_path):
+def test_layers(script, checkpoint, tmp_path):
     photograph(40, 32).save(tmp_path / 'a.png')
     flags = ['--model', 'EvoLeViT_128S', '--resume', checkpoint('EvoLeViT_128S'), '--img-path', tmp_path / 'a.png']
-    script('visualize', *flags, '--output_dir', tmp_path / 'out', '--layer-wise-prune', '--animate')
+    script('visualize', *flags, '--output_dir', tmp_path / 'out', '--layer-wise-prune')
     layers = {f'a_stage{i}_block{j}.png' for i, depth in ((1, 3), (2, 4)) for j in range(depth)}
-    assert {p.name for p in (tmp_path / 'out').iterdir()} == layers | {'a.png', 'a_sheet.png', 'a.gif'}
-    with Image.open(tmp_path / 'out/a.gif') as gif:
-        assert gif.n_frames == 1 + len(layers)
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == layers | {'a.png', 'a_sheet.png'}
 
 
 def test_any_photograph(script, checkpoint, tmp_path):
@@ -488,13 +489,12 @@ def test_the_share_of_the_object():
     assert found['chance'] == pytest.approx(0.5, abs=0.03)
 
 
-def test_score_is_printed_and_drawn(script, checkpoint, tmp_path, monkeypatch):
+def test_score_is_printed(script, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.Shapes.LENGTHS, 'val', 20)
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32', 10)]
     flags += ['--data-set', 'SHAPES', '--score', '--batch-size', 1, '--layer-wise-prune', '--output_dir', tmp_path]
     printed = script('visualize', *flags)
     assert printed.count('% of the object, chance 50.0 %') == 8 and '20 images' in printed
-    assert (tmp_path / 'score.png').exists()
 
 
 def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, image_folder):
@@ -549,3 +549,98 @@ def test_a_failed_picture_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match='x.png could not be written.*no space left'):
         visualize.write_figure(tmp_path, 'x', Figure(), 'png')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flag', ['--mixup', '--aa', '--reprob', '--num_workers', '--smoothing'])
+def test_pictures_have_no_flags_of_training(flag, capsys):
+    with pytest.raises(SystemExit):
+        visualize.get_parser().parse_args(['--resume', 'x', flag, '1'])
+    assert f'unrecognized arguments: {flag}' in capsys.readouterr().err
+
+
+def write_run(folder, losses=(2.0, 1.5, 1.25)) -> list[dict]:
+    """A run's log, as training writes it; evaluated in the first and the last epoch."""
+    folder.mkdir(parents=True)
+    lines = []
+    for epoch, loss in enumerate(losses):
+        line = dict(
+            epoch=epoch,
+            train_loss=loss,
+            train_lr=1e-3 / (epoch + 1),
+            selection=f'{"layer" if epoch < 2 else "stage"}-wise',
+        )
+        if epoch in (0, len(losses) - 1):
+            line |= dict(test_loss=loss - 0.1, test_acc1=50.0 + epoch, test_ema_acc1=None if epoch else 40.0)
+        lines.append(line)
+    (folder / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return lines
+
+
+def curves_of(axes) -> list[list[tuple]]:
+    return [
+        list(zip(*line.get_data(), strict=True))
+        for line in axes.lines
+        if len(line.get_xdata()) != 2 or line.get_marker() != 'None'
+    ]
+
+
+def test_learning_curves_are_the_numbers_of_the_log(tmp_path, script):
+    lines = {'a': write_run(tmp_path / 'a'), 'b': write_run(tmp_path / 'b', (3.0, 2.5))}
+    runs = curves.read_logs([str(tmp_path / name) for name in lines])
+    figure = curves.draw_curves(runs)
+    loss, top1, rate = figure.axes
+    assert (loss.get_title(), top1.get_title(), rate.get_title()) == ('loss', 'validation top-1 (%)', 'learning rate')
+    assert {axes.get_xlabel() for axes in figure.axes} == {'epoch'}
+    expected = []
+    for run in lines.values():
+        expected.append([(line['epoch'], line['train_loss']) for line in run])
+        expected.append([(line['epoch'], line['test_loss']) for line in run if 'test_loss' in line])
+    assert curves_of(loss) == expected
+    assert curves_of(rate) == [[(line['epoch'], line['train_lr']) for line in run] for run in lines.values()]
+    assert [curve for curve in curves_of(top1) if curve[0][1] == 50] == [[(0, 50), (2, 52)], [(0, 50), (1, 51)]]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ['a: best 52.00 % in epoch 2', 'b: best 51.00 % in epoch 1']
+    # Without colour too, runs differ by their markers, and training from validation by the line.
+    assert len({line.get_marker() for line in rate.lines}) == 2
+    assert [line.get_linestyle() for line in loss.lines] == ['-', '--'] * 2
+    script('visualize', '--log', tmp_path / 'a', tmp_path / 'b' / 'log.txt', '--output_dir', tmp_path / 'out')
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['curves.png']
+
+
+def test_the_curves_of_one_run_show_where_selection_changes(tmp_path):
+    write_run(tmp_path / 'a')
+    figure = curves.draw_curves(curves.read_logs([str(tmp_path / 'a')]))
+    assert [text.get_text() for text in figure.axes[1].texts] == [' stage-wise']
+    assert list(figure.axes[1].lines[-1].get_xdata()) == [1.5, 1.5]
+
+
+def test_logs_of_runs_with_the_same_name_are_told_apart(tmp_path):
+    for name in 'ab':
+        write_run(tmp_path / name / 'run')
+    sources = [str(tmp_path / name / 'run') for name in 'ab']
+    assert list(curves.read_logs(sources)) == sources
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (None, 'is not a file'),
+        ('', 'is empty'),
+        ('{"epoch": 0}\nnot json\n', 'expected a line of JSON'),
+        ('[1]\n', 'expected a line'),
+    ],
+)
+def test_logs_that_cannot_be_drawn(content, message, tmp_path, script):
+    if content is not None:
+        (tmp_path / 'log.txt').write_text(content)
+    with pytest.raises(InputError, match=f'--log {tmp_path}.*{message}'):
+        script('visualize', '--log', tmp_path, '--output_dir', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'flags, message', [([], 'expected --resume'), (['--log', 'x', '--resume', 'y'], 'curves alone')]
+)
+def test_a_checkpoint_or_a_log_is_needed(flags, message, script):
+    with pytest.raises(InputError, match=message):
+        script('visualize', *flags)

@@ -11,7 +11,7 @@ from conftest import images, without_gradient
 from conftest import small_vit as dense
 from timm.models import VisionTransformer
 from timm.models._features import FeatureGetterNet
-from torch import nn
+from torch import Tensor, nn
 
 from costs import count_gmacs
 from models import evolution, rivals, vit

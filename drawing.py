@@ -1,0 +1,213 @@
+"""Pictures of predictions: pixels that show a selection, a sheet for an image, a contact sheet for several."""
+
+import math
+import re
+from collections.abc import Sequence
+from textwrap import fill
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from models.evolution import Selection
+
+FADED = 0.3  # share of a placeholder's own colour, as published; the rest is white, or the grey of the hatching
+HATCH_GREY = 128
+LINE = 0.45  # share of black or white in the outline of a cluster
+BLUE, ORANGE = '#0072B2', '#D55E00'  # told apart by colour-blind eyes
+MARKS, COLOURS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
+MAX_COLUMNS = 5  # selections side by side in a sheet
+
+
+class Prediction(NamedTuple):
+    """An image (height, width, 3), uint8, as a model sees it, its class probabilities, and selections by name.
+
+    The parts of a selection are grids (rows, columns): `kept` says which patches are informative, `score` is relative
+    to its mean, `cluster` is the informative patch that represents each patch, None unless it is the nearest.
+    """
+
+    image: np.ndarray
+    label: int | None
+    probabilities: np.ndarray
+    selections: dict[str, Selection]
+
+
+class View(NamedTuple):
+    """A picture of an image or of a selection: the end of its file's name, a title, pixels, the patches to outline."""
+
+    ending: str
+    title: str
+    pixels: np.ndarray
+    kept: np.ndarray | None = None
+
+
+# --- words
+
+
+def slug(selection: str) -> str:
+    """'stages.1.blocks.0' as a part of a file name: 'stage1_block0'."""
+    return selection.replace('s.', '').replace('.', '_')
+
+
+def label(selection: str) -> str:
+    """'stages.1.blocks.0' in words: 'stage 1, block 0'."""
+    return re.sub(r'(\d+)', r' \1', slug(selection)).replace('_', ', ')
+
+
+def describe(prediction: Prediction, classes: list[str]) -> tuple[str, str]:
+    """Whether a prediction is 'right' or 'wrong' ('' without a label), and a text ('' for a model without a head)."""
+    if not prediction.probabilities.size:
+        return '', ''
+    best, true = prediction.probabilities.argmax(), prediction.label
+    text = f'{classes[best]} {prediction.probabilities[best]:.0%}'
+    if true in (None, best):
+        return '' if true is None else 'right', text
+    return 'wrong', f'{text} (true: {classes[true]} {prediction.probabilities[true]:.0%})'
+
+
+def likely_classes(prediction: Prediction, classes: list[str]) -> str:
+    """A line for each of the three most likely classes, and for the true one."""
+    order, true = prediction.probabilities.argsort()[::-1].tolist(), prediction.label
+    shown = order[:3] + [c for c in order[3:] if c == true]
+    lines = [f'{classes[c]} {prediction.probabilities[c]:.0%}{" (true)" if c == true else ""}' for c in shown]
+    return '\n'.join(lines)
+
+
+# --- pixels
+
+
+def pixel_patches(image: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row and each column of the pixels, the row and the column of patches that it is in.
+
+    Every grid covers the image evenly. A patch of Evo-LeViT's coarser grids takes the place of one of the finer grid
+    (every second), and so covers it, also where 7 rows become 4.
+    """
+    rows, columns = (np.arange(image.shape[i]) * grid.shape[i] // image.shape[i] for i in (0, 1))
+    return rows, columns
+
+
+def fade(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The image (height, width, 3) with all patches faded and hatched but those kept (rows, columns)."""
+    y, x = pixel_patches(image, kept)
+    # White alone would not show on pale images, nor grey on grey ones: diagonal lines on white do on all.
+    patch = min(len(y) // kept.shape[0], len(x) // kept.shape[1])
+    period = max(2, min(max(4, min(len(y), len(x)) // 28), patch))
+    lines = np.add.outer(np.arange(len(y)), np.arange(len(x))) % period < max(1, period // 4)
+    veil = np.where(lines, HATCH_GREY, 255)[:, :, None]
+    faded = np.rint(FADED * image + (1 - FADED) * veil).astype(np.uint8)
+    return np.where(kept[y][:, x, None], image, faded)
+
+
+def mosaic(image: np.ndarray, kept: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    """The image (height, width, 3) with placeholders in the mean colour of their cluster, kept patches as they are.
+
+    An outline inside the placeholders parts them from other clusters; it is darker than a light fill and lighter than
+    a dark one, so that it shows on any image.
+    """
+    y, x = pixel_patches(image, kept)
+    labels = cluster[y][:, x]
+    sums = [np.bincount(labels.ravel(), channel.ravel()) for channel in np.moveaxis(image, 2, 0)]
+    mean = np.stack(sums, 1) / np.bincount(labels.ravel())[:, None]
+    dark = mean @ (0.299, 0.587, 0.114) < 128
+    line = (1 - LINE) * mean + LINE * 255 * dark[:, None]
+    height, width = labels.shape
+    padded = np.pad(labels, 1, 'edge')
+    shifts = (0, 1), (2, 1), (1, 0), (1, 2)
+    edge = np.any([padded[i : i + height, j : j + width] != labels for i, j in shifts], axis=0)
+    filled = np.where(edge[:, :, None], line[labels], mean[labels])
+    return np.where(kept[y][:, x, None], image, np.rint(filled).astype(np.uint8))
+
+
+def views(prediction: Prediction, names: Sequence[str]) -> list[View]:
+    """The image, and for each of the selections `names` what it keeps, and its clusters if there are any."""
+    image, result = prediction.image, [View('', 'image', prediction.image)]
+    for name in names:
+        kept, _, cluster = prediction.selections[name]
+        title = f'{label(name)}\nkeeps {kept.sum()}\nof {kept.size}'
+        result.append(View(f'_{slug(name)}', title, fade(image, kept), kept))
+        if cluster is not None:
+            title = f'{kept.sum()} patches\nrepresent\nall {kept.size}'
+            result.append(View(f'_{slug(name)}_clusters', title, mosaic(image, kept, cluster)))
+    return result
+
+
+# --- drawing
+
+
+def blank_axes(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure of a size in inches, and its axes (rows, columns), without frames."""
+    figure = Figure((width, height), layout='constrained')
+    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 0.98))  # a margin, for pages that are dark
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
+        each.set_axis_off()
+    return figure, axes
+
+
+def draw_view(axes: Axes, view: View):
+    """Draw the pixels, with an outline around them or around the patches that are kept."""
+    height = view.pixels.shape[0] / view.pixels.shape[1]
+    kept = np.ones((1, 1), bool) if view.kept is None else view.kept
+    axes.imshow(view.pixels, extent=(0, 1, height, 0))
+    lines = []
+    for turn, grid in ((slice(None), kept), (slice(None, None, -1), kept.T)):
+        for i, j in np.argwhere(np.diff(np.pad(grid, ((1, 1), (0, 0))).astype(int), axis=0)):
+            lines.append(np.array([(j, i), (j + 1, i)])[:, turn] / kept.shape[::-1] * (1, height))
+    width = min(0.8, 8 / len(kept))
+    axes.add_collection(LineCollection(lines, colors='black', linewidths=width, clip_on=False))
+
+
+def draw_sheet(prediction: Prediction, classes: list[str]) -> Figure:
+    """One image; for each selection what it keeps, its clusters if there are any, and the score that it chose by."""
+    columns = [views(prediction, [name])[1:] for name in prediction.selections]
+    scores = [selection.score for selection in prediction.selections.values()]
+    bands, rows = math.ceil(len(columns) / MAX_COLUMNS), max(map(len, columns)) + 1
+    width = math.ceil(len(columns) / bands)
+    figure, axes = blank_axes(2.1 * (width + 1), 2.3 * rows * bands + 0.9, rows * bands, width + 1)
+    draw_view(axes[0, 0], *views(prediction, []))
+    style = dict(va='center', fontsize=9, linespacing=2, parse_math=False)
+    axes[rows - 1, 0].text(0, 0.5, likely_classes(prediction, classes), **style)
+    highest = max(np.quantile(score, 0.99) for score in scores)
+    for i, (column, score) in enumerate(zip(columns, scores, strict=True)):
+        *upper, lowest = axes[rows * (i // width) :, i % width + 1][:rows]
+        for each, view in zip(upper, column, strict=False):  # a grid of one patch has no clusters
+            draw_view(each, view)
+            each.set_title(view.title.replace('\n', ' '), fontsize=8)
+        # By the root, so that a few bright patches do not leave the others black.
+        extent = (0, 1, prediction.image.shape[0] / prediction.image.shape[1], 0)
+        heat = lowest.imshow(score, 'cividis', PowerNorm(0.5, 0, highest, clip=True), extent=extent)
+    bar = figure.colorbar(heat, ax=axes[-1, 1:].tolist(), location='bottom', aspect=40, extend='max')
+    bar.set_ticks([tick for tick in (0, 1, 2, 4, 8, 16, 32, 64, 128) if tick <= highest])
+    bar.set_label('global class attention so far, 1 = mean', fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    verdict, text = describe(prediction, classes)
+    figure.suptitle(MARKS[verdict] + text, color=COLOURS[verdict], fontsize=12, parse_math=False)
+    return figure
+
+
+def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figure:
+    """A column for each image: the image, its first, middle and last selection, the last one's clusters if there are
+    any, and the prediction.
+    """
+    names = list(predictions[0].selections)
+    names = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
+    columns = [views(prediction, names) for prediction in predictions]
+    # Of the clusters, the last ones alone.
+    shown = [i for i, view in enumerate(columns[0]) if view.kept is not None or i in (0, len(columns[0]) - 1)]
+    columns, rows = [[column[i] for i in shown] for column in columns], len(shown)
+    bands = math.ceil(len(columns) / math.ceil(math.sqrt(len(columns) * rows)))
+    width = math.ceil(len(columns) / bands)
+    figure, axes = blank_axes(1.42 * width + 0.9, (1.42 * rows + 0.3) * bands, rows * bands, width)
+    for i, (column, prediction) in enumerate(zip(columns, predictions, strict=True)):
+        cells = axes[rows * (i // width) :, i % width][:rows]
+        for each, view in zip(cells, column, strict=True):
+            draw_view(each, view)
+            if i % width == 0:
+                each.text(-0.06, 0.5, view.title, fontsize=9, ha='right', va='center', transform=each.transAxes)
+        verdict, text = describe(prediction, classes)
+        style = dict(color=COLOURS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
+        cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 20), transform=cells[-1].transAxes, **style)
+    return figure
