@@ -42,6 +42,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         keep_ratio: share of the patches that are informative, one number or one for each stage.
         stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...
         representative: who represents placeholders, see evolution.py: 'none' as published, 'one', or 'nearest'.
+        fused: as `fuse` leaves it, for weights that were saved so.
 
     What would not be computed exactly is a ValueError: tokens besides the class token and the patches, no positions,
     patch dropout, pooling by attention, other blocks, other attention. The defaults differ from timm's in
@@ -62,6 +63,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         keep_ratio: float | Sequence[float] = 0.5,
         stages: Sequence[int] | None = None,
         representative: str | bool = 'none',
+        fused: bool = False,
         **kwargs,
     ):
         kwargs = {'global_pool': 'avg', 'fc_norm': False, 'norm_layer': partial(nn.LayerNorm, eps=1e-6)} | kwargs
@@ -76,6 +78,8 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if self.num_classes > 0:
             self._init_weights(self.head_cls)
+        if fused:
+            self.fuse()
 
     def check_arguments(self):
         """ValueError if timm's arguments built anything that this class does not compute exactly."""

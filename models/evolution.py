@@ -176,7 +176,7 @@ def novelty(patches: Tensor, score: Tensor) -> Tensor:
     placeholder finds one that is near: the peaks of density peak clustering (Rodriguez and Laio, 2014), with the class
     attention as density. COMPARED channels are enough to tell, and keep the N x N product cheap.
     """
-    # The members of a cluster have one score. Sorts order equals differently (AVX-512, ONNX Runtime): the first is first.
+    # Members of a cluster have one score, and sorts differ in how they order equals: here the first comes first.
     ramp = 1 - torch.arange(score.shape[1], device=score.device) * 2.0**-22
     order = (score * ramp).argsort(1, descending=True)
     compared = patches.detach()[..., :: max(1, patches.shape[-1] // COMPARED)]
