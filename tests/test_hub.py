@@ -94,9 +94,8 @@ def test_a_model_of_another_method_is_refused_and_what_was_there_stays(tmp_path)
 
 def test_torch_hub_has_our_models_and_evolve():
     names = [*models.evo_deit.default_cfgs, *models.evo_levit.default_cfgs, 'evolve', 'load']
-    assert all(callable(getattr(hubconf, name)) for name in names) and len(names) == 24
+    assert all(callable(getattr(hubconf, name)) for name in names) and len(names) == 23
     model = torch.hub.load(str(ROOT), 'evo_deit_nano_patch4_32', source='local', num_classes=10, keep_ratio=0.3)
     assert model.keep_ratio == (0.3, 0.3) and logits(model, 32).shape == (2, 10)
     evolved = torch.hub.load(str(ROOT), 'evolve', 'test_vit', source='local', keep_ratio=(0.6, 0.2), img_size=64)
     assert evolved.keep_ratio == (0.6, 0.2) and logits(evolved, 64).shape == (2, 1000)
-    assert 'slow-fast' in torch.hub.help(str(ROOT), 'evolve', source='local')
