@@ -14,6 +14,7 @@ from . import evo_deit, evo_levit, evolution
 from .vit import evolve
 from .weights import InputError, load_weights
 
+__version__ = '0.3.0'
 __all__ = ['InputError', 'add_arguments', 'build', 'create', 'dense_twin', 'evolve', 'load_weights']
 
 
