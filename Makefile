@@ -6,9 +6,13 @@ BIN := $(VENV)/bin
 OUTPUT ?= output/demo
 EPOCHS ?= 2
 
-.PHONY: install demo test test-slow test-rest test-oldest lint format clean
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-rest test-oldest lint format clean
 
-install: $(VENV)/installed
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## set up .venv with the tested versions
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	@echo "Installing torch and the rest into $(VENV): some 5 GB, a few minutes."
@@ -18,7 +22,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 
 # On the CPU, so that it needs no GPU; last digits differ between machines and versions of torch. Two processes train faster than two threads of one: the model is small.
 SHAPES := --device cpu --model evo_deit_nano_patch4_32 --data-set SHAPES --input-size 32
-demo: install
+demo: install ## train, evaluate and draw on a data set that is drawn by the program, in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2 main_deit.py $(SHAPES) \
 		--epochs $(EPOCHS) --batch-size 32 --lr 8e-3 --warmup-epochs 1 --warmup-lr 1e-3 --drop-path 0 --num_workers 1 \
 		--no-repeated-aug --aa '' --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --no-model-ema --overwrite --output_dir $(OUTPUT)
@@ -30,18 +34,18 @@ demo: install
 	@echo "Next, a pretrained ViT on a photo of yours: $(BIN)/python visualize.py --model deit_tiny_patch16_224 --evolve --resume WEIGHTS.pth --img-path PHOTO.jpg --output_dir $(OUTPUT)/photo"
 
 # Two halves at the same time, as two cores allow. Each prints when it is done, where make can do that.
-test: install
+test: install ## all tests
 	@echo "Testing, several minutes ..."
 	@$(MAKE) --jobs=2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-slow test-rest
 
-test-slow: install
+test-slow: install ## the tests that start processes
 	$(BIN)/python -m pytest -m slow
 
-test-rest: install
+test-rest: install ## the other tests
 	$(BIN)/python -m pytest -m 'not slow'
 
 # The same with the lowest versions that requirements.txt allows, without the slow tests, in an environment of its own.
-test-oldest: $(OLDEST)/installed
+test-oldest: $(OLDEST)/installed ## the faster tests with the oldest versions that are allowed
 	$(OLDEST)/bin/python -m pytest -m 'not slow'
 
 $(OLDEST)/installed: requirements.txt requirements-dev.txt
@@ -51,13 +55,13 @@ $(OLDEST)/installed: requirements.txt requirements-dev.txt
 	$(OLDEST)/bin/python -m pip install --quiet -r $(OLDEST)/requirements.txt
 	touch $@
 
-lint: install
+lint: install ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install
+format: install ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean: ## remove environments and the demo
 	rm -rf $(VENV) $(OLDEST) output/demo

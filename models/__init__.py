@@ -15,6 +15,7 @@ from . import evo_deit, evo_levit, evolution, rivals
 from .vit import evolve
 from .weights import InputError, load_weights
 
+__version__ = '0.3.0'
 __all__ = ['InputError', 'add_arguments', 'apply', 'build', 'create', 'dense_twin', 'evolve', 'load_weights']
 
 

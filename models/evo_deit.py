@@ -48,6 +48,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...: a
             model of 4 blocks or fewer evolves nowhere.
         representative: who represents placeholders, see evolution.py: 'none' as published, 'one', or 'nearest'.
+        fused: as `fuse` leaves it, for weights that were saved so.
 
     What would not be computed exactly is a ValueError: tokens besides the class token and the patches, no positions,
     patch dropout, pooling by attention, other blocks, other attention. The defaults differ from timm's in
@@ -68,6 +69,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         keep_ratio: float | Sequence[float] = 0.5,
         stages: Sequence[int] | None = None,
         representative: str | bool = 'none',
+        fused: bool = False,
         **kwargs,
     ):
         kwargs = {'global_pool': 'avg', 'fc_norm': False, 'norm_layer': partial(nn.LayerNorm, eps=1e-6)} | kwargs
@@ -81,6 +83,8 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
             self.head_cls = nn.Linear(self.embed_dim, self.num_classes, **like)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self._init_weights(self.head_cls)
+        if fused:
+            self.fuse()
 
     def check_arguments(self):
         """ValueError if timm's arguments built anything that this class does not compute exactly."""

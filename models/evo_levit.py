@@ -161,6 +161,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         stages: the first layer of each stage that evolves, counted over the network; by default layer 2 and the first
             one of each further grid (2, 4, 8; in EvoLeViT_128S 2, 5). A new grid always selects anew.
         representative: who represents placeholders, see evolution.py: 'one' as published, 'none', or 'nearest'.
+        fused: as `fuse` leaves it, for weights that were saved so.
 
     Attributes, saved and restored with the weights:
         stage_wise: select once in each stage (True, as in the end of training), or before each layer.
@@ -188,6 +189,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         keep_ratio: float | Sequence[float] = 0.5,
         stages: Sequence[int] | None = None,
         representative: str | bool = 'one',
+        fused: bool = False,
     ):
         super().__init__()
         self.img_size = to_2tuple(img_size)
@@ -219,6 +221,8 @@ class EvoLeViT(SavedEvolution, nn.Module):
         self.init_evolution(keep_ratio, stages, representative)
         self.learned_tradeoff = True
         self.reset_classifier(num_classes, global_pool)
+        if fused:
+            self.fuse()
 
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
         """Choose when to select; the tradeoff is learned from the time on that selection is stage-wise."""

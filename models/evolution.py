@@ -176,10 +176,11 @@ def novelty(patches: Tensor, score: Tensor) -> Tensor:
     placeholder finds one that is near: the peaks of density peak clustering (Rodriguez and Laio, 2014), with the class
     attention as density. COMPARED channels are enough to tell, and keep the N x N product cheap.
     """
-    order = score.argsort(1)
+    # Members of a cluster have one score, and sorts differ in how they order equals: here the first counts as higher.
+    n = score.shape[1]
+    order = (score * torch.linspace(1, 1 - n * 2.0**-22, n, device=score.device)).argsort(1)
     compared = patches.detach()[..., :: max(1, patches.shape[-1] // COMPARED)].contiguous()
     compared = F.normalize(take(compared, order), dim=-1)
-    n = score.shape[1]
     # In order of attention the more attended are those behind; nobody is as far as cosine -1.
     others = torch.full((n, n), -4.0, dtype=compared.dtype, device=compared.device).tril_()
     closest = torch.baddbmm(others, compared, compared.mT).amax(-1).clamp_(min=-1.0)

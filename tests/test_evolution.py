@@ -258,6 +258,15 @@ def test_novelty_is_the_distance_to_what_is_more_attended(tokens, score):
     assert (selection.kept != 3).all() and (selection.cluster[:, 3] == selection.cluster[:, 7]).all()
 
 
+def test_of_patches_with_one_score_the_first_comes_first():
+    """As members of a cluster have one; sorts of other processors and runtimes order equal scores differently."""
+    patches = torch.randn(2, 196, 8)
+    found = evolution.novelty(patches, torch.full((2, 196), 0.5))
+    cosines = torch.cosine_similarity(patches[:, :, None], patches[:, None], dim=-1)
+    closest = cosines.masked_fill(torch.ones(196, 196).triu().bool(), -1).amax(-1)  # of those before
+    torch.testing.assert_close(found, 1 - closest)
+
+
 def test_every_patch_moves_by_what_its_slow_token_moved(tokens, score, blocks):
     out, new_score, (kept, _, cluster) = nearest_group(tokens, score, blocks, 0.4)
     size = evolution.cluster_sizes(cluster, 4)

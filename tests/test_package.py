@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 EXAMPLE = """
-import timm, torch, evo_vit, utils, datasets
+import importlib.metadata, timm, torch, evo_vit, utils, datasets
+assert importlib.metadata.version('evo-vit') == evo_vit.__version__
 assert utils.mine and datasets.mine
 timm.create_model('EvoLeViT_128S', img_size=64)
 model = evo_vit.evolve(timm.create_model('vit_tiny_patch16_224', img_size=64))

@@ -10,18 +10,19 @@ from conftest import ROOT
 
 import benchmark
 import engine
+import export
 import main_deit
-import models  # noqa: F401
+import models
 import visualize
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md'))]
 COMMANDS = sorted(
     {
         line.strip()
         for page in PAGES
         for language, block in re.findall(r'^```(\w*)\n(.*?)^```$', page.read_text(), re.M | re.S)
         for line in block.splitlines()
-        if not language and re.search(r'(main_deit|main_levit|benchmark|visualize)\.py ', line + ' ')
+        if not language and re.search(r'(main_deit|main_levit|benchmark|visualize|export)\.py ', line + ' ')
     }
 )
 
@@ -30,18 +31,27 @@ def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
     """One block after another, as a reader would; only what must be downloaded is made here."""
     create, saved = timm.create_model, tmp_path / 'checkpoint.pth'
     torch.save(create('evo_deit_small_patch16_224').state_dict(), saved)
-    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **options: create(name, **options))
+    monkeypatch.chdir(ROOT)
+
+    def create_without_download(name, pretrained=False, **options):
+        return create(name, pretrained and name.startswith('local-dir:'), **options)
+
+    monkeypatch.setattr(timm, 'create_model', create_without_download)
     blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S)
     assert len(blocks) >= 4
     names = {}
     for block in blocks:
-        exec(block.replace('/path/to/checkpoint.pth', str(saved)), names)
+        block = block.replace('/path/to/checkpoint.pth', str(saved)).replace("folder'", f"{tmp_path}/folder'")
+        exec(block, names)
         if 'grids' in names and 'program' not in names:
             assert [tuple(grid.shape) for grid in names['grids']] == [(2, 192, 14, 14)] * 3
             assert names['tokens'].shape == (2, 197, 192) and names['selection']['blocks.8'].shape == (2, 58)
         if 'program' in names and 'published' not in names:
             x = torch.randn(3, 3, 224, 224)
             torch.testing.assert_close(names['program'].module()(x), names['model'](x), rtol=1e-3, atol=1e-3)
+        if 'evolved' in names and 'published' not in names:
+            torch.testing.assert_close(names['evolved'].eval()(x), names['model'](x), rtol=0, atol=1e-6)
+            assert not torch.equal(names['dense'].eval()(x), names['model'](x))
     assert 'qks.0.qk.weight' in names['published'] and names['selection'].cluster.shape == (2, 196)
 
 
@@ -51,7 +61,7 @@ def test_commands_have_flags_that_exist(command, monkeypatch):
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith('.py') and word != 'setup.py')
     name, flags = words[script].removesuffix('.py'), words[script + 1 :]
-    parsers = {'benchmark': benchmark.get_parser, 'visualize': visualize.get_parser}
+    parsers = {'benchmark': benchmark.get_parser, 'visualize': visualize.get_parser, 'export': export.get_parser}
     if name in parsers:
         _, unknown = parsers[name]().parse_known_args(flags)
         if name == 'benchmark':  # which gives the rest to the parser of training
@@ -82,3 +92,7 @@ def test_links_between_pages_lead_somewhere():
                 else []
             )
             assert not anchor or anchor in titles, f'{page.name}: {target}'
+
+
+def test_the_changelog_begins_with_this_version():
+    assert re.findall(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.M)[0] == models.__version__

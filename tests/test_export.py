@@ -1,0 +1,143 @@
+"""What is exported gives the logits of the model, at a batch size that it was not exported with."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+
+import export
+import models
+from utils import InputError
+
+VIT = 'test_vit'  # of timm, six blocks
+
+
+def small(name: str, **options) -> torch.nn.Module:
+    """A model for inference whose weights and BatchNorms are not those of the start."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **options)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Checkpoints of training, with schedules that are not the default: flags by name, and the models."""
+    deit = small('evo_deit_nano_patch4_32', keep_ratio=0.3, stages=(3, 6))
+    levit = small('EvoLeViT_128S', img_size=64, representative='none')
+    levit.set_schedule(stage_wise=False)
+    vit = models.evolve(small(VIT, img_size=64), (0.6, 0.2), stages=(2, 4))
+    flags = [
+        dict(model='evo_deit_nano_patch4_32', keep_ratio=[0.3], stages=[3, 6]),
+        dict(model='EvoLeViT_128S', representative='none', input_size=64),
+        dict(model=VIT, evolve=True, keep_ratio=[0.6, 0.2], stages=[2, 4], input_size=64),
+    ]
+    saved = {}
+    for model, args in zip((deit, levit, vit), flags, strict=True):
+        path = tmp_path / f'{args["model"]}.pth'
+        args = dict(evolve=False, mean=[0.5], std=[0.25], precision='fp32', seed=0) | args
+        content = {'model': model.state_dict(), 'schedule': model.schedule(), 'args': args}
+        torch.save(content | {'classes': [f'class {i}' for i in range(10)]}, path)
+        saved[args['model']] = path, model
+    return saved
+
+
+@pytest.mark.parametrize('name', ['evo_deit_nano_patch4_32', 'EvoLeViT_128S', VIT])
+@pytest.mark.parametrize('format', ['pt2', 'hub', 'onnx'])
+def test_a_checkpoint_is_exported_as_it_was_trained(name, format, checkpoints, script, tmp_path):
+    if format == 'onnx':
+        pytest.importorskip('onnxruntime')
+    source, model = checkpoints[name]
+    path = tmp_path / f'exported.{format}'
+    fuse = () if name == VIT else ('--fuse',)
+    said = script('export', '--model', name, '--resume', source, '--format', format, '--output', path, '--check', *fuse)
+    assert f'{path} agrees with the model' in said
+    x = torch.randn(3, 3, *(model.img_size if name == 'EvoLeViT_128S' else model.patch_embed.img_size))
+    with torch.no_grad():
+        found, expected = export.load_program(path, format)(x), model(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    size = path.stat().st_size if format != 'hub' else sum(file.stat().st_size for file in path.iterdir())
+    assert f'{size / 1e6:,.1f} MB' in said
+    if format == 'hub':
+        about = json.loads((path / 'config.json').read_text())
+        assert about['label_names'][3] == 'class 3' and about['pretrained_cfg']['mean'] == [0.5] * 3
+        return
+    assert re.search(r'[\d,]+ operators: \w+ \d+, ', said)
+    if format == 'pt2':
+        extra = {'preprocessing.json': ''}
+        torch.export.load(path, extra_files=extra)
+        about = json.loads(extra['preprocessing.json'])
+    else:
+        import onnxruntime
+
+        about = json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map['preprocessing'])
+    assert about['classes'][3] == 'class 3' and about['mean'] == [0.5] * 3
+
+
+@pytest.mark.parametrize('format', ['pt2', 'onnx'])
+def test_half_precision(format, script, tmp_path):
+    if format == 'onnx':
+        pytest.importorskip('onnxruntime')
+    flags = '--model', 'evo_deit_nano_patch4_32', '--precision', 'fp16', '--format', format, '--check'
+    said = script('export', *flags, '--output', tmp_path / 'half')
+    assert 'agrees with the model' in said and 'without --resume' in said
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float16)
+    assert export.load_program(tmp_path / 'half', format)(x).dtype == torch.float16
+
+
+def test_the_dense_model_is_timed_beside_it(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(export, 'TURNS', 2)
+    said = script(
+        'export', '--model', VIT, '--evolve', '--input-size', '64', '--format', 'pt2', '--output', tmp_path / 'a',
+        '--bench', '1', '3',
+    )  # fmt: skip
+    assert re.findall(r'batch (\d): evolved [\d.]+ img/s, dense [\d.]+ img/s; [\d.]+ times', said) == ['1', '3']
+    assert f'torch {torch.__version__.split("+")[0]}' in said and '1 threads' in said
+
+
+def test_a_difference_is_an_error_that_says_where_other_patches_are_the_reason(monkeypatch, tmp_path):
+    model = models.evolve(small(VIT, img_size=64))
+    programs = {'logits.pt2': lambda images: off * 0.1 + model(images), 'selections.pt2': lambda images: found}
+    monkeypatch.setattr(export, 'load_program', lambda path, *_: programs[path.name])
+    monkeypatch.setattr(export, 'write', lambda *_: None)
+    off, images = torch.zeros(8, 1), export.random_images(model, 8, 64)
+    found = export.Selections(model)(images)
+    path = tmp_path / 'logits.pt2'
+    export.check(model, 'pt2', path, 64, 1e-4)
+    off[2], off[5] = 1, float('nan')
+    found[5:] = 15 - found[5:]  # in two of them, though they agree
+    with pytest.raises(InputError, match='differs from the model in 2 images: .*; in 1 of these it selects other'):
+        export.check(model, 'pt2', path, 64, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ((), '--model: expected the name'),
+        (('--model', VIT, '--resume', 'nothing.pth'), 'nothing.pth is not a file'),
+        (('--model', VIT, '--ema'), '--ema needs --resume'),
+        (('--model', VIT, '--format', 'pt2', '--bench', '1'), 'add --evolve'),
+        (('--model', VIT, '--format', 'hub', '--fuse'), 'leave --fuse out'),
+        (('--model', VIT, '--format', 'hub', '--evolve', '--bench', '1'), 'found hub'),
+        (('--model', 'swin_tiny_patch4_window7_224', '--format', 'pt2', '--evolve'), 'cannot be evolved'),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(flags, message, script):
+    with pytest.raises(InputError, match=message):
+        script('export', *flags)
+
+
+def test_packages_that_are_not_installed_are_named(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(export, 'installed', lambda package: package in ('torch', 'onnx'))
+    with pytest.raises(InputError, match='pip install onnxscript'):
+        script('export', '--model', VIT)
+    monkeypatch.setattr(export, 'installed', lambda package: package != 'onnxruntime')
+    monkeypatch.setattr(export, 'write', lambda model, path, *_: path.write_bytes(b'') and None)
+    monkeypatch.setattr(export, 'describe', lambda *_: '')
+    said = script('export', '--model', VIT, '--check', '--output', tmp_path / 'model.onnx')
+    assert 'not checked: that needs the package onnxruntime' in said
