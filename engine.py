@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         'with --evolve 0)',
     )  # fmt: skip
     add('--prune-warmup-epoch', type=at_least(0), default=0, metavar='N', help='first N epochs without selection')
-    add('--eval-interval', type=at_least(1), default=1, metavar='N', help='evaluate every N epochs, and each of the last')
+    add('--eval-interval', type=at_least(1), default=1, metavar='N', help='evaluate every N epochs, and in the last N')
     add('--print-freq', type=at_least(1), default=50, metavar='N', help='steps between two lines of progress')
     add(
         '--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'],
