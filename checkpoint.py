@@ -220,9 +220,7 @@ def resume(args: argparse.Namespace, state: State, may_change: dict[str, bool]):
     places = [tuple(place) for place in utils.all_gather(place).tolist()]
     if len(set(places)) > 1:  # as with an output folder on each node's own disk
         found = ', '.join(map(str, places))
-        raise InputError(
-            f'processes would begin at different places, (epoch, step): {found}; use one checkpoint for all'
-        )
+        raise InputError(f'processes would begin at different places, (epoch, step): {found}; they need one checkpoint')
 
 
 def find_resume_checkpoint(folder: str, source: str) -> tuple[str, dict] | None:

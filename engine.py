@@ -390,9 +390,9 @@ def train(
     model, ema, device = state.model, state.ema.module if state.ema else None, next(state.model.parameters()).device
     networks, first, evolves = [model, ema] if ema else [model], state.epoch, hasattr(model, 'set_schedule')
     print_rank0(describe_plan(plan, first, len(train_loader), evolves))
-    folder.clear()
     if plan.grad_checkpointing:
         checkpoint_gradients(model)
+    folder.clear()
     autocast, net = make_autocast(state.flags['precision'], device), wrap(model, criterion, plan.compile)
     clip = dict(clip_grad=plan.clip_grad, clip_mode=plan.clip_mode)
     step_on = partial(train_step, state, net, criterion, autocast=autocast, **clip)
