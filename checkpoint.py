@@ -16,12 +16,12 @@ from utils import InputError, at_least, print_rank0
 
 # Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
 MAY_CHANGE = dict.fromkeys(
-    (
-        *('output_dir', 'resume', 'auto_resume', 'overwrite', 'accept_changes', 'finetune', 'eval', 'eval_ema'),
-        *('save_interval_steps', 'keep_checkpoints', 'results_file', 'tensorboard'),
-    ),
+    'output_dir resume auto_resume overwrite accept_changes finetune eval eval_ema save_interval_steps '
+    'keep_checkpoints results_file tensorboard'.split(),
     True,
 )
+# Flags that older checkpoints do not name, with what held then.
+NEWER_FLAGS = {'layer_decay': None, 'bce_loss': False, 'mixup_off_epoch': 0}
 # With another one of these, the steps that were done of an epoch saw other images.
 ORDER_OF_IMAGES = {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug', 'seed', 'train_images'}
 # States of optimizers that have the shape of their parameter, or are one number.
@@ -43,13 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--eval-ema', action='store_true', help='evaluate the EMA of the weights (in training: also the EMA)')
     add('--results-file', default='', metavar='PATH', help='with --eval: a JSON file for the results')
     add('--tensorboard', action='store_true', help='training: the log for TensorBoard too (pip install .[logging])')
-    add(
-        '--save-interval-steps',
-        type=at_least(0),
-        default=0,
-        metavar='N',
-        help='save every N steps too (0: epochs only)',
-    )
+    add('--save-interval-steps', type=at_least(0), default=0, metavar='N', help='save every N steps too (0: not)')
     add('--keep-checkpoints', type=at_least(1), default=2, metavar='K', help='keep the last K, besides the best')
 
 
@@ -173,9 +167,7 @@ class State:
         return getattr(self.scheduler, 'lr_scheduler', self.scheduler)
 
 
-def load_strict(
-    model: nn.Module, content: dict, source: str, use_ema: bool = False, training: bool = True
-) -> weights.Loaded:
+def load_strict(model: nn.Module, content: dict, source: str, use_ema=False, training=True) -> weights.Loaded:
     """Load weights of which nothing may be missing: a wrong accuracy is worse than none.
 
     Evaluation (`training` False) takes a plain ViT too, whose head an Evo-DeiT reads as it was trained.
@@ -223,17 +215,13 @@ def resume(args: argparse.Namespace, state: State, may_change: dict[str, bool]):
         if trained and state.classes and (differences := datasets.compare_classes(trained, state.classes)):
             _refuse_change(f'{source} was trained on other classes: {differences}', 'data', args.accept_changes)
         state.load(content, source, changed)
-        print_rank0(
-            f'{source}: resuming at epoch {state.epoch}, step {state.step}, best Acc@1 so far {state.best_acc1:.3f}'
-        )
-    device = next(state.model.parameters()).device
-    places = utils.all_gather(torch.tensor([state.epoch, state.step], device=device))
-    places = [tuple(place) for place in places.tolist()]
+        place, best = f'epoch {state.epoch}, step {state.step}', f'{state.best_acc1:.3f}'
+        print_rank0(f'{source}: resuming at {place}, best Acc@1 so far {best}')
+    place = torch.tensor([state.epoch, state.step], device=next(state.model.parameters()).device)
+    places = [tuple(place) for place in utils.all_gather(place).tolist()]
     if len(set(places)) > 1:  # as with an output folder on each node's own disk
-        raise InputError(
-            f'processes would begin at different places, (epoch, step): {", ".join(map(str, places))}; '
-            'all of them must find the same checkpoint'
-        )
+        found = ', '.join(map(str, places))
+        raise InputError(f'processes would begin at different places, (epoch, step): {found}; they need one checkpoint')
 
 
 def find_resume_checkpoint(folder: str, source: str) -> tuple[str, dict] | None:
@@ -248,10 +236,8 @@ def find_resume_checkpoint(folder: str, source: str) -> tuple[str, dict] | None:
         if damaged:
             newest = next((path.stem.split('-')[1:] for path in checkpoints if '-' in path.stem), None)
             until = f' up to epoch {int(newest[0])}, step {int(newest[1])}' if newest else ''
-            place = f'epoch {content["epoch"] + 1}, step {content["step"]}'
-            print_rank0(
-                f'warning: {"; ".join(damaged)}\nwarning: going back to {path}; from {place} on, all is lost{until}'
-            )
+            lost = f'from epoch {content["epoch"] + 1}, step {content["step"]} on, all is lost{until}'
+            print_rank0(f'warning: {"; ".join(damaged)}\nwarning: going back to {path}; {lost}')
         return str(path), content
     if checkpoints:
         raise InputError('--auto-resume: no checkpoint can be read:\n  ' + '\n  '.join(damaged))
@@ -272,6 +258,7 @@ def compare_flags(content: dict, source: str, flags: dict, may_change: dict[str,
     if 'seed' not in saved:
         print_rank0(f'{source} holds no flags: the order of images and their augmentation may not go on as they began')
         return set()
+    saved = NEWER_FLAGS | saved
     changed = [(name, old, flags[name]) for name, old in sorted(saved.items()) if name in flags and old != flags[name]]
     if rows := [row for row in changed if row[0] not in may_change]:
         rows = [('', 'then', 'now'), *rows]

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         'with --method 0)',
     )  # fmt: skip
     add('--prune-warmup-epoch', type=at_least(0), default=0, metavar='N', help='first N epochs without selection')
-    add('--eval-interval', type=at_least(1), default=1, metavar='N', help='evaluate every N epochs, and the last')
+    add('--eval-interval', type=at_least(1), default=1, metavar='N', help='evaluate every N epochs, and in the last N')
     add('--print-freq', type=at_least(1), default=50, metavar='N', help='steps between two lines of progress')
     add(
         '--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'],
@@ -390,9 +390,9 @@ def train(
     model, ema, device = state.model, state.ema.module if state.ema else None, next(state.model.parameters()).device
     networks, first, evolves = [model, ema] if ema else [model], state.epoch, hasattr(model, 'set_schedule')
     print_rank0(describe_plan(plan, first, len(train_loader), evolves))
-    folder.clear()
     if plan.grad_checkpointing:
         checkpoint_gradients(model)
+    folder.clear()
     autocast, net = make_autocast(state.flags['precision'], device), wrap(model, criterion, plan.compile)
     clip = dict(clip_grad=plan.clip_grad, clip_mode=plan.clip_mode)
     step_on = partial(train_step, state, net, criterion, autocast=autocast, **clip)

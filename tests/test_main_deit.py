@@ -942,10 +942,13 @@ def test_gradient_checkpointing_runs_blocks_twice_to_the_same_weights(
             assert torch.equal(value, saved[key]), key
 
 
-def test_gradient_checkpointing_is_refused_where_there_is_none(script, flags):
+def test_gradient_checkpointing_is_refused_where_there_is_none(script, flags, tmp_path):
+    (tmp_path / 'log.txt').touch()
+    output = ['--overwrite', '--output_dir', tmp_path]
     model = ['--model', 'convit_tiny', '--input-size', 224]
     with pytest.raises(InputError, match='--grad-checkpointing: .* cannot do that'):
-        script('main_deit', *flags, *model, '--grad-checkpointing', '--epochs', 1)
+        script('main_deit', *flags, *model, *output, '--grad-checkpointing', '--epochs', 1)
+    assert (tmp_path / 'log.txt').exists(), 'nothing is removed for a run that does not start'
 
 
 def test_mixup_ends_at_an_epoch(script, flags, monkeypatch):

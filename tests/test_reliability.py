@@ -984,6 +984,16 @@ def test_row_28_changed_flags(name, value, capsys):
     assert bool(state.optimizer.state_dict()['state']) == (name != 'opt')
 
 
+@pytest.mark.parametrize('flags', [['--bce-loss'], ['--mixup-off-epoch', 1], ['--layer-decay', 0.5]])
+def test_row_28_flags_that_an_older_checkpoint_does_not_name(flags):
+    content = trained()
+    for name in ('bce_loss', 'mixup_off_epoch', 'layer_decay'):
+        del content['args'][name]
+    resume(arguments(), content)
+    with pytest.raises(InputError, match=f'then +now\n +{flags[0][2:].replace("-", "_")} '):
+        resume(arguments(*flags), content)
+
+
 def test_row_28_rates_and_schedules_are_those_of_now():
     content = trained('--sched', 'cosine', '--epochs', 300, '--warmup-epochs', 0)
     for flags in (['--lr', 0.2], ['--epochs', 10], ['--sched', 'step', '--decay-epochs', 1]):
