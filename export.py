@@ -93,7 +93,7 @@ def check_arguments(args: argparse.Namespace):
         raise InputError('--bench times a program: expected --format onnx or pt2, found hub')
     if args.format == 'hub' and args.fuse and not ours:
         raise InputError(f'--fuse: timm does not load a folded {args.model} from a folder; leave --fuse out')
-    if args.bench and not (ours or args.evolve):
+    if args.bench and not (ours or args.method):
         raise InputError(f'--bench compares with the dense model, which {args.model} is already; add --evolve')
 
 

@@ -238,8 +238,8 @@ def test_flags_evolve_a_vit_of_timm():
     for flag, name in ((['--representative'], 'one'), (['--no-representative'], 'none'), ([], 'none')):
         assert models.build(parser.parse_args([*ours[:2], *flag]), 10, 32).representative == name
     for wrong, message in (
-        (['--model', 'resnet18', '--evolve'], '--evolve: ResNet cannot be evolved'),
-        ([*flags, '--stages', '9', '3'], '--evolve: stages: expected ascending'),
+        (['--model', 'resnet18', '--evolve'], '--method evolve: ResNet cannot be evolved'),
+        ([*flags, '--stages', '9', '3'], '--method evolve: stages: expected ascending'),
         (
             ['--model', 'resnet18', '--keep-ratio', '0.5'],
             '--keep-ratio: expected a model that evolves, found resnet18; add --evolve',
