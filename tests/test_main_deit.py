@@ -651,6 +651,7 @@ def test_photograph_sizes_train(script, image_folder, size, tmp_path):
         (['--keep-ratio', '2'], 'keep_ratio: expected'),
         (['--grad-accum-steps', '100'], 'an epoch has only 4 batches'),
         (['--opt', 'nonsense'], '--opt nonsense'),
+        (['--opt', 'adahessian'], '--opt adahessian.*second derivatives'),
         (['--sched', 'nonsense'], '--sched nonsense'),
         (['--sched', 'none'], '--sched none'),
         (['--device', 'meta'], '--device meta: .*cpu or cuda'),
