@@ -145,8 +145,8 @@ class State:
             parameters += group['params']
         if [len(group['params']) for group in saved['param_groups']] != [len(group['params']) for group in groups]:
             raise InputError(
-                f'{source}: its optimizer groups parameters in another way, as --weight-decay 0 does; give the value '
-                'of then (1e-12 decays nothing and groups as others do), or take the weights alone with --finetune'
+                f'{source}: its optimizer groups parameters in another way, as --weight-decay 0 and --layer-decay do. '
+                'Give the values of then (--weight-decay 1e-12 in place of 0), or take its weights with --finetune'
             )
         # Checked here, because AdamW takes moments of any shape and fails, or worse, does not, in the first step.
         moments = [(int(i), state[name]) for i, state in saved['state'].items() for name in MOMENTS & state.keys()]

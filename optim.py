@@ -78,6 +78,8 @@ def build_state(
     fused = {'fused': True} if args.opt.lower() in ('adam', 'adamw') else {}
     try:
         optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate} | fused))
+        if getattr(optimizer, 'is_second_order', False):
+            raise ValueError('it needs second derivatives, which a training step does not compute')
         scheduler, _ = create_scheduler(args, optimizer)
         if scheduler is None:  # timm's answer to 'none', and before 1.0.31 to any name that it does not know
             raise ValueError('no such schedule, expected one of timm, such as cosine')

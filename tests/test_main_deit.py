@@ -652,6 +652,7 @@ def test_photograph_sizes_train(script, image_folder, size, tmp_path):
         (['--keep-ratio', '2'], 'keep_ratio: expected'),
         (['--grad-accum-steps', '100'], 'an epoch has only 4 batches'),
         (['--opt', 'nonsense'], '--opt nonsense'),
+        (['--opt', 'adahessian'], '--opt adahessian.*second derivatives'),
         (['--sched', 'nonsense'], '--sched nonsense'),
         (['--sched', 'none'], '--sched none'),
         (['--device', 'meta'], '--device meta: .*cpu or cuda'),
@@ -862,7 +863,7 @@ def test_optimizers_that_group_otherwise_say_what_to_do():
     saved = engine.build_state(args, model, 'fp32', 512).state_dict()
     for value, fits in (('0', True), ('0.05', False)):
         state = engine.build_state(engine.get_parser('', {}).parse_args(['--weight-decay', value]), model, 'fp32', 512)
-        with nullcontext() if fits else pytest.raises(InputError, match='--weight-decay 0 does; .*1e-12.*--finetune'):
+        with nullcontext() if fits else pytest.raises(InputError, match='--weight-decay 0 and .*1e-12.*--finetune'):
             state.load(saved | {'epoch': 0}, 'c.pth', {'weight_decay'})
 
 
