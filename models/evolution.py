@@ -177,11 +177,10 @@ def novelty(patches: Tensor, score: Tensor) -> Tensor:
     attention as density. COMPARED channels are enough to tell, and keep the N x N product cheap.
     """
     # Members of a cluster have one score, and sorts differ in how they order equals: here the first comes first.
-    ramp = 1 - torch.arange(score.shape[1], device=score.device) * 2.0**-22
-    order = (score * ramp).argsort(1, descending=True)
+    n = score.shape[1]
+    order = (score * torch.linspace(1, 1 - n * 2.0**-22, n, device=score.device)).argsort(1, descending=True)
     compared = patches.detach()[..., :: max(1, patches.shape[-1] // COMPARED)]
     compared = F.normalize(take(compared, order), dim=-1)
-    n = score.shape[1]
     # In order of attention the more attended are those before; nobody is as far as cosine -1.
     others = torch.full((n, n), -4.0, dtype=compared.dtype, device=compared.device).triu()
     closest = torch.baddbmm(others, compared, compared.mT).amax(-1).clamp(min=-1.0)
