@@ -48,13 +48,17 @@ def published_state(model: EvoLeViT) -> dict[str, Tensor]:
     return {key: state[first or key] for key, first in layout.items()}
 
 
+def golden_arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(fill.HERE / f'{name}.npz') as arrays:
+        return dict(arrays)
+
+
 @pytest.fixture(scope='module', params=GOLDEN)
 def golden_model(request) -> tuple[EvoLeViT, dict[str, Tensor], dict[str, np.ndarray], Tensor]:
     """A model, the golden weights in the published layout, the golden arrays, and images."""
     model = timm.create_model(request.param, drop_path_rate=0.0)
     state = published_state(model)
-    with np.load(fill.HERE / f'{request.param}.npz') as arrays:
-        golden = dict(arrays)
+    golden = golden_arrays(request.param)
     return model, state, golden, fill.images('golden', len(golden['eval_stage_learn']), model.img_size[0])
 
 
