@@ -1,4 +1,7 @@
-"""Pictures of predictions: pixels that show a selection, a sheet for an image, a contact sheet for several."""
+"""Pictures of predictions: pixels that show a selection, a sheet and frames for an image, a contact sheet for several.
+
+And how much of the object selections keep, where that is known.
+"""
 
 import math
 import re
@@ -74,6 +77,11 @@ def likely_classes(prediction: Prediction, classes: list[str]) -> str:
     shown = order[:3] + [c for c in order[3:] if c == true]
     lines = [f'{classes[c]} {prediction.probabilities[c]:.0%}{" (true)" if c == true else ""}' for c in shown]
     return '\n'.join(lines)
+
+
+def mean_percent(share: np.ndarray) -> tuple[float, float]:
+    """The mean of a share of each image, in percent, and half of its 95 % interval."""
+    return 100 * share.mean(), 196 * share.std() / math.sqrt(len(share))
 
 
 # --- pixels
@@ -210,4 +218,30 @@ def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figur
         verdict, text = describe(prediction, classes)
         style = dict(color=COLOURS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
         cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 20), transform=cells[-1].transAxes, **style)
+    return figure
+
+
+def draw_frames(prediction: Prediction) -> list[Figure]:
+    """Frames of an animation, all of one size: the image, then each selection and its clusters if there are any."""
+    height, width, _ = prediction.image.shape
+    frames = []
+    for view in views(prediction, prediction.selections):
+        figure, axes = blank_axes(2.4, 2.4 * height / width + 0.2, 1, 1)
+        draw_view(axes[0, 0], view)
+        axes[0, 0].set_title(view.title.replace('\n', ' '), fontsize=8)
+        frames.append(figure)
+    return frames
+
+
+def draw_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
+    """For each selection, the share of the object that it keeps, mean and 95 % interval, beside what chance keeps."""
+    names = [label(name) for name in shares]
+    means, intervals = zip(*(mean_percent(share) for share, _ in shares.values()), strict=True)
+    figure = Figure((max(4.0, 0.8 * len(names) + 2), 3), layout='constrained')
+    axes = figure.subplots()
+    axes.errorbar(names, means, intervals, color=BLUE, marker='o', capsize=3, label='of the object')
+    axes.plot(names, [100 * chance for _, chance in shares.values()], '--s', color=ORANGE, label='by chance')
+    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='share kept (%)')
+    axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
+    axes.legend(frameon=False)
     return figure

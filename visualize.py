@@ -26,8 +26,8 @@ Learning curves of one or several runs:
 
 NAME.png is what the model sees, and NAME_block4.png the selection before block 4 (NAME_stage1_block0.png in Evo-LeViT):
 placeholders are faded and hatched. With --representative nearest, NAME_block4_clusters.png fills them with the mean
-colour of the patches that share one informative patch. NAME_sheet.png has all of these, the scores and the prediction.
-Each batch of several images has a contact sheet.
+colour of the patches that share one informative patch. NAME_sheet.png has all of these, the scores and the prediction;
+--animate writes them as NAME.gif. Each batch of several images has a contact sheet. --score writes score.png.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
@@ -54,7 +55,7 @@ import datasets
 import models
 import shapes
 import utils
-from drawing import Prediction, describe, draw_contact, draw_sheet, label, views
+from drawing import Prediction, describe, draw_contact, draw_frames, draw_shares, draw_sheet, label, mean_percent, views
 from image_files import FORMATS, load_image
 from models import weights
 from models.evolution import Selection
@@ -74,6 +75,7 @@ def get_parser() -> utils.Parser:
     add('--save-name', default='', metavar='NAME', help='name of one image, prefix of several')
     add('--layer-wise-prune', action='store_true', help='select before each layer, whatever the model was trained for')
     add('--format', default='png', choices=['png', 'jpg', 'pdf'], help='of sheets; copies are always png')
+    add('--animate', action='store_true', help='also write the pictures of an image as a GIF')
     add('--score', action='store_true', help='measure how much of the objects is kept in all of val (SHAPES only)')
     parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='')
     return parser
@@ -102,7 +104,9 @@ def main():
     dataset = datasets.build_dataset(args, config, False, names, num_classes) if from_dataset else None
     classes = class_names(dataset.classes if dataset else names, model.num_classes)
     if args.score:
-        print_shares(object_shares(model, dataset, args.batch_size))
+        shares = object_shares(model, dataset, args.batch_size)
+        print_shares(shares)
+        write_figure(output, f'{prefix}score', draw_shares(shares), args.format)
     if files:
         names = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
         transform = datasets.build_transform(config)
@@ -113,7 +117,7 @@ def main():
     while batch := list(islice(samples, args.batch_size)):
         names, images, labels = zip(*batch, strict=True)
         predictions = predict(model, torch.stack(images).to(device), labels, config.mean, config.std)
-        write_pictures(output, names, predictions, classes, args.format)
+        write_pictures(output, names, predictions, classes, args.format, args.animate)
         number += 1
         if len(predictions) > 1:
             name = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
@@ -277,9 +281,9 @@ def object_shares(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -> 
 def print_shares(shares: dict[str, tuple[np.ndarray, float]]):
     """Print how much of the object each selection keeps beside what chance would keep."""
     for name, (share, chance) in shares.items():
-        interval = 1.96 * share.std() / math.sqrt(len(share))
+        mean, interval = mean_percent(share)
         print_rank0(
-            f'{label(name):<16} keeps {100 * share.mean():.1f} +- {100 * interval:.1f} % of the object, '
+            f'{label(name):<16} keeps {mean:.1f} +- {interval:.1f} % of the object, '
             f'chance {100 * chance:.1f} %, more in {(share > chance).mean():.0%} of the images'
         )
     print_rank0(f'(mean share of its area over {len(share)} images, with the 95 % interval of the mean)')
@@ -289,7 +293,7 @@ def print_shares(shares: dict[str, tuple[np.ndarray, float]]):
 
 
 def write_pictures(
-    output: Path, names: Sequence[str], predictions: Sequence[Prediction], classes: list[str], kind: str
+    output: Path, names: Sequence[str], predictions: Sequence[Prediction], classes: list[str], kind: str, animate: bool
 ):
     """Write the copies and the sheet of each image, and print its prediction."""
     for i, (name, prediction) in enumerate(zip(names, predictions, strict=True), 1):
@@ -297,6 +301,8 @@ def write_pictures(
         name = f'{name}_{verdict}' if verdict else name
         write_copies(output, name, prediction)
         write_figure(output, f'{name}_sheet', draw_sheet(prediction, classes), kind)
+        if animate:
+            write_gif(output, name, draw_frames(prediction))
         print_rank0(f'[{i}/{len(predictions)}] {name}: {text}')
 
 
@@ -305,6 +311,16 @@ def write_copies(output: Path, name: str, prediction: Prediction):
     for view in views(prediction, prediction.selections):
         save = partial(Image.fromarray(view.pixels).save, format='PNG')
         utils.atomic_write(output / f'{name}{view.ending}.png', save)
+
+
+def write_gif(output: Path, name: str, figures: Sequence[Figure]):
+    """Write NAME.gif, which shows each figure for 0.9 s, again and again."""
+    frames = []
+    for canvas in map(FigureCanvasAgg, figures):
+        canvas.draw()
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB'))
+    options = dict(save_all=True, append_images=frames[1:], duration=900, loop=0)
+    utils.atomic_write(output / f'{name}.gif', partial(frames[0].save, format='GIF', **options))
 
 
 def write_figure(output: Path, name: str, figure: Figure, kind: str):

@@ -385,12 +385,28 @@ def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
     assert model.patch_embed.img_size == (16, 16)
 
 
-def test_layers(script, checkpoint, tmp_path):
+def test_layers_and_animation(script, checkpoint, tmp_path):
     photograph(40, 32).save(tmp_path / 'a.png')
     flags = ['--model', 'EvoLeViT_128S', '--resume', checkpoint('EvoLeViT_128S'), '--img-path', tmp_path / 'a.png']
-    script('visualize', *flags, '--output_dir', tmp_path / 'out', '--layer-wise-prune')
+    script('visualize', *flags, '--output_dir', tmp_path / 'out', '--layer-wise-prune', '--animate')
     layers = {f'a_stage{i}_block{j}.png' for i, depth in ((1, 3), (2, 4)) for j in range(depth)}
-    assert {p.name for p in (tmp_path / 'out').iterdir()} == layers | {'a.png', 'a_sheet.png'}
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == layers | {'a.png', 'a_sheet.png', 'a.gif'}
+    with Image.open(tmp_path / 'out/a.gif') as gif:
+        assert (gif.n_frames, gif.info['loop']) == (1 + len(layers), 0)
+
+
+def test_frames_go_through_the_selections():
+    """Their pixels are those of the copies; titles leave the image where it is."""
+    model = timm.create_model('evo_deit_nano_patch4_32', num_classes=4, representative='nearest').eval()
+    with torch.inference_mode():
+        (prediction,) = visualize.predict(model, torch.randn(1, 3, 32, 32), [None])
+    frames, views = drawing.draw_frames(prediction), drawing.views(prediction, prediction.selections)
+    titles = ['image', *['block 4 keeps 32 of 64', '32 patches represent all 64', 'block 8 keeps 32 of 64']]
+    assert [frame.axes[0].get_title() for frame in frames[:4]] == titles
+    for frame, view in zip(frames, views, strict=True):
+        np.testing.assert_array_equal(frame.axes[0].images[0].get_array(), view.pixels)
+        frame.canvas.draw()
+    assert len({tuple(frame.axes[0].get_window_extent().bounds) for frame in frames}) == 1
 
 
 def test_any_photograph(script, checkpoint, tmp_path):
@@ -489,12 +505,25 @@ def test_the_share_of_the_object():
     assert found['chance'] == pytest.approx(0.5, abs=0.03)
 
 
-def test_score_is_printed(script, checkpoint, tmp_path, monkeypatch):
+def test_score_is_printed_and_drawn(script, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.Shapes.LENGTHS, 'val', 20)
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32', 10)]
     flags += ['--data-set', 'SHAPES', '--score', '--batch-size', 1, '--layer-wise-prune', '--output_dir', tmp_path]
     printed = script('visualize', *flags)
     assert printed.count('% of the object, chance 50.0 %') == 8 and '20 images' in printed
+    assert (tmp_path / 'score.png').exists()
+
+
+def test_the_figure_of_the_score_has_its_numbers():
+    shares = {'blocks.4': (np.array([0.5, 1.0]), 0.7), 'blocks.8': (np.array([0.25, 0.25]), 0.3)}
+    (axes,) = drawing.draw_shares(shares).axes
+    mean, chance = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_marker() in 'os']
+    assert list(mean.get_ydata()) == [75, 25] and list(chance.get_ydata()) == pytest.approx([70, 30])
+    (bars,) = axes.collections
+    ends = [tuple(segment[:, 1]) for segment in bars.get_segments()]
+    assert ends[0] == pytest.approx((75 - 1.96 * 25 / 2**0.5, 75 + 1.96 * 25 / 2**0.5)) and ends[1] == (25, 25)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ['block 4', 'block 8']
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {'of the object', 'by chance'}
 
 
 def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, image_folder):
