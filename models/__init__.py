@@ -68,7 +68,9 @@ def build(args: argparse.Namespace, num_classes: int, input_size: int | None = N
 
 
 def apply(model: nn.Module, method: str, **flags) -> nn.Module:
-    """Give a ViT of timm `evolve` or a rival, in place; ValueError for a flag that the method does not have."""
+    """Give a ViT of timm `evolve` or a rival, in place; ValueError for another method, or a flag that it lacks."""
+    if method not in (known := ('evolve', *rivals.METHODS)):
+        raise ValueError(f'method: expected one of {", ".join(known)}, found {method!r}')
     known = ('keep_ratio', 'stages', 'representative') if method == 'evolve' else rivals.ARGUMENTS[method]
     if unknown := [f'--{name.replace("_", "-")}' for name in flags if name not in known]:
         raise ValueError(f'{", ".join(unknown)} means nothing here')
