@@ -88,7 +88,9 @@ def create(name: str, num_classes: int, input_size: int | None = None, **options
         options['img_size'] = input_size
     try:
         model = timm.create_model(name, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, OSError) as error:
+        if options.get('pretrained') and isinstance(error, OSError):
+            raise InputError(f'--pretrained: the weights of {name} could not be downloaded: {error}') from error
         raise InputError(f'{name} cannot be built with {options}: {error}') from error
     if input_size is not None:
         check_input_size(model, name, input_size)

@@ -157,7 +157,7 @@ def match(metric: Tensor, r: int) -> Tensor:
     return out
 
 
-def select_at_random(tokens: Tensor, score: Tensor | None, *args, **kwargs):
+def random(tokens: Tensor, score: Tensor | None, *args, **kwargs):
     """A control: evolution.evolve with random numbers in place of the attention; with 'nearest' novelty counts too."""
     return evolution.evolve(tokens, None if score is None else torch.rand_like(score), *args, **kwargs)
 
@@ -202,6 +202,6 @@ def apply(
     return model
 
 
-METHODS: dict[str, Callable] = {'drop': drop, 'fuse': fuse, 'merge': merge, 'random': select_at_random}
+METHODS: dict[str, Callable] = {'drop': drop, 'fuse': fuse, 'merge': merge, 'random': random}
 # What `apply` has of arguments for each.
 ARGUMENTS = dict.fromkeys(('drop', 'fuse', 'random'), ('keep_ratio', 'stages')) | {'merge': ('merge_r',)}

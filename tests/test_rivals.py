@@ -140,6 +140,15 @@ def test_flags_choose_the_method(method, flags):
         models.build(args, 5)
 
 
+def test_a_download_that_fails_is_said_without_a_traceback(monkeypatch):
+    def no_connection(*args, **kwargs):
+        raise FileNotFoundError('no connection')
+
+    monkeypatch.setattr(timm, 'create_model', no_connection)
+    with pytest.raises(models.InputError, match='test_vit.*could not be downloaded.*no connection'):
+        models.create('test_vit', 5, pretrained=True)
+
+
 def test_models_without_weights_of_timm_are_not_pretrained():
     with pytest.raises(models.InputError, match='has no weights'):
         models.create('evo_deit_tiny_patch16_224', 5, pretrained=True)
