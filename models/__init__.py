@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def build(args: argparse.Namespace, num_classes: int, input_size: int | None = None) -> nn.Module:
     """The model that the flags ask for; InputError with the nearest names where there is none."""
+    if args.merge_r is not None and args.method != 'merge':
+        raise InputError('--merge-r needs --method merge')
     flags = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}
     flags = {name: value for name, value in (flags | {'merge_r': args.merge_r}).items() if value is not None}
     options = {} if args.drop_path is None else {'drop_path_rate': args.drop_path}

@@ -472,6 +472,8 @@ def evolve(
 
 def why_not(model: nn.Module) -> str:
     """Why a model cannot be evolved exactly, '' if it can."""
+    if isinstance(model, SavedEvolution):
+        return f'{type(model).__name__} evolves by itself; keep_ratio, stages and representative are its own arguments'
     if type(model) not in (*EVOLVED, *EVOLVED.values()):
         known = ', '.join(cls.__name__ for cls in EVOLVED)
         return f"expected one of timm's classes {known}, whose blocks keep one sequence of patches"

@@ -136,7 +136,24 @@ def test_flags_choose_the_method(method, flags):
     dense = timm.create_model('vit_tiny_patch16_224', img_size=64)
     assert count_gmacs(models.build(args, 5).eval(), [x]) < 0.9 * count_gmacs(dense.eval(), [x])
     args.merge_r, args.representative = 3, 'none'
-    with pytest.raises(models.InputError, match='means nothing here'):
+    with pytest.raises(models.InputError, match='means nothing here|--merge-r needs --method merge'):
+        models.build(args, 5)
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--model test_vit --merge-r 3', '--merge-r needs --method merge'),
+        ('--model evo_deit_nano_patch4_32 --merge-r 3', '--merge-r needs --method merge'),
+        ('--model evo_deit_nano_patch4_32 --evolve', 'EvoDeiT evolves by itself'),
+        ('--model EvoLeViT_128S --method drop', 'EvoLeViT evolves by itself'),
+    ],
+)
+def test_flags_that_do_not_fit_a_model_are_named(flags, message):
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    args = argparse.Namespace(**vars(parser.parse_args(flags.split())), input_size=32)
+    with pytest.raises(models.InputError, match=message):
         models.build(args, 5)
 
 
