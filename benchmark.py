@@ -234,7 +234,7 @@ def make_case(
     if args.data_path and not isinstance(size, int):
         raise InputError(f'--data-path: the loader makes square images, not {size}; use --img_size')
     method = None if twin else flags.method  # ours evolve anyway
-    twin = (name, {}) if method else twin
+    twin = (name, flags.model_kwargs or {}) if method else twin
     case = vars(flags) | vars(args) | dict(mode=mode, model=name, twin=twin, method=method, input_size=size)
     autocast = mode == 'train' or args.amp
     # Of images and weights, which are in half precision only where there is no autocast.

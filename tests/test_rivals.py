@@ -147,14 +147,24 @@ def test_flags_choose_the_method(method, flags):
         ('--model evo_deit_nano_patch4_32 --merge-r 3', '--merge-r needs --method merge'),
         ('--model evo_deit_nano_patch4_32 --evolve', 'EvoDeiT evolves by itself'),
         ('--model EvoLeViT_128S --method drop', 'EvoLeViT evolves by itself'),
+        ('--model test_vit --model-kwargs img_size=64', '--model-kwargs img_size: use --input-size'),
+        ('--model test_vit --model-kwargs num_classes=3', '--model-kwargs num_classes: the data says it'),
+        ('--model test_vit --model-kwargs drop_rate=0.1', '--model-kwargs drop_rate: use --drop'),
     ],
 )
 def test_flags_that_do_not_fit_a_model_are_named(flags, message):
     parser = argparse.ArgumentParser()
     models.add_arguments(parser)
-    args = argparse.Namespace(**vars(parser.parse_args(flags.split())), input_size=32)
     with pytest.raises(models.InputError, match=message):
-        models.build(args, 5)
+        models.build(argparse.Namespace(**vars(parser.parse_args(flags.split())), input_size=32), 5)
+
+
+def test_arguments_of_a_model_are_pairs(capsys):
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--model-kwargs', 'depth=3', 'width'])
+    assert 'argument --model-kwargs: expected KEY=VALUE, found width' in capsys.readouterr().err
 
 
 def test_a_download_that_fails_is_said_without_a_traceback(monkeypatch):
