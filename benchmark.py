@@ -237,7 +237,7 @@ def make_case(
         reason = '--data-set wds/ is a stream, of which each pass would time other images'
         raise InputError(f'{reason}; expected data that is read by index, such as image folders, or no --data-path')
     method = None if twin else flags.method  # ours evolve anyway
-    twin = (name, {}) if method else twin
+    twin = (name, flags.model_kwargs or {}) if method else twin
     case = vars(flags) | vars(args) | dict(mode=mode, model=name, twin=twin, method=method, input_size=size)
     autocast = mode == 'train' or args.amp
     # Of images and weights, which are in half precision only where there is no autocast.

@@ -16,18 +16,19 @@ from utils import InputError, at_least, print_rank0
 
 # Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
 MAY_CHANGE = dict.fromkeys(
-    'output_dir resume auto_resume overwrite accept_changes finetune eval eval_ema save_interval_steps '
+    'output_dir resume auto_resume overwrite accept_changes finetune pretrained eval eval_ema save_interval_steps '
     'keep_checkpoints results_file tensorboard'.split(),
     True,
 )
 # Flags that older checkpoints do not name, with what held then.
-NEWER_FLAGS = {'layer_decay': None, 'bce_loss': False, 'mixup_off_epoch': 0}
+NEWER_FLAGS = {'layer_decay': None, 'bce_loss': False, 'mixup_off_epoch': 0, 'method': None, 'model_kwargs': None}
 # With another one of these, the steps that were done of an epoch saw other images.
 ORDER_OF_IMAGES = {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug', 'seed', 'train_images'}
 # States of optimizers that have the shape of their parameter, or are one number.
 MOMENTS = {'exp_avg', 'exp_avg_sq', 'momentum_buffer'}
 # Flags of the model that an evaluation takes from the training, besides those of the images.
-MODEL_FLAGS = 'method', 'stages', 'keep_ratio', 'representative', 'merge_r', 'model_kwargs'
+SCHEDULE_FLAGS = 'stages', 'keep_ratio', 'representative', 'merge_r'  # of one method, and of no other
+MODEL_FLAGS = 'method', *SCHEDULE_FLAGS, 'model_kwargs'
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -314,6 +315,8 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
     Where the model or the image size is given and differs, that is printed.
     """
     saved, restored = saved_flags(content), {}
+    if args.method and args.method != saved.get('method'):
+        saved = {name: value for name, value in saved.items() if name not in SCHEDULE_FLAGS}
     for name in (*MODEL_FLAGS, *datasets.DataConfig._fields):
         given = getattr(args, name)
         if name in saved and given in (None, False):

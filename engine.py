@@ -330,6 +330,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> dict[
     results = evaluate(model, loader, make_autocast(precision, device))
     if args.results_file and utils.rank() == 0:
         about = dict(model=args.model, checkpoint=source, ema=use_ema, images=len(loader.dataset), precision=precision)
+        evolves = hasattr(model, 'schedule')
+        about |= dict(method=model.method, schedule=model.schedule()) if evolves else dict(method=None, schedule=None)
         about |= dict(selection=describe_schedule(model), fused=args.fuse, gmacs=gmacs, **config._asdict())
         output.write_results(Path(args.results_file), results | about | {'parameters': count_parameters(model)})
     return results
@@ -368,10 +370,15 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def describe_schedule(model: nn.Module) -> str:
-    """In words, where a model selects."""
+    """In words, where a model selects, and by which method if it is another one."""
     if not hasattr(model, 'set_schedule'):
         return 'no selection'
-    return ('stage-wise' if model.stage_wise else 'layer-wise') if model.evolving else 'all patches'
+    if not model.evolving:
+        return 'all patches'
+    when = 'stage-wise' if model.stage_wise else 'layer-wise'
+    if model.method == 'evolve':
+        return when
+    return f'{model.method}, {when}' if model.first_blocks else model.method
 
 
 # --- a run

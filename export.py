@@ -64,7 +64,7 @@ def get_parser() -> utils.Parser:
 def main():
     args = get_parser().parse_args()
     check_arguments(args)
-    model, config, classes = load_model(args)
+    model, config, classes, args = load_model(args)
     path = Path(args.output or f'output/{args.model}.{args.format}')
     about = config._asdict() | {'input_size': (3, config.input_size, config.input_size), 'classes': classes}
     operators = write(model, path, args.format, about)
@@ -101,8 +101,12 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def load_model(args: argparse.Namespace) -> tuple[nn.Module, datasets.DataConfig, list[str] | None]:
-    """The model for inference, as its checkpoint was trained, what it expects of images, and its classes."""
+def load_model(
+    args: argparse.Namespace,
+) -> tuple[nn.Module, datasets.DataConfig, list[str] | None, argparse.Namespace]:
+    """The model for inference, as its checkpoint was trained, what it expects of images, its classes, and the flags
+    that hold with those of the checkpoint.
+    """
     classes, count = None, models.published_cfg(args.model).num_classes
     if args.resume:
         content = weights.read_checkpoint(args.resume, print_rank0)
@@ -117,7 +121,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, datasets.DataConfig
     if args.fuse:
         engine.fuse(model)
     print_rank0(f'{args.model}: {engine.describe_schedule(model)}\n{datasets.describe(config)}')
-    return model.eval().to(DTYPES[args.precision]), config, classes
+    return model.eval().to(DTYPES[args.precision]), config, classes, args
 
 
 # --- writing
@@ -225,7 +229,7 @@ class Selections(nn.Module):
 
 def build_dense(args: argparse.Namespace, model: nn.Module, size: int) -> nn.Module:
     """The dense model to compare with, of random weights, fused as the other is."""
-    name, options = models.dense_twin(args.model) or (args.model, {})
+    name, options = models.dense_twin(args.model) or (args.model, args.model_kwargs or {})
     dense = models.create(name, model.num_classes, size, **options).eval()
     if args.fuse:
         engine.fuse(dense)

@@ -19,6 +19,19 @@ __version__ = '0.3.0'
 __all__ = ['InputError', 'add_arguments', 'apply', 'build', 'create', 'dense_twin', 'evolve', 'load_weights']
 
 
+class Pairs(ParseKwargs):
+    """timm's action of a flag with KEY=VALUE, which says what is none."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if wrong := [value for value in values if '=' not in value]:
+            raise argparse.ArgumentError(self, f'expected KEY=VALUE, found {wrong[0]}')
+        super().__call__(parser, namespace, values, option_string)
+
+
+# Arguments that have a flag of their own, which would count, or fail beside --model-kwargs.
+HAVE_FLAGS = {'img_size': 'use --input-size', 'num_classes': 'the data says it', 'drop_rate': 'use --drop'}
+
+
 def add_arguments(parser: argparse.ArgumentParser):
     """Flags of the network."""
     group = parser.add_argument_group('model')
@@ -27,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--drop', type=float, default=0.0, metavar='RATE', help='dropout before the head')
     add('--drop-path', type=float, metavar='RATE', help="stochastic depth; without, the model's own")
     add('--pretrained', action='store_true', help="begin with timm's weights of the model, downloaded once")
-    add('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', help='for its constructor')
+    add('--model-kwargs', nargs='*', action=Pairs, metavar='KEY=VALUE', help='for its constructor')
     add(
         '--method', choices=['evolve', *rivals.METHODS],
         help='make a ViT of timm faster: evolve (models.evolve), or for comparison a rival (models.rivals)',
@@ -48,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def build(args: argparse.Namespace, num_classes: int, input_size: int | None = None) -> nn.Module:
     """The model that the flags ask for; InputError with the nearest names where there is none."""
+    if args.merge_r is not None and args.method != 'merge':
+        raise InputError('--merge-r needs --method merge')
     flags = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}
     flags = {name: value for name, value in (flags | {'merge_r': args.merge_r}).items() if value is not None}
     options = {} if args.drop_path is None else {'drop_path_rate': args.drop_path}
@@ -59,6 +74,8 @@ def build(args: argparse.Namespace, num_classes: int, input_size: int | None = N
                 f'{names}: expected a model that evolves, found {args.model}; add --evolve for a ViT of timm'
             )
         options |= flags
+    if other := [name for name in args.model_kwargs or {} if name in HAVE_FLAGS]:
+        raise InputError(f'--model-kwargs {other[0]}: {HAVE_FLAGS[other[0]]}')
     options |= args.model_kwargs or {}
     model = create(args.model, num_classes, input_size or args.input_size, drop_rate=args.drop, **options)
     try:
@@ -68,7 +85,9 @@ def build(args: argparse.Namespace, num_classes: int, input_size: int | None = N
 
 
 def apply(model: nn.Module, method: str, **flags) -> nn.Module:
-    """Give a ViT of timm `evolve` or a rival, in place; ValueError for a flag that the method does not have."""
+    """Give a ViT of timm `evolve` or a rival, in place; ValueError for another method, or a flag that it lacks."""
+    if method not in (known := ('evolve', *rivals.METHODS)):
+        raise ValueError(f'method: expected one of {", ".join(known)}, found {method!r}')
     known = ('keep_ratio', 'stages', 'representative') if method == 'evolve' else rivals.ARGUMENTS[method]
     if unknown := [f'--{name.replace("_", "-")}' for name in flags if name not in known]:
         raise ValueError(f'{", ".join(unknown)} means nothing here')
@@ -86,7 +105,9 @@ def create(name: str, num_classes: int, input_size: int | None = None, **options
         options['img_size'] = input_size
     try:
         model = timm.create_model(name, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, OSError) as error:
+        if options.get('pretrained') and isinstance(error, OSError):
+            raise InputError(f'--pretrained: the weights of {name} could not be downloaded: {error}') from error
         raise InputError(f'{name} cannot be built with {options}: {error}') from error
     if input_size is not None:
         check_input_size(model, name, input_size)

@@ -13,13 +13,14 @@ from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import evolution
 from .evolution import Block, Selection, Slow, Tradeoff
-from .vit import evolve
+from .vit import evolve, to_floats
 
 
 def drop(tokens: Tensor, score: Tensor | None, blocks: Sequence[Block], tradeoffs: Sequence[Tradeoff], *args, **kwargs):
@@ -39,6 +40,7 @@ class Fused(NamedTuple):
 
     kept: Tensor
     score: Tensor
+    cluster: None
     token: Tensor
     token_score: Tensor
 
@@ -68,11 +70,14 @@ def fuse(
     if select_anew or selection is None:
         kept = evolution.select(score, k)
         leaving = score.scatter(1, kept, 0.0).clamp(min=0)  # -inf: left before
+        # Where nobody attends to what leaves, all of it counts alike, and what was fused before by its score alone.
+        alike = torch.isfinite(score).scatter(1, kept, False).to(score.dtype)
+        leaving = evolution.replace_zeros(leaving, alike)
         fused, weight = leaving.unsqueeze(1).to(tokens.dtype) @ tokens[:, prefix:], leaving.sum(1, keepdim=True)
         if selection is not None:
             fused = fused + selection.token_score.unsqueeze(-1).to(tokens.dtype) * selection.token
             weight = weight + selection.token_score
-        selection = Fused(kept, score, fused / weight.unsqueeze(-1).to(tokens.dtype), weight)
+        selection = Fused(kept, score, None, fused / weight.unsqueeze(-1).to(tokens.dtype), weight)
     kept = selection.kept
     index = torch.cat([torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1), kept + prefix], 1)
     index = index.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
@@ -122,7 +127,8 @@ def merge(
         x = torch.cat([x[:, :prefix], (sums / merged.unsqueeze(-1)).to(x.dtype)], 1)
         # A merged token keeps the place of the one that others were merged into.
         old = torch.arange(size.shape[1], device=x.device).expand_as(target) if places is None else places
-        places = old.new_zeros(old.shape[0], count).scatter(1, target, old)
+        places = old.new_zeros(old.shape[0], count).scatter(1, target[:, ::2], old[:, ::2])
+        places = places.scatter(1, target[:, 1::2], old[:, 1::2])  # last, as these stay: see `match`
         size, cluster = merged, target.gather(1, cluster)
         x = block.feed_forward(x)
     patches = x[:, prefix:].gather(1, cluster.unsqueeze(-1).expand(-1, -1, x.shape[2]))
@@ -151,7 +157,7 @@ def match(metric: Tensor, r: int) -> Tensor:
     return out
 
 
-def select_at_random(tokens: Tensor, score: Tensor | None, *args, **kwargs):
+def random(tokens: Tensor, score: Tensor | None, *args, **kwargs):
     """A control: evolution.evolve with random numbers in place of the attention; with 'nearest' novelty counts too."""
     return evolution.evolve(tokens, None if score is None else torch.rand_like(score), *args, **kwargs)
 
@@ -188,12 +194,14 @@ def apply(
         depth = len(getattr(model, 'blocks', ()))
         # EViT drops after the attention of its blocks 3, 6 and 9 of 12: before the next block begins.
         stages = sorted({min(depth * i // 4 + 1, depth - 1) for i in (1, 2, 3)}) if stages is None else stages
-        shares = evolution.check_keep_ratio(keep_ratio, len(stages))
+        if np.ndim(stages) != 1:
+            raise ValueError(f'stages: expected indices of blocks, such as (4, 7, 10), found {stages}')
+        shares = evolution.check_keep_ratio(to_floats('keep_ratio', keep_ratio), len(stages))
         model = evolve(model, list(accumulate(shares, mul)), stages, representative='none')
     model.update_group = METHODS[method]
     return model
 
 
-METHODS: dict[str, Callable] = {'drop': drop, 'fuse': fuse, 'merge': merge, 'random': select_at_random}
+METHODS: dict[str, Callable] = {'drop': drop, 'fuse': fuse, 'merge': merge, 'random': random}
 # What `apply` has of arguments for each.
 ARGUMENTS = dict.fromkeys(('drop', 'fuse', 'random'), ('keep_ratio', 'stages')) | {'merge': ('merge_r',)}

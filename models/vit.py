@@ -94,6 +94,12 @@ class Evolving:
             evolution.informative(self.num_patches(block), ratio)
         self._keep_ratio = ratios
 
+    @property
+    def method(self) -> str:
+        """What `update_group` is called: 'evolve', or a rival."""
+        update = getattr(self.update_group, 'func', self.update_group)  # arguments may be bound to it
+        return getattr(update, '__name__', type(update).__name__)
+
     def load_schedule(self, schedule: dict):
         """Take over what `schedule` gave of another model; ValueError for one that cannot be."""
         self.init_evolution(schedule['keep_ratio'], schedule['stages'], schedule['representative'])
@@ -104,14 +110,15 @@ class Evolving:
         self.stage_wise, self.evolving = stage_wise, evolving
 
     def schedule(self) -> dict:
-        """All that says when, how much and how the model evolves, as plain data."""
-        return {
+        """All that says when, how much and how the model evolves, as plain data; `method` where it is another one."""
+        schedule = {
             'stage_wise': self.stage_wise,
             'evolving': self.evolving,
             'stages': list(self.first_blocks),
             'keep_ratio': list(self.keep_ratio),
             'representative': self.representative,
         }
+        return schedule if self.method == 'evolve' else schedule | {'method': self.method}
 
     def block_names(self) -> list[str]:
         """The names of all blocks, in order."""
@@ -154,13 +161,14 @@ class Evolving:
         blocks = [self.recomputed(block) for block in blocks]
         names, tradeoffs, groups = self.block_names(), self.tradeoffs(), self.groups(out_indices)
         last_selection = max([g.start for g in groups if g.select and g.keep_ratio < 1], default=0)
+        update_group = self.update_group if self.evolving else evolution.evolve  # merging has no stages to leave out
         score, selection, selections, outputs = None, None, {}, []
         for start, stop, ratio, select in groups:
             if stop_early and start > max(out_indices):
                 break
             if start in self.new_grids():
                 tokens, score = self.change_grid(start, tokens, score if start <= last_selection else None)
-            tokens, score, selection = self.update_group(
+            tokens, score, selection = update_group(
                 tokens,
                 score,
                 blocks[start:stop],
@@ -173,7 +181,7 @@ class Evolving:
                 prefix=self.num_prefix_tokens,
             )
             if select and selection is not None:
-                selections[names[start]] = selection
+                selections[names[start]] = Selection(*selection[:3])  # a method may keep more in its own
             if stop - 1 in out_indices:
                 outputs.append(tokens)
         return tokens, selections, outputs
@@ -464,6 +472,8 @@ def evolve(
 
 def why_not(model: nn.Module) -> str:
     """Why a model cannot be evolved exactly, '' if it can."""
+    if isinstance(model, SavedEvolution):
+        return f'{type(model).__name__} evolves by itself; keep_ratio, stages and representative are its own arguments'
     if type(model) not in (*EVOLVED, *EVOLVED.values()):
         known = ', '.join(cls.__name__ for cls in EVOLVED)
         return f"expected one of timm's classes {known}, whose blocks keep one sequence of patches"

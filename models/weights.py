@@ -267,6 +267,10 @@ def _check_fit(
 
 def _load_schedule(model: nn.Module, saved: dict, adapt: bool, where: str, report: Report):
     """Give a model the schedule that weights were trained with, or with `adapt` leave it its own; say what differs."""
+    method = saved.get('method', 'evolve')
+    if not hasattr(model, 'load_schedule') and method != 'evolve':
+        report(f"{where} was trained with {method}, which models.apply(model, '{method}', ...) gives this dense model")
+        return
     if not hasattr(model, 'load_schedule'):
         names = 'keep_ratio', 'stages', 'representative', 'stage_wise'
         arguments = ', '.join(f'{name}={saved.get(name)!r}' for name in names)
@@ -274,6 +278,9 @@ def _load_schedule(model: nn.Module, saved: dict, adapt: bool, where: str, repor
             f'{where} was trained with tokens that evolve, and this {type(model).__name__} does not evolve; '
             f'models.evolve(model, {arguments}) gives it the schedule of then'
         )
+        return
+    if method != model.method:
+        report(f'{where}: the weights were trained with {method}, and this model has {model.method}, which it keeps')
         return
     before = model.schedule()
     differ = [f'{name} {saved[name]} instead of {value}' for name, value in before.items() if saved[name] != value]

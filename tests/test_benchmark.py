@@ -79,6 +79,13 @@ def test_the_twin_is_the_same_network_without_selection(name):
         assert matrices[0] == matrices[1]
 
 
+def test_the_dense_model_has_the_same_arguments():
+    args, flags = benchmark.get_parser().parse_known_args(['--evolve', '--model-kwargs', 'depth=3'])
+    args = benchmark.resolve_args(args, torch.device('cpu'))
+    case = benchmark.make_case(args, flags, 'inference', 'test_vit', None, 2)
+    assert [len(build(num_classes=5).blocks) for _, build in benchmark.list_models(case)] == [3, 3]
+
+
 def test_every_model_of_ours_has_a_twin_and_no_other_has():
     ours = timm.list_models('evo_deit_*') + timm.list_models('EvoLeViT_*')
     assert len(ours) == 21

@@ -100,6 +100,12 @@ def test_the_dense_model_is_timed_beside_it(script, monkeypatch, tmp_path):
     assert f'torch {torch.__version__.split("+")[0]}' in said and '1 threads' in said
 
 
+def test_the_dense_model_has_the_same_size():
+    args = export.get_parser().parse_args(['--model', VIT, '--evolve', '--model-kwargs', 'depth=3'])
+    model, config, _, args = export.load_model(args)
+    assert len(export.build_dense(args, model, config.input_size).blocks) == len(model.blocks) == 3
+
+
 def test_a_difference_is_an_error_that_says_where_other_patches_are_the_reason(monkeypatch, tmp_path):
     model = models.evolve(small(VIT, img_size=64))
     programs = {'logits.pt2': lambda images: off * 0.1 + model(images), 'selections.pt2': lambda images: found}

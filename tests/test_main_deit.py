@@ -495,6 +495,17 @@ def test_a_plain_vit_is_evaluated_evolved(script, flags, tmp_path):
     assert 'stage-wise' in printed and plain not in printed
 
 
+def test_results_say_which_method_they_are_of(script, flags, tmp_path):
+    torch.save(timm.create_model('test_vit', img_size=32, num_classes=4).state_dict(), tmp_path / 'w.pth')
+    evaluate = [*flags, '--model', 'test_vit', '--eval', '--resume', tmp_path / 'w.pth']
+    evaluate += ['--results-file', tmp_path / 'results.json']
+    for method, words in (('drop', 'drop, stage-wise'), ('merge', 'merge'), (None, 'no selection')):
+        assert f'w.pth: {words}\n' in script('main_deit', *evaluate, *(['--method', method] if method else []))
+        results = json.loads((tmp_path / 'results.json').read_text())
+        assert (results['method'], results['selection']) == (method, words)
+    assert results['schedule'] is None
+
+
 def test_weights_alone_in_safetensors_start_training_and_are_evaluated(script, flags, tmp_path):
     torch.manual_seed(0)
     save_file(timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict(), tmp_path / 'w.safetensors')
@@ -526,6 +537,32 @@ def test_evaluation_restores_the_model_of_the_training(capsys, saved, now):
     assert 'c.pth was trained with input_size 48, and is evaluated with 32' in capsys.readouterr().out
     checkpoint.restore_model_args(args, {'model': {}})  # holds no flags, so none differ
     assert 'trained with' not in capsys.readouterr().out
+
+
+def test_another_method_begins_with_its_own_schedule():
+    """Two keep ratios of `evolve` mean something else to `drop`, and nothing to `merge`."""
+    args = engine.get_parser('', {}).parse_args(['--resume', 'c.pth', '--method', 'drop'])
+    trained = dict(method='evolve', keep_ratio=[0.7], stages=[4, 8], representative='one', model_kwargs={'depth': 9})
+    restored = checkpoint.restore_model_args(args, {'args': trained})
+    assert (restored.keep_ratio, restored.stages, restored.representative) == (None, None, None)
+    assert restored.model_kwargs == {'depth': 9}
+    args.keep_ratio = [0.5]
+    assert checkpoint.restore_model_args(args, {'args': trained}).keep_ratio == [0.5]
+    args.method, args.keep_ratio = 'evolve', None
+    assert checkpoint.restore_model_args(args, {'args': trained}).stages == [4, 8]
+
+
+def test_flags_that_an_older_checkpoint_does_not_name_are_compared():
+    flags = vars(engine.get_parser('', main_deit.RECIPE).parse_args(['--evolve', '--model-kwargs', 'depth=9']))
+    older = {name: value for name, value in flags.items() if name not in checkpoint.NEWER_FLAGS}
+    with pytest.raises(InputError, match=r'method +None +evolve\n +model_kwargs +None +.*depth'):
+        checkpoint.compare_flags({'args': older}, 'c.pth', flags, engine.MAY_CHANGE, False)
+
+
+def test_what_a_model_began_with_does_not_matter_to_a_resume():
+    flags = vars(engine.get_parser('', main_deit.RECIPE).parse_args([]))
+    before = {'args': flags | {'pretrained': True, 'finetune': 'w.pth'}}
+    assert checkpoint.compare_flags(before, 'c.pth', flags, engine.MAY_CHANGE, False) == {'pretrained', 'finetune'}
 
 
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
@@ -970,6 +1007,7 @@ def test_an_evaluation_writes_its_results(script, flags, tmp_path):
     path, source = tmp_path / 'results.json', tmp_path / 'checkpoint.pth'
     script('main_deit', *flags, '--eval', '--resume', source, '--results-file', path)
     results, log = json.loads(path.read_text()), read_log(tmp_path)[0]
+    assert (results['method'], results['schedule']['keep_ratio']) == ('evolve', [0.5, 0.5])
     assert [results[name] for name in ('acc1', 'acc5', 'loss')] == [log[f'test_{n}'] for n in ('acc1', 'acc5', 'loss')]
     expected = dict(
         model='evo_deit_nano_patch4_32', checkpoint=str(source), images=30, input_size=32, precision='fp32', ema=False,

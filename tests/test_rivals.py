@@ -3,6 +3,7 @@
 import argparse
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -135,10 +136,109 @@ def test_flags_choose_the_method(method, flags):
     dense = timm.create_model('vit_tiny_patch16_224', img_size=64)
     assert count_gmacs(models.build(args, 5).eval(), [x]) < 0.9 * count_gmacs(dense.eval(), [x])
     args.merge_r, args.representative = 3, 'none'
-    with pytest.raises(models.InputError, match='means nothing here'):
+    with pytest.raises(models.InputError, match='means nothing here|--merge-r needs --method merge'):
         models.build(args, 5)
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--model test_vit --merge-r 3', '--merge-r needs --method merge'),
+        ('--model evo_deit_nano_patch4_32 --merge-r 3', '--merge-r needs --method merge'),
+        ('--model evo_deit_nano_patch4_32 --evolve', 'EvoDeiT evolves by itself'),
+        ('--model EvoLeViT_128S --method drop', 'EvoLeViT evolves by itself'),
+        ('--model test_vit --model-kwargs img_size=64', '--model-kwargs img_size: use --input-size'),
+        ('--model test_vit --model-kwargs num_classes=3', '--model-kwargs num_classes: the data says it'),
+        ('--model test_vit --model-kwargs drop_rate=0.1', '--model-kwargs drop_rate: use --drop'),
+    ],
+)
+def test_flags_that_do_not_fit_a_model_are_named(flags, message):
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    with pytest.raises(models.InputError, match=message):
+        models.build(argparse.Namespace(**vars(parser.parse_args(flags.split())), input_size=32), 5)
+
+
+def test_arguments_of_a_model_are_pairs(capsys):
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--model-kwargs', 'depth=3', 'width'])
+    assert 'argument --model-kwargs: expected KEY=VALUE, found width' in capsys.readouterr().err
+
+
+def test_a_download_that_fails_is_said_without_a_traceback(monkeypatch):
+    def no_connection(*args, **kwargs):
+        raise FileNotFoundError('no connection')
+
+    monkeypatch.setattr(timm, 'create_model', no_connection)
+    with pytest.raises(models.InputError, match='test_vit.*could not be downloaded.*no connection'):
+        models.create('test_vit', 5, pretrained=True)
 
 
 def test_models_without_weights_of_timm_are_not_pretrained():
     with pytest.raises(models.InputError, match='has no weights'):
         models.create('evo_deit_tiny_patch16_224', 5, pretrained=True)
+
+
+def test_a_merged_token_keeps_the_place_of_the_one_that_it_was_merged_into():
+    """Places go with rotary positions. The third token goes into the second, not the other way round."""
+    keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0], [1.0, -1.0]]])
+
+    class Still:
+        def attend(self, slow, need_attention):
+            return slow.tokens, None, torch.nn.functional.pad(keys, (0, 0, 1, 0))[:, None]
+
+        def feed_forward(self, tokens):
+            return tokens
+
+    tokens = torch.arange(6.0).view(1, 6, 1)
+    _, _, selection = rivals.merge(tokens, None, [Still()], [1.0], 1.0, 'none', r=1)
+    places, cluster = selection.kept[0], selection.cluster[0]
+    assert cluster[2] == cluster[1] and places[cluster].tolist() == [0, 1, 1, 3, 4]
+
+
+def test_fusing_tokens_to_which_nobody_attends_is_their_mean():
+    tokens, score = torch.arange(11.0).view(1, 11, 1), torch.zeros(1, 10)
+    score[0, :6] = 1
+
+    def block(slow, need_attention):
+        return slow.tokens, torch.zeros(1, slow.tokens.shape[1] - 1)
+
+    x, score, first = rivals.fuse(tokens, score, [block], [0.5], 0.6, 'none')
+    assert first.token.item() == torch.arange(7.0, 11.0).mean()
+    _, _, second = rivals.fuse(x, score, [block], [0.5], 0.3, 'none', first)
+    assert second.token.isfinite().all()
+
+
+def test_all_methods_give_selections_of_one_kind():
+    """Their readers, such as visualize.py, know no method."""
+    for method in ('drop', 'fuse', 'random'):
+        model = rivals.apply(dense(), method)
+        selections = run(model, images(model))[1][1]
+        assert selections and all(type(selection) is evolution.Selection for selection in selections.values())
+
+
+@pytest.mark.parametrize('method', rivals.METHODS)
+def test_without_evolving_every_method_is_dense(method):
+    model = dense()
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+    rivals.apply(model, method).set_schedule(stage_wise=True, evolving=False)
+    logits, (_, selections, _) = run(model, x)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert not selections
+
+
+@pytest.mark.parametrize('ratio', [torch.tensor(0.5), np.float32(0.5), [np.float32(0.5)]])
+def test_ratios_of_numpy_and_torch(ratio):
+    assert rivals.apply(dense(), 'drop', ratio).keep_ratio == (0.5, 0.25, 0.125)
+
+
+def test_wrong_arguments_are_named():
+    for wrong, message in ((dict(keep_ratio='half'), 'keep_ratio: expected numbers'), (dict(stages=3), 'stages: ')):
+        with pytest.raises(ValueError, match=message):
+            rivals.apply(dense(), 'drop', **wrong)
+    with pytest.raises(ValueError, match='method: expected one of evolve, drop, fuse, merge, random, found .prune.'):
+        models.apply(dense(), 'prune')

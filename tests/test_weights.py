@@ -262,6 +262,24 @@ def test_a_schedule_that_stays_is_said(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
+def test_the_schedule_of_another_method_is_not_taken_for_evolution(capsys):
+    """Merging has no stages: with its schedule alone an evolved model would be dense without a word."""
+    for method in ('drop', 'merge'):
+        trained = models.apply(evolved(), method)
+        checkpoint = {'model': trained.state_dict(), 'schedule': trained.schedule()}
+        model = evolved()
+        before = model.schedule()
+        models.load_weights(model, checkpoint)
+        assert model.schedule() == before
+        assert f'the weights were trained with {method}, and this model has evolve' in capsys.readouterr().out
+        models.load_weights(models.apply(evolved(), method), checkpoint)
+        assert not capsys.readouterr().out
+        dense = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=6, embed_dim=48, num_classes=10)
+        models.load_weights(dense, checkpoint)
+        printed = capsys.readouterr().out
+        assert f"models.apply(model, '{method}', ...)" in printed and 'models.evolve' not in printed
+
+
 @pytest.mark.parametrize(
     'name, kwargs',
     [
