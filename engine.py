@@ -396,7 +396,7 @@ def train(
     """Train for all epochs, evaluating, saving and logging on the way; returns the last evaluation."""
     model, ema, device = state.model, state.ema.module if state.ema else None, next(state.model.parameters()).device
     networks, first, evolves = [model, ema] if ema else [model], state.epoch, hasattr(model, 'set_schedule')
-    print_rank0(describe_plan(plan, first, len(train_loader), evolves))
+    print_rank0(describe_plan(plan, first, len(train_loader), evolves and bool(model.first_blocks)))
     if plan.grad_checkpointing:
         checkpoint_gradients(model)
     folder.clear()
@@ -429,7 +429,7 @@ def train(
     return test
 
 
-def describe_plan(plan: Plan, first: int, batches: int, evolves: bool) -> str:
+def describe_plan(plan: Plan, first: int, batches: int, selects: bool) -> str:
     """A line about the epochs that come; InputError where one is less than a step."""
     count, epochs = plan.grad_accum_steps, plan.epochs
     if batches < count:
@@ -437,7 +437,7 @@ def describe_plan(plan: Plan, first: int, batches: int, evolves: bool) -> str:
     text = f'{batches // count} steps an epoch, '
     if first >= epochs:
         return f'{text}all {epochs} epochs are done already; to train on, give a larger --epochs and --accept-changes'
-    return f'{text}epochs {first} to {epochs - 1}' + (f', stage-wise from epoch {plan.stage_epoch}' if evolves else '')
+    return f'{text}epochs {first} to {epochs - 1}' + (f', stage-wise from epoch {plan.stage_epoch}' if selects else '')
 
 
 def checkpoint_gradients(model: nn.Module):

@@ -178,6 +178,8 @@ def load_model(args: argparse.Namespace, content: dict, num_classes: int, input_
     model = models.build(args, num_classes, input_size)
     if not isinstance(model, Evolving):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT, an Evo-LeViT, or --evolve')
+    if model.method == 'merge':
+        raise InputError('--method merge: it selects no patches that could be shown; expected another method')
     checkpoint.load_for_evaluation(model, content, args.resume)
     if args.layer_wise_prune:
         model.set_schedule(stage_wise=False)

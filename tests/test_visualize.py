@@ -248,6 +248,8 @@ def test_any_vit_of_timm_is_evolved(script, tmp_path):
     flags += ['--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out']
     with pytest.raises(InputError, match='or --evolve'):
         script('visualize', *flags)
+    with pytest.raises(InputError, match='selects no patches that could be shown'):
+        script('visualize', *flags, '--method', 'merge')
     assert not list((tmp_path / 'out').iterdir())
     script('visualize', *flags, '--evolve', '--keep-ratio', 0.75, 0.25, '--stages', 3, 6)
     names = {'a_sheet.png', 'a.png', *(f'a_block{i}{end}.png' for i in (3, 6) for end in ('', '_clusters'))}
