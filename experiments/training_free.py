@@ -17,6 +17,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import BUDGETS, METHODS, Rows, add_arguments, build, find_images, find_setting, gmacs, paired_interval
 from matplotlib.figure import Figure
@@ -44,6 +45,29 @@ def predict(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, 
         predictions.append(model.forward_head(tokens).argmax(1).cpu())
         grids.append(tokens[:, model.num_prefix_tokens :].float().cpu())
     return torch.cat(predictions), torch.cat(grids)
+
+
+def pack(right: Tensor) -> str:
+    """Which images (n,) were right, as hexadecimal digits: from them anybody can compute paired intervals."""
+    return '0x' + np.packbits(right.numpy()).tobytes().hex()
+
+
+def unpack(digits: str, n: int) -> Tensor:
+    return torch.from_numpy(
+        np.unpackbits(np.frombuffer(bytes.fromhex(digits[2:]), dtype=np.uint8))[:n].astype(np.float32)
+    )
+
+
+def report(rows: list[dict], reference: str = 'nearest'):
+    """Print the paired difference of a method to every other at equal GMACs (to 5 %), and what the rule says."""
+    ours = {row['budget']: row for row in rows if row['method'] == reference}
+    for row in rows:
+        mine = ours.get(row['budget'])
+        if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > 0.05:
+            continue
+        off, half = paired_interval(*(100 * unpack(each['right'], each['n']) for each in (mine, row)))
+        verdict = 'better' if off > half else 'worse' if -off > half else 'equal'
+        print(f'{reference} at {row["budget"]} of the GMACs: {off:+.1f} ± {half:.1f} to {row["method"]}, {verdict}')
 
 
 def main():
@@ -75,8 +99,9 @@ def main():
             top1=100 * (predictions == labels).float().mean().item(),
             off=off, interval=interval, same=100 * (predictions == reference).float().mean().item(),
             grid=torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item(),
-            seconds=round(time.perf_counter() - started),
+            seconds=round(time.perf_counter() - started), right=pack(predictions == labels),
         )  # fmt: skip
+    report(rows.ours())
     rows.measure(args.speed, make, min(args.batch_size, 32))
     if args.speed != 'none':
         draw(rows.ours(), output.with_suffix('.png'))

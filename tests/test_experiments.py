@@ -44,7 +44,7 @@ def noise(path, *size: int):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
 
 
-def test_training_free(run, tmp_path):
+def test_training_free(run, tmp_path, capsys):
     for synset in ('n01440764', 'n01443537'):
         noise(tmp_path / 'val' / synset / 'a.png', 230, 240)
     rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge')
@@ -52,6 +52,8 @@ def test_training_free(run, tmp_path):
     dense, *others = (float(row['gmacs']) for row in rows)
     assert all(0.55 * dense < gmacs <= 0.6 * dense for gmacs in others)
     assert {row['n'] for row in rows} == {'2'} and all(row['commit'] for row in rows)
+    # Of two images the same are right by both methods, or not.
+    assert 'nearest at 0.6 of the GMACs: ' in capsys.readouterr().out
     # A trial with fewer images is not taken for the whole.
     rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', '--limit', 1)
     assert [row['n'] for row in rows] == ['2', '2', '2', '1', '1']
