@@ -49,11 +49,11 @@ import losses
 import main_deit
 import main_levit
 import models
+import optim
 import results
 import utils
 from costs import count_gmacs, peak_memory
-from losses import HALF
-from utils import InputError, at_least, print_rank0
+from utils import HALF, InputError, at_least, print_rank0
 
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
 MODES = ['inference', 'latency', 'train']
@@ -165,7 +165,7 @@ def resolve_args(args: Namespace, device: torch.device) -> Namespace:
     precision, amp = (None, True) if args.precision == 'amp' else (args.precision, args.amp)
     if amp and precision not in (None, *HALF):
         raise InputError(f'--amp is autocast to half precision, found --precision {precision} beside it; leave one out')
-    precision = engine.pick_precision(precision, device)
+    precision = utils.pick_precision(precision, device)
     batch, calls, warm_up_calls = (32, 10, 2) if device.type == 'cpu' else (256, 40, 10)
     resolved = dict(
         bench=[mode for mode in MODES if mode in args.bench or ('both' in args.bench and mode != 'latency')],
@@ -190,7 +190,7 @@ def set_up_torch(threads: int | None, precision: str, device: torch.device, comp
         # chance in the calls of one model and not in those of another.
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    engine.set_backends(precision, device)
+    utils.set_backends(precision, device)
     if compiled:
         torch._dynamo.config.recompile_limit = 256  # after 8 models of a class PyTorch would silently stop compiling
         torch._inductor.config.freezing = freeze  # as an option of a single compilation it comes too late
@@ -367,13 +367,13 @@ def prepare(candidate: Candidate, case: Namespace, build: Callable, num_classes:
 
 def make_step(case: Namespace, model: nn.Module, num_classes: int) -> tuple[Callable, list]:
     """What is timed, a whole training step or a forward pass; and the tensors that are kept between calls."""
-    autocast = engine.make_autocast(case.precision if case.autocast else 'fp32', case.device)
+    autocast = utils.make_autocast(case.precision if case.autocast else 'fp32', case.device)
     kept = [*model.parameters(), *model.buffers()]
     if case.mode == 'train':
         config = None if case.distillation_type == 'none' else datasets.data_config(case, case.model)
         criterion = losses.build_criterion(case, config, num_classes, case.device, case.smoothing)
         with redirect_stdout(sys.stderr):
-            state = engine.build_state(case, model, case.precision, case.batch_size)
+            state = optim.build_state(case, model, case.precision, case.batch_size)
         averaged = [*state.ema.module.parameters(), *state.ema.module.buffers()] if state.ema else []
 
         def step(images: Tensor, targets: Tensor):

@@ -32,7 +32,6 @@ import output
 import utils
 from checkpoint import State
 from models import weights
-from optim import build_state as build_state
 from optim import global_batch, learning_rate, memory_format
 from output import RunFolder
 from stopping import StepCheck
@@ -59,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add(
         '--stage-epoch', type=at_least(0), metavar='N',
         help='select before each layer until this epoch, then before each stage (default: two thirds of the epochs; '
-        'with --method 0)',
+        '0 with --method)',
     )  # fmt: skip
     add('--prune-warmup-epoch', type=at_least(0), default=0, metavar='N', help='first N epochs without selection')
     add('--eval-interval', type=at_least(1), default=1, metavar='N', help='evaluate every N epochs, and in the last N')

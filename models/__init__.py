@@ -29,7 +29,12 @@ class Pairs(ParseKwargs):
 
 
 # Arguments that have a flag of their own, which would count, or fail beside --model-kwargs.
-HAVE_FLAGS = {'img_size': 'use --input-size', 'num_classes': 'the data says it', 'drop_rate': 'use --drop'}
+HAVE_FLAGS = {
+    'img_size': 'use --input-size',
+    'num_classes': 'the data says it',
+    'drop_rate': 'use --drop',
+    'drop_path_rate': 'use --drop-path',
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -47,7 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     )  # fmt: skip
     add('--evolve', dest='method', action='store_const', const='evolve', help='the same as --method evolve')
     add('--merge-r', type=int, metavar='R', help='--method merge: patches that each block merges away (default: 8)')
-    add('--keep-ratio', type=float, nargs='+', metavar='R', help='share of informative patches, one or one a stage')
+    add(
+        '--keep-ratio',
+        type=float,
+        nargs='+',
+        metavar='R',
+        help='share of informative patches (drop, fuse: of those left), one or one a stage',
+    )
     add('--stages', type=int, nargs='+', metavar='BLOCK', help='first block of each stage that evolves')
     add(
         '--representative',

@@ -84,6 +84,14 @@ def test_selection(run, tmp_path):
     assert all(0 < float(row['kept_again_8px']) <= 100 for row in rows)
 
 
+def test_which_images_were_right_comes_back_from_its_digits(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
+    from training_free import pack, unpack
+
+    right = torch.rand(13, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert right.any() and torch.equal(unpack(pack(right), 13), right.float())
+
+
 def test_boxes_go_where_the_crop_shows_them(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
     from selection import crop_boxes

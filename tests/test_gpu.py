@@ -26,6 +26,7 @@ import losses
 import main_deit
 import main_levit
 import models  # noqa: F401
+import optim
 import shapes
 import visualize
 from models import weights
@@ -77,7 +78,7 @@ def batch(name: str, count: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
 def make_step(name: str, model: nn.Module, precision: str = 'fp32', *flags):
     """A function that makes one of the engine's training steps on a batch and returns its loss; and the run's state."""
     args = engine.get_parser('', RECIPES.get(name, main_deit.RECIPE)).parse_args(['--model', name, *flags])
-    state = engine.build_state(args, model.train(), precision, args.batch_size)
+    state = optim.build_state(args, model.train(), precision, args.batch_size)
     criterion, autocast = losses.Criterion(args.smoothing), engine.make_autocast(precision, DEVICE)
     clip = args.clip_grad, args.clip_mode
     return lambda inputs: engine.train_step(state, model, criterion, [inputs], 1, autocast, *clip), state

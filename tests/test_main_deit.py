@@ -26,6 +26,7 @@ import losses
 import main_deit
 import main_levit
 import models
+import optim
 import output
 from models import weights
 from utils import InputError
@@ -112,7 +113,7 @@ def test_learning_rates_are_the_published_ones(row):
 def new_state(*flags, batch_size: int = 512) -> engine.State:
     """A run's state of a small model, at its start."""
     args = engine.get_parser('', main_deit.RECIPE).parse_args([str(flag) for flag in flags])
-    return engine.build_state(args, torch.nn.Linear(2, 2), 'fp32', batch_size)
+    return optim.build_state(args, torch.nn.Linear(2, 2), 'fp32', batch_size)
 
 
 def test_cooldown_changes_no_rate_and_says_so(capsys):
@@ -875,7 +876,7 @@ def test_every_optimizer_takes_its_own_state(opt):
         torch.manual_seed(0)
         layers = torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.LayerNorm(32), torch.nn.Linear(32, 40)
         args = engine.get_parser('', {}).parse_args(['--opt', opt, '--lr', '0.1', '--warmup-epochs', '0'])
-        return engine.build_state(args, torch.nn.Sequential(*layers), 'fp32', 512)
+        return optim.build_state(args, torch.nn.Sequential(*layers), 'fp32', 512)
 
     def step(state: engine.State):
         state.model(images).square().sum().backward()
@@ -897,9 +898,9 @@ def test_every_optimizer_takes_its_own_state(opt):
 def test_optimizers_that_group_otherwise_say_what_to_do():
     args = engine.get_parser('', {}).parse_args(['--weight-decay', '0'])
     model = torch.nn.Linear(2, 2)
-    saved = engine.build_state(args, model, 'fp32', 512).state_dict()
+    saved = optim.build_state(args, model, 'fp32', 512).state_dict()
     for value, fits in (('0', True), ('0.05', False)):
-        state = engine.build_state(engine.get_parser('', {}).parse_args(['--weight-decay', value]), model, 'fp32', 512)
+        state = optim.build_state(engine.get_parser('', {}).parse_args(['--weight-decay', value]), model, 'fp32', 512)
         with nullcontext() if fits else pytest.raises(InputError, match='--weight-decay 0 and .*1e-12.*--finetune'):
             state.load(saved | {'epoch': 0}, 'c.pth', {'weight_decay'})
 
@@ -914,7 +915,7 @@ def test_layer_decay_slows_early_layers(name, warmup):
     if name.startswith('vit'):
         model = models.evolve(model)
     flags = ['--model', name, '--layer-decay', '0.5', '--lr', '1', '--warmup-epochs', str(warmup), '--warmup-lr', '0.5']
-    state = engine.build_state(engine.get_parser('', {}).parse_args(flags), model, 'fp32', 512)
+    state = optim.build_state(engine.get_parser('', {}).parse_args(flags), model, 'fp32', 512)
     rates = {id(p): group['lr'] for group in state.optimizer.param_groups for p in group['params']}
     assert rates.keys() == {id(p) for p in model.parameters()}
     assert engine.learning_rate(state) == (0.5 if warmup else 1.0)

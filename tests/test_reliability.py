@@ -41,6 +41,7 @@ import engine
 import losses
 import main_deit
 import models
+import optim
 import output
 import shapes
 import utils
@@ -621,7 +622,7 @@ def accumulate_rank(rank: int, ranks: int, port: int, out: Path):
     store = dist.TCPStore('127.0.0.1', port, ranks, rank == 0)
     dist.init_process_group('gloo', store=store, rank=rank, world_size=ranks)
     data, model = images_and_model(4 * ranks)
-    state = engine.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 128)
+    state = optim.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 128)
     net, exchanges = torch.nn.parallel.DistributedDataParallel(model), []
 
     def count(_, bucket):
@@ -649,7 +650,7 @@ def test_accumulated_gradients_are_exchanged_once(forks, tmp_path):
     assert torch.equal(one['weight'], two['weight'])
     # All images in one batch of one process.
     data, model = images_and_model(8)
-    state = engine.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 256)
+    state = optim.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 256)
     autocast = engine.make_autocast('fp32', torch.device('cpu'))
     engine.train_step(state, model, losses.Criterion(), [data.tensors], 1, autocast)
     torch.testing.assert_close(model[1].weight.data, one['weight'])
@@ -940,7 +941,7 @@ def test_row_27_a_full_disk(start, whole, tmp_path):
 
 def build_state(args: argparse.Namespace) -> engine.State:
     """A new run's state, of a small model."""
-    return engine.build_state(args, torch.nn.Linear(3, 2), args.precision or 'fp32', batch_size=512)
+    return optim.build_state(args, torch.nn.Linear(3, 2), args.precision or 'fp32', batch_size=512)
 
 
 def resume(args: argparse.Namespace, content: dict, source: str = 'c.pth') -> engine.State:
@@ -1014,7 +1015,7 @@ def test_row_28_moments_lie_in_memory_as_their_parameters():
     def begin(memory_format) -> engine.State:
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Flatten())
         channels_last = ['--channels-last'] * (memory_format == torch.channels_last)
-        return engine.build_state(arguments('--lr', 1, *channels_last), model, 'fp32', batch_size=64)
+        return optim.build_state(arguments('--lr', 1, *channels_last), model, 'fp32', batch_size=64)
 
     def step(state):
         state.model(torch.arange(27.0).view(1, 3, 3, 3)).square().sum().backward()
