@@ -150,6 +150,7 @@ def test_flags_choose_the_method(method, flags):
         ('--model test_vit --model-kwargs img_size=64', '--model-kwargs img_size: use --input-size'),
         ('--model test_vit --model-kwargs num_classes=3', '--model-kwargs num_classes: the data says it'),
         ('--model test_vit --model-kwargs drop_rate=0.1', '--model-kwargs drop_rate: use --drop'),
+        ('--model test_vit --model-kwargs drop_path_rate=0.1', '--model-kwargs drop_path_rate: use --drop-path'),
     ],
 )
 def test_flags_that_do_not_fit_a_model_are_named(flags, message):
