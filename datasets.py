@@ -54,6 +54,8 @@ def add_arguments(parser: ArgumentParser):
 
     add = parser.add_argument_group('augmentation').add_argument
     add('--repeated-aug', action=BooleanOptionalAction, default=True, help='three times each')
+    about = 'share of an image that a random crop takes, from and to; larger images than 32 px'
+    add('--scale', type=between(0.01, 1), nargs=2, action=Ascending, default=(0.08, 1.0), metavar='SHARE', help=about)
     add('--color-jitter', type=positive, default=0.4, help='strength, where --aa is off')
     add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help="timm's policy; '' is off")
     add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of crops')
@@ -205,7 +207,7 @@ def build_transform(config: DataConfig, augment: dict | None = None) -> transfor
 def augmentation(args: Namespace) -> dict:
     """The flags of augmentation, by the names that `create_transform` has for them."""
     names = {'color_jitter': 'color_jitter', 'aa': 'auto_augment', 'train_interpolation': 'interpolation'}
-    names |= {'reprob': 're_prob', 'remode': 're_mode', 'recount': 're_count'}
+    names |= {'scale': 'scale', 'reprob': 're_prob', 'remode': 're_mode', 'recount': 're_count'}
     return {name: getattr(args, flag) for flag, name in names.items()}
 
 

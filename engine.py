@@ -239,6 +239,7 @@ def train_one_epoch(
     state.model.train()
     batches = iter(loader)
     for step in range(state.step, steps):
+        state.scheduler.step_update(state.epoch * steps + step)  # does nothing without --sched-on-updates
         place = f'in epoch {state.epoch}, step {step}, at rate {learning_rate(state):.3g}'
         inputs = islice(batches, accumulate)
         inputs = prepare_batches(inputs, mixup, device, plan.channels_last, (plan.seed, state.epoch, step))

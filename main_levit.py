@@ -51,8 +51,7 @@ def main() -> dict[str, float]:
     utils.print_rank0(f'{datasets.describe(config)}\n{engine.describe(args.model, model, precision)}')
     criterion = losses.build_criterion(args, config, len(classes), device, args.smoothing)
     mixup = datasets.build_mixup(args, len(classes))
-    images = len(train_loader.dataset)
-    state = optim.build_state(args, model, precision, args.batch_size, config, classes, images)
+    state = optim.build_state(args, model, precision, args.batch_size, config, classes, train_loader)
     checkpoint.resume(args, state, engine.MAY_CHANGE)
     return engine.train(engine.Plan.from_args(args), state, criterion, mixup, train_loader, val_loader, folder)
 

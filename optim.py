@@ -8,6 +8,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 import utils
 from checkpoint import State
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument_group('learning rate').add_argument
     add('--lr', type=between(0), default=5e-4, help='for 512 images a step; scaled to the global batch')
     add('--sched', default='cosine', metavar='NAME', help='any schedule of timm')
+    add('--sched-on-updates', action='store_true', help='a rate for each step, not for each epoch: for short runs')
     add('--lr-noise', type=between(0, 1), nargs='+', metavar='PCT', help='share of the epochs with noisy learning rate')
     add('--lr-noise-pct', type=between(0), default=0.67, help='limit of the noise')
     add('--lr-noise-std', type=between(0), default=1.0, help='deviation of the noise')
@@ -57,11 +59,12 @@ def build_state(
     batch_size: int,
     config: DataConfig | None = None,
     classes: Sequence[str] = (),
-    train_images: int | None = None,
+    loader: DataLoader | None = None,
 ) -> State:
     """Optimizer, schedule, loss scale and EMA of a model, as the flags say; nothing is read or written.
 
-    The rest is what holds where the flags leave it open, and what the data is: checkpoints keep it.
+    The rest is what holds where the flags leave it open, and what the data is: checkpoints keep it. `loader` is that of
+    training, whose length --sched-on-updates needs.
     """
     device = next(model.parameters()).device
     model.to(memory_format=memory_format(args.channels_last))  # first: EMA and moments take it over
@@ -80,26 +83,27 @@ def build_state(
         optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate} | fused))
         if getattr(optimizer, 'is_second_order', False):
             raise ValueError('it needs second derivatives, which a training step does not compute')
-        scheduler, _ = create_scheduler(args, optimizer)
+        steps = max(len(loader or ()) // args.grad_accum_steps, 1)
+        scheduler, _ = create_scheduler(args, optimizer, updates_per_epoch=steps)
         if scheduler is None:  # timm's answer to 'none', and before 1.0.31 to any name that it does not know
             raise ValueError('no such schedule, expected one of timm, such as cosine')
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise InputError(f'--opt {args.opt}, --sched {args.sched} or their flags: {error}') from error
-    warn_of_warmup(args.epochs, args.warmup_epochs, args.warmup_lr, rate)
+    warn_of_warmup(args, rate)
     flags = vars(args) | {'device': device.type, 'precision': precision, 'world_size': utils.world_size()}
-    flags |= {'train_images': train_images} | (config._asdict() if config else {})
+    flags |= {'train_images': len(loader.dataset) if loader else None} | (config._asdict() if config else {})
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     return State(model, ema, optimizer, scheduler, scaler, flags, list(classes), epoch=args.start_epoch)
 
 
-def warn_of_warmup(epochs: int, warmup_epochs: int, warmup_lr: float, rate: float):
+def warn_of_warmup(args: argparse.Namespace, rate: float):
     """Say where the warm-up takes the whole run, so that the learning rate never becomes what was asked for."""
-    last = max(epochs - 2, 0)  # the place in the schedule of the last epoch, see `train`
-    if last < warmup_epochs and warmup_lr < rate:
-        reached = warmup_lr + (rate - warmup_lr) * last / warmup_epochs
+    epochs, warmup, start = args.epochs, args.warmup_epochs, args.warmup_lr
+    last = epochs if args.sched_on_updates else max(epochs - 2, 0)  # the last place in the schedule, see `train`
+    if last < warmup and start < rate:
         print_rank0(
-            f'warning: --warmup-epochs {warmup_epochs} takes all of --epochs {epochs}: the learning rate '
-            f'goes from {warmup_lr:.3g} to {reached:.3g} and never reaches {rate:.3g}; '
+            f'warning: --warmup-epochs {warmup} takes all of --epochs {epochs}: the learning rate goes from '
+            f'{start:.3g} to {start + (rate - start) * last / warmup:.3g} and never reaches {rate:.3g}; '
             f'use --warmup-epochs {epochs // 10}, or a higher --warmup-lr'
         )
 

@@ -111,6 +111,7 @@ def test_flags_have_the_published_defaults():
         ('--recount 0', 'expected 1 or more, found 0'),
         ('--reprob 1.1', 'from 0 to 1, found 1.1'),
         ('--color-jitter -0.4', 'from 0, found -0.4'),
+        ('--scale 1 0.5', 'expected the smaller number first, found 1 0.5'),
         ('--mixup inf', 'from 0, found inf'),
         ('--cutmix -1', 'from 0, found -1'),
         ('--mixup-prob 2', 'from 0 to 1, found 2'),
@@ -694,6 +695,21 @@ def test_small_training_images_are_cropped_from_a_padded_border():
     black = torch.stack([(transform(image)[0] < 0).float().mean() for _ in range(60)])
     assert black.min() < 0.1  # hardly moved
     assert 0.1 < black.max() <= 1 - (28 / 32) ** 2  # moved by four pixels both ways
+
+
+def test_scale_limits_how_much_of_an_image_a_random_crop_takes():
+    ramp = torch.linspace(0, 255, 100).repeat(100, 1)  # columns get lighter: the range of a crop is its width
+    image = Image.fromarray(ramp.byte().numpy()).convert('RGB')
+
+    def widths(*scale):
+        off = ['--aa', '', '--color-jitter', 0, '--reprob', 0, '--mean', 0, '--std', 1]
+        transform = make_transform(True, flags('--input-size', 64, *off, *scale))
+        crops = [transform(image)[0] for _ in range(60)]
+        return [(crop.max() - crop.min()).item() for crop in crops]
+
+    assert min(widths()) < 0.5, 'published: from 0.08 of the image on'
+    assert min(widths('--scale', 0.8, 1)) > 0.75
+    assert max(widths('--scale', 0.08, 0.1)) < 0.5
 
 
 def test_default_augmentation_runs_over_many_images():

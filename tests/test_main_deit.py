@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from golden import fill
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from timm.optim import list_optimizers
+from torch.utils.data import DataLoader
 
 import checkpoint
 import engine
@@ -110,10 +112,10 @@ def test_learning_rates_are_the_published_ones(row):
     assert rates == pytest.approx(row['per_epoch'], rel=1e-9)
 
 
-def new_state(*flags, batch_size: int = 512) -> engine.State:
+def new_state(*flags, loader: DataLoader | None = None) -> engine.State:
     """A run's state of a small model, at its start."""
     args = engine.get_parser('', main_deit.RECIPE).parse_args([str(flag) for flag in flags])
-    return optim.build_state(args, torch.nn.Linear(2, 2), 'fp32', batch_size)
+    return optim.build_state(args, torch.nn.Linear(2, 2), 'fp32', batch_size=512, loader=loader)
 
 
 def test_cooldown_changes_no_rate_and_says_so(capsys):
@@ -149,6 +151,20 @@ def test_a_warmup_that_outlasts_the_run_is_said(capsys, epochs, warmup, says):
         state.scheduler.step(epoch)
         rates.append(engine.learning_rate(state))
     assert (max(rates) < 0.8 * 5e-4) == bool(says), 'of 7 epochs with 5 of warm-up, one has 0.8 of the rate'
+
+
+def test_the_schedule_on_updates_has_a_rate_for_each_step():
+    flags = '--epochs 2 --warmup-epochs 1 --warmup-lr 0 --sched-on-updates --min-lr 0'.split()
+    expected = [0, 1 / 4, 2 / 4, 3 / 4, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(4, 8))]
+    state = new_state(*flags, loader=DataLoader([0] * 20, batch_size=5))
+    rates = []
+    for epoch in range(2):
+        for step in range(4):
+            state.scheduler.step_update(4 * epoch + step)
+            rates.append(engine.learning_rate(state) / 5e-4)
+        state.scheduler.step(epoch)  # as after each epoch: without effect
+        assert engine.learning_rate(state) / 5e-4 == rates[-1]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +219,10 @@ def test_the_average_follows_the_schedule_of_its_model(script, flags, monkeypatc
     assert seen == [(name, schedule) for schedule in expected for name in ('Test', 'Test of the EMA')]
 
 
-def test_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tmp_path):
-    flags = [*flags, '--epochs', 3, '--lr', 0.01, '--warmup-epochs', 1, '--model-ema-decay', 0.9, '--eval-ema']
+@pytest.mark.parametrize('schedule', [[], ['--sched-on-updates']])
+def test_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tmp_path, schedule):
+    recipe = ['--epochs', 3, '--lr', 0.01, '--warmup-epochs', 1, '--model-ema-decay', 0.9, '--eval-ema']
+    flags = [*flags, *schedule, *recipe]
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     printed = script('main_deit', *flags, '--output_dir', whole)
     assert 'evo_deit_nano_patch4_32' in printed and '{' not in printed
