@@ -33,8 +33,9 @@ from torch import nn
 
 METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge'
 SMALLER = 176  # px
-RECIPE = """--sched-on-updates --warmup-epochs 0 --lr 1e-2 --min-lr 0 --layer-decay 0.7 --drop-path 0 --mixup 0 --cutmix 0
-    --reprob 0 --scale 0.5 1 --color-jitter 0 --no-repeated-aug --no-model-ema --precision bf16 --num_workers 1""".split()
+RECIPE = """--sched-on-updates --warmup-epochs 0 --lr 1e-2 --min-lr 0 --layer-decay 0.7 --drop-path 0 --mixup 0
+    --cutmix 0 --reprob 0 --scale 0.5 1 --color-jitter 0 --no-repeated-aug --no-model-ema --precision bf16
+    --num_workers 1""".split()
 
 
 def link_subset(root: Path, folder: Path, train: int, val: int) -> Path:
