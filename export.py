@@ -189,42 +189,50 @@ def load_program(path: Path, format: str, dtype: torch.dtype = torch.float32) ->
 
 @torch.no_grad()
 def check(model: nn.Module, format: str, path: Path, size: int, tolerance: float):
-    """Compare what was written with the model; InputError where they differ, with how many images selected others."""
+    """Compare what was written with the model; InputError where they differ.
+
+    Where two scores or similarities are equal but for rounding, both choices of patches are right, and the outputs of
+    the image differ. This is said; it is an error where it explains more than a quarter of the images.
+    """
     images = random_images(model, CHECK_BATCH, size)
     expected = model(images)
     off = (load_program(path, format, images.dtype)(images) - expected).abs().flatten(1).amax(1)
     largest = expected.abs().max().item()
-    result = f'largest difference {off.max():.1e}, of outputs up to {largest:.3g}, batch {CHECK_BATCH}'
     wrong = ~(off <= tolerance * largest)  # NaN too
-    if not wrong.any():
-        print_rank0(f'{path} agrees with the model: {result} (exported with {EXPORT_BATCH})')
-        return
-    advice = ''
-    if isinstance(model, Evolving) and format != 'hub':
-        others = wrong & other_patches(model, format, images)
-        advice = f'; in {others.sum()} of these it selects other patches: scores that are equal but for rounding'
-    raise InputError(f'{path} differs from the model in {wrong.sum()} images: {result}{advice}')
+    choosing = isinstance(model, Evolving) and format != 'hub' and wrong.any()
+    others = wrong & other_choices(model, format, images) if choosing else torch.zeros_like(wrong)
+    worst = off.masked_fill(others, 0).max()
+    result = f'largest difference {worst:.1e}, of outputs up to {largest:.3g}, batch {CHECK_BATCH}'
+    if others.any():
+        about = 'chooses other patches there, by scores or similarities that are equal but for rounding'
+        result += f'; without {others.sum()} of the images, as it {about} (difference {off[others].max():.1e})'
+    if (wrong & ~others).any() or 4 * others.sum() > CHECK_BATCH:
+        raise InputError(f'{path} differs from the model in {wrong.sum()} images: {result}')
+    print_rank0(f'{path} agrees with the model: {result} (exported with {EXPORT_BATCH})')
 
 
-def other_patches(model: Evolving, format: str, images: Tensor) -> Tensor:
-    """For each image, whether a program of the model selects other patches than the model does."""
-    selections = Selections(model)
+def other_choices(model: Evolving, format: str, images: Tensor) -> Tensor:
+    """For each image, whether a program of the model selects patches, or lets them represent others, as it does not."""
+    choices = Choices(model)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f'selections.{format}'
-        write(selections, path, format, {'input_size': images.shape[1:]})
+        path = Path(folder) / f'choices.{format}'
+        write(choices, path, format, {'input_size': images.shape[1:]})
         found = load_program(path, format)(images)
-    return (found != selections(images)).any(1)
+    return (found != choices(images)).any(1)
 
 
-class Selections(nn.Module):
-    """What a model selects of images: raster indices (B, K), those of all its selections one after another."""
+class Choices(nn.Module):
+    """What a model selects, and by whom patches are represented: raster indices (B, all of them one after another)."""
 
     def __init__(self, model: Evolving):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat(list(self.model.forward_with_selection(images)[1].values()), 1)
+        choices = []
+        for kept, _, cluster in self.model.evolve(images)[1].values():
+            choices += [kept.sort(1).values] if cluster is None else [kept.gather(1, cluster)]
+        return torch.cat(choices, 1)
 
 
 def build_dense(args: argparse.Namespace, model: nn.Module, size: int) -> nn.Module:

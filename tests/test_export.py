@@ -106,19 +106,31 @@ def test_the_dense_model_has_the_same_size():
     assert len(export.build_dense(args, model, config.input_size).blocks) == len(model.blocks) == 3
 
 
-def test_a_difference_is_an_error_that_says_where_other_patches_are_the_reason(monkeypatch, tmp_path):
+def test_a_difference_is_an_error_unless_ties_explain_it(monkeypatch, tmp_path, capsys):
     model = models.evolve(small(VIT, img_size=64))
-    programs = {'logits.pt2': lambda images: off * 0.1 + model(images), 'selections.pt2': lambda images: found}
+    programs = {'logits.pt2': lambda images: off + model(images), 'choices.pt2': lambda images: found}
     monkeypatch.setattr(export, 'load_program', lambda path, *_: programs[path.name])
     monkeypatch.setattr(export, 'write', lambda *_: None)
     off, images = torch.zeros(8, 1), export.random_images(model, 8, 64)
-    found = export.Selections(model)(images)
-    path = tmp_path / 'logits.pt2'
-    export.check(model, 'pt2', path, 64, 1e-4)
-    off[2], off[5] = 1, float('nan')
-    found[5:] = 15 - found[5:]  # in two of them, though they agree
-    with pytest.raises(InputError, match='differs from the model in 2 images: .*; in 1 of these it selects other'):
-        export.check(model, 'pt2', path, 64, 1e-4)
+    found = export.Choices(model)(images)
+    assert found.shape == (8, 2 * 16), 'by whom each of the patches is represented, for two selections'
+
+    def check() -> str:
+        export.check(model, 'pt2', tmp_path / 'logits.pt2', 64, 1e-4)
+        return capsys.readouterr().out
+
+    assert 'agrees with the model: largest difference 0' in check()
+    off[2], off[5] = 0.1, float('nan')
+    with pytest.raises(InputError, match='differs from the model in 2 images: largest difference nan'):
+        check()
+    found[5:, 7] = 15 - found[5:, 7]  # in one of them and two that agree
+    with pytest.raises(InputError, match='in 2 images: largest difference 1.0e-01, .*; without 1 of the images, as'):
+        check()
+    found[2, 30] = 15 - found[2, 30]
+    assert 'largest difference 0.0e+00' in (said := check()) and 'without 2 of the images' in said
+    off[6] = 0.1
+    with pytest.raises(InputError, match='in 3 images: .*; without 3 of the images'):
+        check()
 
 
 @pytest.mark.parametrize(
