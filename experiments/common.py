@@ -212,7 +212,7 @@ def images_per_second(
 ) -> tuple[float, float]:
     """Images a second of a model, and how many times faster than dense it is: medians, the two measured in turns.
 
-    Of inference, or with `train` of steps of AdamW, with autocast to bfloat16. Each has images of its own size.
+    Of inference, or with `train` of steps of AdamW, on GPUs with autocast to bfloat16. Each has images of its own size.
     """
     seconds = {model: [], dense: []}
     steps = {each: _make_step(each, batch_size, train) for each in (dense, model)}
@@ -238,7 +238,7 @@ def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.0)
 
     def step():
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda'):
             logits = model(x)
         logits = logits[0] if isinstance(logits, tuple) else logits
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()

@@ -3,7 +3,7 @@
     python3 experiments/finetune.py --weights deit_tiny_patch16_224_in1k.pth --data-path cifar10
 
 DeiT-Ti to CIFAR-10 at 224 px: 5,000 training and 2,000 validation images (the first of each class, from
-{train,val}/<class>/*), 3 epochs of AdamW, batch 32, bfloat16, three seeds; the rate falls from 6e-4 to 0, times 0.7 for
+{train,val}/<class>/*), 3 epochs of AdamW, batch 32, three seeds; the rate falls from 6e-4 to 0, times 0.7 for
 each layer down. `smaller image` is the dense model at 176 px; all other methods are set to its arithmetic, 0.61 of that
 at 224 px. A row has the top-1 of a method and seed after the last epoch, GMACs, and images a second in training, in
 turns with dense. It goes on where it was stopped.
@@ -34,8 +34,7 @@ from torch import nn
 METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge'
 SMALLER = 176  # px
 RECIPE = """--sched-on-updates --warmup-epochs 0 --lr 1e-2 --min-lr 0 --layer-decay 0.7 --drop-path 0 --mixup 0
-    --cutmix 0 --reprob 0 --scale 0.5 1 --color-jitter 0 --no-repeated-aug --no-model-ema --precision bf16
-    --num_workers 1""".split()
+    --cutmix 0 --reprob 0 --scale 0.5 1 --color-jitter 0 --no-repeated-aug --no-model-ema --num_workers 1""".split()
 
 
 def link_subset(root: Path, folder: Path, train: int, val: int) -> Path:
