@@ -27,15 +27,16 @@ def read_logs(sources: Sequence[str]) -> dict[str, list[dict]]:
 def read_log(source: Path) -> list[dict]:
     """The lines of a run's log, one an epoch, from its folder or file; InputError where there are none."""
     path = source / 'log.txt' if source.is_dir() else source
+    expected = 'expected the --output_dir of a run whose first epoch is done'
     if not path.is_file():
-        raise InputError(f'--log {source}: {path.absolute()} is not a file; expected the --output_dir of a training')
+        raise InputError(f'--log {source}: {path.absolute()} is not a file; {expected}')
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         [line['epoch'] + 0 for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f'--log {path}: expected a line of JSON with "epoch" for each epoch ({error})') from error
     if not lines:
-        raise InputError(f'--log {path} is empty: no epoch is done yet')
+        raise InputError(f'--log {path} is empty; {expected}')
     return lines
 
 
@@ -61,6 +62,7 @@ def draw_curves(runs: dict[str, list[dict]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
+    top1.set_ylim(top=min(top1.get_ylim()[1], 100.5))
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
     add_legend(loss, {'train_loss': ('training', '-'), 'test_loss': ('validation', '--')}, runs)

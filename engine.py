@@ -102,6 +102,10 @@ def parse_args(description: str, recipe: dict) -> argparse.Namespace:
         raise InputError('--fuse needs --eval: a model that was folded cannot be trained')
     if args.eval_ema and not args.model_ema:
         raise InputError('--eval-ema evaluates the EMA of the weights, and --no-model-ema keeps none; give one of them')
+    if args.mixup_off_epoch and not (args.mixup or args.cutmix or args.cutmix_minmax):
+        raise InputError(
+            f'--mixup-off-epoch {args.mixup_off_epoch}: nothing to turn off; expected --mixup or --cutmix above 0'
+        )
     if args.start_epoch >= args.epochs:
         raise InputError(f'--start_epoch: expected less than --epochs {args.epochs}, found {args.start_epoch}')
     return args
@@ -424,7 +428,7 @@ def train(
         finish_epoch(state, folder, record)
         left = round((time.perf_counter() - started) / (epoch + 1 - first) * (plan.epochs - epoch - 1))
         print_rank0(f'Epoch {epoch} done, best Acc@1 {state.best_acc1:.3f}, time left {timedelta(seconds=left)}\n')
-    if folder.path:
+    if folder.path and first < plan.epochs:
         print_rank0(f'written: {", ".join(str(path) for path in sorted(folder.path.glob("*")))}')
     return test
 

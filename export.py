@@ -48,7 +48,7 @@ def get_parser() -> utils.Parser:
     models.add_arguments(parser)
     add = parser.add_argument_group('export').add_argument
     add('--resume', default='', metavar='PATH', help='checkpoint: path or URL; published, ours or of timm')
-    add('--ema', action='store_true', help='take its averaged weights')
+    add('--eval-ema', action='store_true', help='take its averaged weights')
     add('--input-size', type=at_least(1), metavar='PX', help="side of the images; without, the checkpoint's or model's")
     add('--fuse', action='store_true', help='fold what can be folded, and drop heads that training alone uses')
     add('--format', default='onnx', choices=('onnx', 'pt2', 'hub'), help='hub is a folder for timm')
@@ -83,8 +83,8 @@ def check_arguments(args: argparse.Namespace):
     if not args.model:
         raise InputError('--model: expected the name of a model, found none')
     utils.check_source('--resume', args.resume)
-    if args.ema and not args.resume:
-        raise InputError('--ema needs --resume with a checkpoint that holds averaged weights')
+    if args.eval_ema and not args.resume:
+        raise InputError('--eval-ema needs --resume with a checkpoint that holds averaged weights')
     needed = ['onnx', 'onnxscript', *(['onnxruntime'] if args.bench else [])] if args.format == 'onnx' else []
     if missing := [name for name in needed if not installed(name)]:
         raise InputError(f'--format onnx needs what is not installed: pip install {" ".join(missing)}')
@@ -111,11 +111,11 @@ def load_model(
     if args.resume:
         content = weights.read_checkpoint(args.resume, print_rank0)
         args = checkpoint.restore_model_args(args, content)
-        classes, count = checkpoint.find_classes(content, args.model, args.ema)
+        classes, count = checkpoint.find_classes(content, args.model, args.eval_ema)
     config = datasets.data_config(args, args.model)
     model = models.build(args, count or 0, config.input_size)
     if args.resume:
-        checkpoint.load_for_evaluation(model, content, args.resume, args.ema)
+        checkpoint.load_for_evaluation(model, content, args.resume, args.eval_ema)
     else:
         print_rank0('without --resume the weights are those that the model was created with')
     if args.fuse:

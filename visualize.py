@@ -131,8 +131,10 @@ def check_arguments(args: argparse.Namespace):
     """InputError for flags that cannot work."""
     if not re.fullmatch(r'([^./\\\0][^/\\\0]{0,49})?', args.save_name):
         raise InputError(f'--save-name {args.save_name!r}: expected up to 50 characters, no folders, no dot at first')
-    if args.log and (args.resume or args.img_path):
-        raise InputError('--log draws learning curves alone; leave out --resume and --img-path, or --log')
+    others = [flag for flag in ('resume', 'img_path', 'score', 'animate') if getattr(args, flag)]
+    if args.log and others:
+        flags = ', '.join(f'--{flag.replace("_", "-")}' for flag in others)
+        raise InputError(f'--log draws learning curves alone; leave out {flags}, or --log')
     if args.log:
         return
     if not args.resume:

@@ -89,7 +89,9 @@ def check_keep_ratio(keep_ratio: float | Sequence[float], stages: int) -> tuple[
 
 def check_representative(representative: str | bool) -> str:
     """One of REPRESENTATIVES; False and True are old names of 'none' and 'one'. ValueError for anything else."""
-    name = {False: 'none', True: 'one'}.get(representative, representative)
+    name = representative
+    if isinstance(representative, bool):
+        name = 'one' if representative else 'none'
     if name not in REPRESENTATIVES:
         raise ValueError(f'representative: expected one of {", ".join(REPRESENTATIVES)}, found {representative!r}')
     return name

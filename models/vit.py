@@ -118,7 +118,9 @@ class Evolving:
             'keep_ratio': list(self.keep_ratio),
             'representative': self.representative,
         }
-        return schedule if self.method == 'evolve' else schedule | {'method': self.method}
+        if self.method == 'evolve':
+            return schedule
+        return schedule | {'method': self.method} | getattr(self.update_group, 'keywords', {})
 
     def block_names(self) -> list[str]:
         """The names of all blocks, in order."""

@@ -138,7 +138,7 @@ def test_a_difference_is_an_error_unless_ties_explain_it(monkeypatch, tmp_path, 
     [
         ((), '--model: expected the name'),
         (('--model', VIT, '--resume', 'nothing.pth'), 'nothing.pth is not a file'),
-        (('--model', VIT, '--ema'), '--ema needs --resume'),
+        (('--model', VIT, '--eval-ema'), '--eval-ema needs --resume'),
         (('--model', VIT, '--format', 'pt2', '--bench', '1'), 'add --evolve'),
         (('--model', VIT, '--format', 'hub', '--fuse'), 'leave --fuse out'),
         (('--model', VIT, '--format', 'hub', '--evolve', '--bench', '1'), 'found hub'),

@@ -836,6 +836,7 @@ def test_numbers_out_of_range_end_at_the_flag(script, capfd, flag, value, expect
     'useless, says',
     [
         (['--fuse'], '--fuse needs --eval'),
+        (['--mixup-off-epoch', 1, '--mixup', 0, '--cutmix', 0], 'nothing to turn off'),
         (['--eval-ema', '--no-model-ema'], '--no-model-ema keeps none'),
         (['--start_epoch', 3, '--epochs', 3], '--start_epoch: expected less than --epochs 3, found 3'),
         (

@@ -237,6 +237,12 @@ def test_ratios_of_numpy_and_torch(ratio):
     assert rivals.apply(dense(), 'drop', ratio).keep_ratio == (0.5, 0.25, 0.125)
 
 
+def test_the_schedule_says_all_of_a_method():
+    assert rivals.apply(dense(), 'drop').schedule().get('method') == 'drop'
+    schedule = rivals.apply(dense(), 'merge', merge_r=3).schedule()
+    assert (schedule['method'], schedule['r']) == ('merge', 3)
+
+
 def test_wrong_arguments_are_named():
     for wrong, message in ((dict(keep_ratio='half'), 'keep_ratio: expected numbers'), (dict(stages=3), 'stages: ')):
         with pytest.raises(ValueError, match=message):

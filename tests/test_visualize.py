@@ -655,7 +655,7 @@ def test_logs_of_runs_with_the_same_name_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     'content, message',
     [
-        (None, 'is not a file'),
+        (None, 'is not a file.*first epoch'),
         ('', 'is empty'),
         ('{"epoch": 0}\nnot json\n', 'expected a line of JSON'),
         ('[1]\n', 'expected a line'),
@@ -670,7 +670,12 @@ def test_logs_that_cannot_be_drawn(content, message, tmp_path, script):
 
 
 @pytest.mark.parametrize(
-    'flags, message', [([], 'expected --resume'), (['--log', 'x', '--resume', 'y'], 'curves alone')]
+    'flags, message',
+    [
+        ([], 'expected --resume'),
+        (['--log', 'x', '--resume', 'y'], 'leave out --resume, or'),
+        (['--log', 'x', '--score', '--animate'], 'leave out --score, --animate, or'),
+    ],
 )
 def test_a_checkpoint_or_a_log_is_needed(flags, message, script):
     with pytest.raises(InputError, match=message):

@@ -164,6 +164,7 @@ def test_models_that_cannot_be_evolved_are_refused_with_the_reason(name, kwargs,
         (dict(keep_ratio=(0.5, 0.4, 0.3)), 'keep_ratio: expected one value or 2'),
         (dict(keep_ratio=1.5), 'keep_ratio: expected values in'),
         (dict(representative='two'), 'representative: expected one of none, one, nearest'),
+        (dict(representative=['one']), 'representative: expected one of none, one, nearest'),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(wrong, message):
