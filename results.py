@@ -139,12 +139,13 @@ def plot(rows: list[dict], x: str, path: str):
     """
     rows = sorted((row for row in rows if 'gmacs' in row and 'error' not in row), key=lambda row: row[x])
     modes = list(dict.fromkeys(row['mode'] for row in rows))
-    figure = Figure(figsize=(7 * max(1, len(modes)), 8), dpi=150, layout='constrained')
+    figure = Figure(figsize=(6 * max(1, len(modes)), 7), dpi=150, layout='constrained')
+    colors, handles = {}, {}
     for i, mode in enumerate(modes, 1):
         panel = figure.add_subplot(1, len(modes), i, xlabel=AXES[x], ylabel='img/s', xscale='log', yscale='log')
         shown = [row for row in rows if row['mode'] == mode]
         several = [key for key in ('keep_ratio', 'batch') if key != x and len({r.get(key) for r in shown} - {None}) > 1]
-        colors, lines = {}, {}
+        lines = {}
         for row in shown:
             values = [f'{COLUMNS[key]} {row[key]}' for key in several if row.get(key)]
             color = colors.setdefault((row['requested'], *values), len(colors))
@@ -153,13 +154,12 @@ def plot(rows: list[dict], x: str, path: str):
             ends = ('_p10', '', '_p90')
             low, middle, high = np.array([[row[f'images_per_second{end}'] for row in points] for end in ends])
             dense = points[0]['selection'] == 'no selection'
-            panel.errorbar(
+            handles[label] = panel.errorbar(
                 [row[x] for row in points], middle, np.clip([middle - low, high - middle], 0, None), label=label,
                 capsize=3, color=f'C{color}', marker='os^DvPX'[color % 7], markersize=7,
                 **(dict(fillstyle='none', linestyle='--') if dense else {}),
             )  # fmt: skip
         panel.set_title(f'{mode}, {rows[0]["input"]}, {rows[0]["precision"]}; bars: p10 to p90\n{rows[0]["device"]}')
-        panel.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.1))
         for axis, (low, high) in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
             axis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 8 * low else (2, 3, 5)))
             axis.set_major_formatter('{x:g}')
@@ -167,4 +167,6 @@ def plot(rows: list[dict], x: str, path: str):
         if x != 'gmacs':
             panel.set_xticks(sorted({row[x] for row in rows}))
             panel.set_xticks([], minor=True)
+    columns = 2 * max(1, len(modes))
+    figure.legend([*handles.values()], [*handles], loc='outside lower center', ncols=columns, fontsize=8, frameon=False)
     atomic_write(Path(path), lambda file: figure.savefig(file, format=Path(path).suffix[1:]))

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # experiments are run as scripts
 
 import timm  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from timm.data import ImageNetInfo, create_transform  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -33,6 +34,18 @@ def around(t: float) -> tuple[float, float]:
 
 
 METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge', 'random'
+# How each is drawn: in words, and with a line and colour that are told apart in grey and by colour-blind eyes.
+LOOKS = {
+    'nearest': ('evolve (nearest)', 'o-', '#0072B2'),
+    'random': ('nearest, random scores', 'x:', 'grey'),
+    'merge': ('merge (ToMe)', '^:', '#D55E00'),
+    'drop': ('drop (top-k)', 'D-.', '#CC79A7'),
+    'fuse': ('fuse (EViT)', 'v-.', '#56B4E9'),
+    'none': ('evolve (none)', 's--', '#E69F00'),
+    'one': ('evolve (one)', 'P--', '#009E73'),
+    'dense': ('dense', '*', 'black'),
+    'smaller image': ('dense, smaller image', 'X', 'black'),
+}
 
 
 def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
@@ -248,12 +261,24 @@ def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
     return step
 
 
+def draw_methods(
+    axes: Axes, rows: Sequence[dict], x: str, y: str, spread: Callable[[dict], tuple] = lambda row: (0, 0)
+):
+    """A line for each method, y over x; `spread` says how far the interval of a row goes below and above y."""
+    for method, (name, style, colour) in LOOKS.items():
+        if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row[x]):
+            bars = [*zip(*map(spread, own), strict=True)]
+            look = dict(fmt=style, color=colour, label=name, capsize=2, linewidth=1.2, markersize=5)
+            axes.errorbar([row[x] for row in own], [row[y] for row in own], bars, **look)
+
+
 def draw_seeds(rows: list[dict], others: Sequence[str], title: str, path: Path):
     """Print the difference in top-1 of every method to each of `others`, and draw that to the first over its speed."""
     methods = list(dict.fromkeys(row['method'] for row in rows))
     top1 = {method: {row['seed']: row['top1'] for row in rows if row['method'] == method} for method in methods}
     axes = (figure := Figure((6, 4), layout='constrained')).subplots()
-    for method, marker in zip(methods, '*sovPD^x', strict=False):
+    for method in methods:
+        name, style, colour = LOOKS[method]
         speed = next(row['speedup'] for row in rows if row['method'] == method)
         offs = [t_interval(top1[method][seed] - top1[other][seed] for seed in top1[method]) for other in others]
         mean = t_interval(top1[method].values())[0]
@@ -262,7 +287,8 @@ def draw_seeds(rows: list[dict], others: Sequence[str], title: str, path: Path):
         )
         print(f'{method:14} {mean:.2f} % ({len(top1[method])} seeds), {words}, {speed:.2f}x in training')
         off, half = offs[0]
-        axes.errorbar(speed, off, half if math.isfinite(half) else 0, fmt=marker, capsize=3, label=method)
+        bar = half if math.isfinite(half) else 0
+        axes.errorbar(speed, off, bar, fmt=style[0], color=colour, capsize=3, label=name)
     axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
     axes.set(xlabel='times as fast as dense in training, measured', ylabel='top-1 minus dense, points')
     axes.legend(frameon=False, fontsize=8)

@@ -36,6 +36,7 @@ import models
 
 # Representatives: 'nearest' selects by attention and novelty, 'none' by attention or what stands in for it.
 METHODS = {'attention': ('evolve', 'none'), 'novelty': ('evolve', 'nearest'), 'random': ('random', 'none')}
+LOOKS = {'attention': 'attention', 'novelty': 'attention × novelty', 'random': 'random scores'}
 SHIFTS = 4, 8  # px
 KEEP_RATIO = 0.5
 
@@ -120,10 +121,15 @@ def draw(rows: list[dict], path: Path):
         own = sorted((row for row in rows if row['method'] == method), key=lambda row: row['block'])
         blocks = [row['block'] for row in own]
         line = left.errorbar(
-            blocks, [r['off'] for r in own], [r['interval'] for r in own], fmt=f'{marker}-', capsize=2, label=method
+            blocks,
+            [r['off'] for r in own],
+            [r['interval'] for r in own],
+            fmt=f'{marker}-',
+            capsize=2,
+            label=LOOKS[method],
         )
         for view, style in (('mirrored', '-'), (f'{SHIFTS[-1]}px', ':')):
-            label = f'{method}, ' + ('mirrored' if view == 'mirrored' else f'shifted by {SHIFTS[-1]} px')
+            label = f'{LOOKS[method]}, ' + ('mirrored' if view == 'mirrored' else f'shifted by {SHIFTS[-1]} px')
             again = [row[f'kept_again_{view}'] for row in own]
             right.plot(blocks, again, marker + style, color=line[0].get_color(), label=label)
     left.axhline(0, color='black', linewidth=0.8, linestyle=':')

@@ -19,15 +19,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BUDGETS, METHODS, Rows, add_arguments, build, find_images, find_setting, gmacs, paired_interval
+from common import (
+    BUDGETS,
+    METHODS,
+    Rows,
+    add_arguments,
+    build,
+    draw_methods,
+    find_images,
+    find_setting,
+    gmacs,
+    paired_interval,
+)
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-STYLES = dict(
-    nearest='o-', none='s--', one='P--', merge='^:', drop='D-.', fuse='v-.', random='x:'
-)  # told apart in grey too
+LOWEST = -15  # points; what is below is not drawn, but stands in the rows
 
 
 def load_images(paths: list[Path], model: nn.Module) -> Tensor:
@@ -110,34 +119,23 @@ def main():
 def draw(rows: list[dict], path: Path):
     """Difference to dense over GMACs and over time, and what needs no labels, a line for each method."""
     dense = next(row for row in rows if row['method'] == 'dense')
-    figure = Figure((13, 4), layout='constrained')
+    figure = Figure((11, 4.2), layout='constrained')
     panels = [
+        ('speedup', 'off', 'top-1 minus dense, points'),
         ('gmacs', 'off', 'top-1 minus dense, points'),
-        ('speedup', 'off', ''),
         ('gmacs', 'grid', 'cosine of patch tokens with dense'),
     ]
     names = {'gmacs': 'GMACs an image', 'speedup': 'times as fast as dense, measured'}
     for axes, (x, y, label) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.axhline(dense[y], color='black', linewidth=0.8, linestyle=':')
-        for i, (method, style) in enumerate(STYLES.items()):
-            own = sorted((row for row in rows if row['method'] == method), key=lambda row: row[x])
-            if own and y == 'off':
-                axes.errorbar(
-                    [r[x] for r in own],
-                    [r[y] for r in own],
-                    [r['interval'] for r in own],
-                    fmt=style,
-                    label=method,
-                    color=f'C{i}',
-                    capsize=2,
-                    alpha=0.9,
-                )
-            elif own:
-                axes.plot([r[x] for r in own], [r[y] for r in own], style, label=method, color=f'C{i}')
+        shown = [row for row in rows if row['method'] != 'dense' and (y != 'off' or row['off'] >= LOWEST)]
+        draw_methods(axes, shown, x, y, lambda row, y=y: 2 * [row['interval'] if y == 'off' else 0])
         axes.set(xlabel=names[x], ylabel=label)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
+    hidden = any(row['off'] < LOWEST for row in rows)
     figure.suptitle(
-        f'without training, {dense["n"]} ImageNet validation images, 95 % intervals of the paired difference',
+        f'without training, {dense["n"]} ImageNet validation images, 95 % intervals of the paired difference'
+        + (f'; points below {LOWEST} are not drawn' if hidden else ''),
         fontsize=10,
     )
     figure.savefig(path, dpi=150)

@@ -113,7 +113,7 @@ def test_lines_are_told_apart_and_twins_belong_together(monkeypatch, tmp_path):
         rows += [row_of(f'm{i}', f'm{i}', 1 + i, [1.0, 1 + i]), row_of(f'dense {i}', f'm{i}', 2 + i, [2.0, 2 + i])]
     figure = draw(monkeypatch, tmp_path, rows)
     panel = figure.axes[0]
-    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(labels) == sorted(row['model'] for row in rows)
     style = {
         container.get_label(): (line.get_color(), line.get_marker(), line.get_fillstyle(), line.get_linestyle())
@@ -124,7 +124,7 @@ def test_lines_are_told_apart_and_twins_belong_together(monkeypatch, tmp_path):
     for i in range(12):
         ours, dense = style[f'm{i}'], style[f'dense {i}']
         assert ours[:2] == dense[:2] and (ours[2:], dense[2:]) == (('full', '-'), ('none', '--'))
-    legend = panel.get_legend().get_window_extent()
+    legend = figure.legends[0].get_window_extent()
     assert not legend.overlaps(panel.bbox) and figure.bbox.contains(*legend.min) and figure.bbox.contains(*legend.max)
 
 
