@@ -279,7 +279,7 @@ class Candidate:
 
 
 def measure(case: Namespace) -> list[dict]:
-    """Rows of one case: the models of `list_models`, timed in turns; end to end, before them the loader alone."""
+    """Rows of one case: the models of `list_models`, timed alternately; end to end, before them the loader alone."""
     size = case.input_size if isinstance(case.input_size, int) else '{}x{}'.format(*case.input_size)
     row = dict(requested=case.model, mode=case.mode, image_size=size, batch=case.batch_size)
     row |= dict(input=f'{case.data_set}, end to end' if case.data_path else 'noise', channels_last=case.channels_last)

@@ -339,6 +339,6 @@ def load_for_evaluation(model: nn.Module, content: dict, source: str, use_ema: b
     if schedule := content.get('schedule'):
         model.set_schedule(schedule['stage_wise'], schedule['evolving'])
     elif loaded.filled or '_extra_state' not in model.state_dict():
-        print_rank0(f'{source} holds a plain vision transformer, which was not trained for this selection')
+        print_rank0(f'{source}: weights of a plain ViT, evolved without training')
     else:
         print_rank0(f'{source} does not say whether it is stage-wise or layer-wise; it is taken for a finished model')

@@ -6,7 +6,7 @@ Any model, with a batch of any size, compared with the file that was written:
     python3 export.py --model EvoLeViT_128S --resume /path/to/checkpoint.pth --fuse --format pt2 --check
     python3 export.py --model evo_deit_tiny_patch16_224 --resume /path/to/checkpoint.pth --format hub --output folder
 
-How much faster than the dense model is it there? Both in turns, at batch sizes 1 and 32:
+How much faster than the dense model is it there? The two alternate, at batch sizes 1 and 32:
 
     python3 export.py --model deit_tiny_patch16_224 --evolve --format onnx --bench 1 32
 
@@ -246,7 +246,7 @@ def build_dense(args: argparse.Namespace, model: nn.Module, size: int) -> nn.Mod
 
 @torch.no_grad()
 def bench(model: nn.Module, dense: nn.Module, format: str, path: Path, size: int, batches: list[int]):
-    """Print images a second of what was written and of the dense model, written the same way, in turns."""
+    """Print images a second of what was written and of the dense model, written the same way, alternately."""
     with tempfile.TemporaryDirectory() as folder:
         dense_path = Path(folder) / f'dense.{format}'
         write(dense, dense_path, format, {'input_size': (3, size, size)})

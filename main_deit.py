@@ -1,4 +1,4 @@
-"""Train and evaluate Evo-DeiT.
+"""Train and evaluate Evo-DeiT, and with --evolve any ViT of timm.
 
 Evo-ViT-T, on one node with 8 GPUs (Evo-ViT-S: --model evo_deit_small_patch16_224 --batch-size 128, no --drop-path):
 
@@ -8,6 +8,11 @@ Evo-ViT-T, on one node with 8 GPUs (Evo-ViT-S: --model evo_deit_small_patch16_22
 Evaluate a checkpoint, one of the published ones too:
 
     python3 main_deit.py --model evo_deit_small_patch16_224 --eval --resume /path/to/checkpoint.pth --batch-size 256 \\
+        --data-path /path/to/imagenet
+
+Evaluate a pretrained ViT that is evolved without training:
+
+    python3 main_deit.py --model deit_tiny_patch16_224 --evolve --eval --resume deit_tiny_patch16_224.pth \\
         --data-path /path/to/imagenet
 
 On a laptop, with a data set that the program draws itself:

@@ -59,20 +59,29 @@ def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
     return 'evolve', dict(keep_ratio=around(t), representative=method)
 
 
-def add_arguments(parser: argparse.ArgumentParser, output: str, model: str = 'deit_tiny_patch16_224', pretrained=True):
-    """Flags of every experiment; results go to OUTPUT.csv and OUTPUT.png."""
-    parser.add_argument('--model', default=model, help='default: %(default)s')
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and the default of each flag."""
+
+
+def get_parser(
+    description: str, output: str, model: str = 'deit_tiny_patch16_224', pretrained: bool = True, speed: bool = True
+) -> argparse.ArgumentParser:
+    """The flags of every experiment; results go to OUTPUT.csv and OUTPUT.png."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    add, device = parser.add_argument, 'cuda' if torch.cuda.is_available() else 'cpu'
+    add('--model', default=model, metavar='NAME', help='a model of timm')
     if pretrained:
-        parser.add_argument('--weights', required=True, metavar='PATH', help='its weights: .pth, .safetensors or URL')
-    parser.add_argument('--data-path', required=True, metavar='PATH')
-    parser.add_argument('--output', default=f'experiments/{output}', metavar='PATH', help='without an ending')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--batch-size', type=int, default=50)
-    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
-    parser.add_argument(
-        '--speed', choices=['missing', 'all', 'none'], default='missing',
-        help='measure the speed of these rows once there are results; it needs a quiet machine',
-    )  # fmt: skip
+        add('--weights', required=True, metavar='PATH', help='its weights: .pth, .safetensors or URL')
+    add('--data-path', required=True, metavar='PATH', help='folder of the data, see above')
+    add('--output', default=f'experiments/{output}', metavar='PATH', help='of the rows and the picture, without ending')
+    add('--device', default=device, help='cpu, cuda, ...')
+    add('--batch-size', type=int, default=50, metavar='N', help='images at a time')
+    if speed:
+        add(
+            '--speed', choices=['missing', 'all', 'none'], default='missing',
+            help='measure the speed of these rows once there are results; it needs a quiet machine',
+        )  # fmt: skip
+    return parser
 
 
 def build(args: argparse.Namespace, method: str, t: float, img_size: int | tuple[int, int] | None = None) -> nn.Module:
@@ -223,7 +232,7 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
 def images_per_second(
     model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 5, train: bool = False
 ) -> tuple[float, float]:
-    """Images a second of a model, and how many times faster than dense it is: medians, the two measured in turns.
+    """Images a second of a model, and how many times faster than dense it is: medians, as the two alternate.
 
     Of inference, or with `train` of steps of AdamW, on GPUs with autocast to bfloat16. Each has images of its own size.
     """

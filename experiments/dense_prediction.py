@@ -12,7 +12,6 @@ images, of the difference in mIoU excludes 0; otherwise they are equal. Evolving
 difference is above -0.7.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import BUDGETS, Rows, add_arguments, build, draw_methods, find_setting, gmacs
+from common import BUDGETS, Rows, build, draw_methods, find_setting, get_parser, gmacs
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -125,12 +124,14 @@ def bootstrap(ours: Tensor, theirs: Tensor, draws: int = 1000) -> tuple[float, f
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, 'dense_prediction')
-    parser.add_argument('--size', type=int, nargs=2, default=(480, 352), metavar=('W', 'H'))
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS[1:])
-    parser.add_argument('--methods', nargs='+', default=METHODS)
+    parser = get_parser(__doc__, 'dense_prediction')
+    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
+    parser.add_argument(
+        '--size', type=int, nargs=2, default=(480, 352), metavar=('W', 'H'), help='pixels of the images'
+    )
+    parser.add_argument('--seeds', type=int, default=3, help='of classifiers, how many')
+    parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS[1:], help="shares of dense's GMACs")
+    parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
     args = parser.parse_args()
     size, root, output = tuple(args.size), Path(args.data_path), Path(args.output)
     (train_paths, train_labels), (test_paths, test_labels) = (

@@ -5,25 +5,24 @@
 DeiT-Ti to CIFAR-10 at 224 px: 5,000 training and 2,000 validation images (the first of each class, from
 {train,val}/<class>/*), 3 epochs of AdamW, batch 32, three seeds; the rate falls from 6e-4 to 0, times 0.7 for
 each layer down. `smaller image` is the dense model at 176 px; all other methods are set to its arithmetic, 0.61 of that
-at 224 px. A row has the top-1 of a method and seed after the last epoch, GMACs, and images a second in training, in
-turns with dense. It goes on where it was stopped.
+at 224 px. A row has the top-1 of a method and seed after the last epoch, GMACs, and images a second in training,
+alternating with dense. It goes on where it was stopped.
 
 Rule, stated before it was run: of two methods one is better if the 95 % interval (Student's t over seeds) of the paired
 difference in top-1 excludes 0; otherwise they are equal. Evolving is worth having here if 'nearest' is not worse than
 `smaller image`.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
 
 from common import (
     Rows,
-    add_arguments,
     build,
     draw_seeds,
     find_setting,
+    get_parser,
     gmacs,
     method_flags,
     settings,
@@ -54,15 +53,14 @@ def link_subset(root: Path, folder: Path, train: int, val: int) -> Path:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, 'finetune')
+    parser = get_parser(__doc__, 'finetune')
     parser.add_argument('--runs', type=Path, default='output/finetune', help='folder of the training runs')
     parser.add_argument(
         '--images', type=int, nargs=2, default=(5000, 2000), metavar='N', help='of training, validation'
     )
-    parser.add_argument('--epochs', type=int, default=3)
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2))
-    parser.add_argument('--methods', nargs='+', default=METHODS)
+    parser.add_argument('--epochs', type=int, default=3, help='of each run')
+    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='those to run')
+    parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
     parser.set_defaults(batch_size=32)
     args = parser.parse_args()
     output, runs = Path(args.output), args.runs.absolute()

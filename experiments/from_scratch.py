@@ -5,18 +5,17 @@
 `evo_deit_nano_patch4_32` on all of CIFAR-10 ({train,val}/<class>/*), by the recipe of docs/training.md: 8 epochs, batch
 128, three seeds; its dense twin, and half of the patches informative with every kind of representative. As published,
 the first two thirds of the epochs select before each block, the others before each stage. A row has the top-1 of a
-method and seed after the last epoch, GMACs, and images a second in training (stage-wise), in turns with dense. It goes
-on where it was stopped.
+method and seed after the last epoch, GMACs, and images a second in training (stage-wise), alternating with dense. It
+goes on where it was stopped.
 
 Rule, stated before it was run: of two methods one is better if the 95 % interval (Student's t over seeds) of the paired
 difference in top-1 excludes 0; otherwise they are equal.
 """
 
-import argparse
 import time
 from pathlib import Path
 
-from common import Rows, add_arguments, draw_seeds, gmacs, train
+from common import Rows, draw_seeds, get_parser, gmacs, train
 from torch import nn
 
 import models
@@ -27,12 +26,11 @@ RECIPE = """--warmup-epochs 1 --warmup-lr 5e-4 --lr 4e-3 --drop-path 0 --mixup 0
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, 'from_scratch', 'evo_deit_nano_patch4_32', pretrained=False)
+    parser = get_parser(__doc__, 'from_scratch', 'evo_deit_nano_patch4_32', pretrained=False)
     parser.add_argument('--runs', type=Path, default='output/from_scratch', help='folder of the training runs')
-    parser.add_argument('--epochs', type=int, default=8)
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2))
-    parser.add_argument('--methods', nargs='+', default=METHODS)
+    parser.add_argument('--epochs', type=int, default=8, help='of each run')
+    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='those to run')
+    parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
     parser.set_defaults(batch_size=128)
     args = parser.parse_args()
     output, (twin, options) = Path(args.output), models.dense_twin(args.model)

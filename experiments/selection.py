@@ -18,14 +18,13 @@ of two, one finds it better if their intervals do not overlap. Where patches are
 by 'attention'.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import timm
 import torch
-from common import Rows, add_arguments, find_images, image_transform, mean_interval
+from common import Rows, find_images, get_parser, image_transform, mean_interval
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -68,8 +67,8 @@ def kept_again(first: Tensor, second: Tensor) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, 'selection')
+    parser = get_parser(__doc__, 'selection', speed=False)
+    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
     args = parser.parse_args()
     output, root = Path(args.output), Path(args.data_path)
     boxes = json.loads((root / 'boxes.json').read_text())

@@ -2,9 +2,12 @@
 
     python3 experiments/training_free.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
 
+Ten minutes of two cores. Result: no loss of nearest is found down to 0.55 of the arithmetic (there -1.2 ± 2.4 points);
+merging is equal to it; drop, fuse, none and one lose from 0.66 on; random scores do as well as attention.
+
 The validation images (val/<synset>/*, or folders of synsets) are seen by the dense model and by every method at five
 budgets of its GMACs. A row has top-1, the paired difference to dense with its 95 % interval, the share of predictions
-that are dense's, the mean cosine of the final patch tokens with dense's, GMACs, and images a second in turns with
+that are dense's, the mean cosine of the final patch tokens with dense's, GMACs, and images a second, alternating with
 dense.
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % interval of the paired
@@ -12,7 +15,6 @@ difference in top-1 excludes 0; otherwise they are equal. A method loses nothing
 dense holds 0.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -23,11 +25,11 @@ from common import (
     BUDGETS,
     METHODS,
     Rows,
-    add_arguments,
     build,
     draw_methods,
     find_images,
     find_setting,
+    get_parser,
     gmacs,
     paired_interval,
 )
@@ -80,10 +82,10 @@ def report(rows: list[dict], reference: str = 'nearest'):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, 'training_free')
-    parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS)
-    parser.add_argument('--methods', nargs='+', default=METHODS)
+    parser = get_parser(__doc__, 'training_free')
+    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
+    parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS, help="shares of dense's GMACs")
+    parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
     args = parser.parse_args()
     output = Path(args.output)
     make = partial(build, args)
