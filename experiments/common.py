@@ -29,8 +29,10 @@ BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # of the dense model's GMACs
 
 
 def around(t: float) -> tuple[float, float]:
-    """Keep ratios of two stages around t, as 0.7 and 0.3 are around 0.5."""
-    return round(min(t + 0.2, 1.0), 4), round(max(t - 0.2, 0.02), 4)
+    """Keep ratios of two stages around t, as 0.7 and 0.3 are around 0.5; below, in proportion."""
+    # With 0.2 everywhere the last stage would keep next to nothing at small t: see docs/log.md.
+    distance = min(0.2, 0.4 * t)
+    return round(min(t + distance, 1.0), 4), round(max(t - distance, 0.02), 4)
 
 
 METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge', 'random'
