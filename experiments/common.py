@@ -232,7 +232,7 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def images_per_second(
-    model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 5, train: bool = False
+    model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 9, train: bool = False
 ) -> tuple[float, float]:
     """Images a second of a model, and how many times faster than dense it is: medians, as the two alternate.
 

@@ -2,6 +2,9 @@
 
     python3 experiments/dense_prediction.py --weights deit_tiny_patch16_224_in1k.pth --data-path camvid-jpeg
 
+An hour and a half of one core. Result: nearest is 0.3 and 0.8 points of mIoU above dense at 0.80 and 0.66 of its
+arithmetic, equal at 0.55, and better than none, drop and merge at 0.66 and 0.55.
+
 A linear classifier is trained on the final normalised patch tokens of each model, on all 367 training images, and
 judged on all 233 test images at 480 x 352 px: its logits are upsampled to pixels. No method is trained. `drop` gives
 the values with which a patch was last seen, `merge` those of its cluster. The data set is a folder with
@@ -9,7 +12,8 @@ the values with which a patch was last seen, `merge` those of its cluster. The d
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % bootstrap interval, over test
 images, of the difference in mIoU excludes 0; otherwise they are equal. Evolving is as good as dense where its
-difference is above -0.7.
+difference is above -0.7. (The rows have the intervals to dense. Where those of two methods do not overlap, that of
+their difference excludes 0; where they do, the rows do not tell.)
 """
 
 import time
