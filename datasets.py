@@ -34,6 +34,7 @@ from shapes import Shapes
 from timm_data import Stream
 from utils import InputError, at_least, between, print_rank0, seed_all
 
+FULL_SCALE = 0.08, 1.0  # shares of an image that random crops take, as published
 DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
 INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 CROP_MODES = ('center', 'squash', 'border')
@@ -55,7 +56,7 @@ def add_arguments(parser: ArgumentParser):
     add = parser.add_argument_group('augmentation').add_argument
     add('--repeated-aug', action=BooleanOptionalAction, default=True, help='three times each')
     about = 'share of an image that a random crop takes, from and to; larger images than 32 px'
-    add('--scale', type=between(0.01, 1), nargs=2, action=Ascending, default=(0.08, 1.0), metavar='SHARE', help=about)
+    add('--scale', type=between(0.01, 1), nargs=2, action=Ascending, default=FULL_SCALE, metavar='SHARE', help=about)
     add('--color-jitter', type=positive, default=0.4, help='strength, where --aa is off')
     add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help="timm's policy; '' is off")
     add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of crops')
@@ -199,6 +200,8 @@ def build_transform(config: DataConfig, augment: dict | None = None) -> transfor
     stages = create_transform(size, is_training=True, mean=config.mean, std=config.std, separate=True, **augment)
     (crop, flip), distort, (_, _, *erase) = (stage.transforms for stage in stages)
     if size <= SMALL:
+        if tuple(augment.get('scale', FULL_SCALE)) != FULL_SCALE:
+            raise InputError(f'--scale: images of {SMALL} px or less are cropped from a padded border; leave it out')
         resize = transforms.Resize(size, InterpolationMode.BICUBIC)
         crop = transforms.Compose([resize, transforms.RandomCrop(size, padding=PADDING)])
     return transforms.Compose([crop, flip, *distort, ToTensor(config), *erase])

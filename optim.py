@@ -83,7 +83,7 @@ def build_state(
         optimizer = create_optimizer_v2(model, **(optimizer_kwargs(args) | {'lr': rate} | fused))
         if getattr(optimizer, 'is_second_order', False):
             raise ValueError('it needs second derivatives, which a training step does not compute')
-        steps = max(len(loader or ()) // args.grad_accum_steps, 1)
+        steps = 1 if loader is None else max(len(loader) // args.grad_accum_steps, 1)
         scheduler, _ = create_scheduler(args, optimizer, updates_per_epoch=steps)
         if scheduler is None:  # timm's answer to 'none', and before 1.0.31 to any name that it does not know
             raise ValueError('no such schedule, expected one of timm, such as cosine')
@@ -91,7 +91,7 @@ def build_state(
         raise InputError(f'--opt {args.opt}, --sched {args.sched} or their flags: {error}') from error
     warn_of_warmup(args, rate)
     flags = vars(args) | {'device': device.type, 'precision': precision, 'world_size': utils.world_size()}
-    flags |= {'train_images': len(loader.dataset) if loader else None} | (config._asdict() if config else {})
+    flags |= {'train_images': None if loader is None else len(loader.dataset)} | (config._asdict() if config else {})
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     return State(model, ema, optimizer, scheduler, scaler, flags, list(classes), epoch=args.start_epoch)
 
@@ -99,8 +99,10 @@ def build_state(
 def warn_of_warmup(args: argparse.Namespace, rate: float):
     """Say where the warm-up takes the whole run, so that the learning rate never becomes what was asked for."""
     epochs, warmup, start = args.epochs, args.warmup_epochs, args.warmup_lr
-    last = epochs if args.sched_on_updates else max(epochs - 2, 0)  # the last place in the schedule, see `train`
-    if last < warmup and start < rate:
+    # The last place in the schedule, see `train`; from step to step it is a step before the end of the last epoch.
+    last = epochs if args.sched_on_updates else max(epochs - 2, 0)
+    too_long = warmup >= last if args.sched_on_updates else warmup > last
+    if warmup and too_long and start < rate:
         print_rank0(
             f'warning: --warmup-epochs {warmup} takes all of --epochs {epochs}: the learning rate goes from '
             f'{start:.3g} to {start + (rate - start) * last / warmup:.3g} and never reaches {rate:.3g}; '

@@ -120,7 +120,8 @@ class Evolving:
         }
         if self.method == 'evolve':
             return schedule
-        return schedule | {'method': self.method} | getattr(self.update_group, 'keywords', {})
+        merge_r = getattr(self.update_group, 'keywords', {}).get('r')
+        return schedule | {'method': self.method} | ({} if merge_r is None else {'merge_r': merge_r})
 
     def block_names(self) -> list[str]:
         """The names of all blocks, in order."""

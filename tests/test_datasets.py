@@ -710,6 +710,8 @@ def test_scale_limits_how_much_of_an_image_a_random_crop_takes():
     assert min(widths()) < 0.5, 'published: from 0.08 of the image on'
     assert min(widths('--scale', 0.8, 1)) > 0.75
     assert max(widths('--scale', 0.08, 0.1)) < 0.5
+    with pytest.raises(InputError, match='--scale: images of 32 px or less'):
+        widths('--scale', 0.5, 1, '--input-size', 32)
 
 
 def test_default_augmentation_runs_over_many_images():

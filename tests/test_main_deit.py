@@ -153,6 +153,13 @@ def test_a_warmup_that_outlasts_the_run_is_said(capsys, epochs, warmup, says):
     assert (max(rates) < 0.8 * 5e-4) == bool(says), 'of 7 epochs with 5 of warm-up, one has 0.8 of the rate'
 
 
+def test_a_warmup_as_long_as_a_run_of_updates_is_said(capsys):
+    loader = DataLoader([0] * 20, batch_size=5)
+    for epochs, said in ((3, True), (4, False)):
+        new_state('--epochs', epochs, '--warmup-epochs', 3, '--sched-on-updates', loader=loader)
+        assert ('never reaches' in capsys.readouterr().out) == said
+
+
 def test_the_schedule_on_updates_has_a_rate_for_each_step():
     flags = '--epochs 2 --warmup-epochs 1 --warmup-lr 0 --sched-on-updates --min-lr 0'.split()
     expected = [0, 1 / 4, 2 / 4, 3 / 4, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(4, 8))]

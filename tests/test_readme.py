@@ -39,18 +39,21 @@ def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(timm, 'create_model', create_without_download)
     blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S)
     assert len(blocks) >= 4
-    names = {}
+    names, checked = {}, set()
     for block in blocks:
         block = block.replace('/path/to/checkpoint.pth', str(saved)).replace("folder'", f"{tmp_path}/folder'")
         exec(block, names)
         if 'program' in names and 'backbone' not in names:  # the second block
+            checked.add('model')
             assert [tuple(grid.shape) for grid in names['grids']] == [(2, 192, 14, 14)] * 3
             assert names['tokens'].shape == (2, 197, 192) and names['selection']['blocks.8'].shape == (2, 58)
             x = torch.randn(3, 3, 224, 224)
             torch.testing.assert_close(names['program'].module()(x), names['model'](x), rtol=1e-3, atol=1e-3)
         if 'evolved' in names and 'published' not in names:
+            checked.add('hub')
             torch.testing.assert_close(names['evolved'].eval()(x), names['model'](x), rtol=0, atol=1e-6)
             assert not torch.equal(names['dense'].eval()(x), names['model'](x))
+    assert checked == {'model', 'hub'}
     assert 'qks.0.qk.weight' in names['published'] and names['selection'].cluster.shape == (2, 196)
 
 

@@ -240,7 +240,7 @@ def test_ratios_of_numpy_and_torch(ratio):
 def test_the_schedule_says_all_of_a_method():
     assert rivals.apply(dense(), 'drop').schedule().get('method') == 'drop'
     schedule = rivals.apply(dense(), 'merge', merge_r=3).schedule()
-    assert (schedule['method'], schedule['r']) == ('merge', 3)
+    assert (schedule['method'], schedule['merge_r']) == ('merge', 3)
 
 
 def test_wrong_arguments_are_named():
