@@ -61,6 +61,14 @@ def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
     return 'evolve', dict(keep_ratio=around(t), representative=method)
 
 
+def schedule(method: str, t: float, model: nn.Module) -> str:
+    """What a method is called with at t, for the rows: 'keep_ratio 0.7 0.3, representative nearest'; '' if dense."""
+    if method not in METHODS:
+        return ''
+    arguments = settings(method, t, model)[1].items()
+    return ', '.join(f'{k} {" ".join(map(str, v)) if isinstance(v, tuple) else v}' for k, v in arguments)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it is written, and the default of each flag."""
 
@@ -81,7 +89,7 @@ def get_parser(
     if speed:
         add(
             '--speed', choices=['missing', 'all', 'none'], default='missing',
-            help='measure the speed of these rows once there are results; it needs a quiet machine',
+            help='measure the speed of these rows at the end, on a quiet machine; none: draw nothing either',
         )  # fmt: skip
     return parser
 
@@ -162,9 +170,10 @@ class Rows:
         for key in groups:
             speed, speedup = images_per_second(make(*key), dense, batch_size, train=train)
             measured = dict(images_per_second=round(speed, 2), speedup=round(speedup, 3))
+            measured |= {f'speed_{k}': v for k, v in circumstances().items() if k in ('device', 'threads', 'date')}
             for row in pending:
                 if (row['method'], row['setting']) == key:
-                    row.update(measured, threads=torch.get_num_threads())
+                    row.update(measured)
             print(*key, f'{speed:.1f} img/s, {speedup:.2f}x dense', flush=True)
             self.write()
 

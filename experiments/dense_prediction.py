@@ -8,7 +8,8 @@ arithmetic, equal at 0.55, and better than none, drop and merge at 0.66 and 0.55
 A linear classifier is trained on the final normalised patch tokens of each model, on all 367 training images, and
 judged on all 233 test images at 480 x 352 px: its logits are upsampled to pixels. No method is trained. `drop` gives
 the values with which a patch was last seen, `merge` those of its cluster. The data set is a folder with
-{train,test}/*.jpg or .png and {train,test}annot/*.png, classes 0 to 10, 11 is void. `--size 960 704` is a larger grid.
+{train,test}/*.jpg or .png and {train,test}annot/*.png, classes 0 to 10, 11 is void. `--size 960 704 --output
+experiments/dense_prediction_large` is a larger grid.
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % bootstrap interval, over test
 images, of the difference in mIoU excludes 0; otherwise they are equal. Evolving is as good as dense where its
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import BUDGETS, Rows, build, draw_methods, find_setting, get_parser, gmacs
+from common import BUDGETS, Rows, build, draw_methods, find_setting, get_parser, gmacs, schedule
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -143,13 +144,15 @@ def main():
     )
     edges = boundaries(test_labels)
     setup = dict(model=args.model, weights=Path(args.weights).name, n_train=len(train_paths), n_test=len(test_paths))
-    rows = Rows(output.with_suffix('.csv'), setup | dict(width=size[0], seeds=args.seeds))
+    rows = Rows(output.with_suffix('.csv'), setup | dict(width=size[0], height=size[1], seeds=args.seeds))
     make = partial(build, args, img_size=size[::-1])
     dense, reference = make('dense', 1.0), None
     dense_gmacs = gmacs(dense)
-    for method, budget in [('dense', 1.0), *((m, b) for b in args.budgets for m in args.methods)]:
-        if method != 'dense' and rows.has(method=method, budget=budget):
-            continue
+    todo = [(method, budget) for budget in args.budgets for method in args.methods]
+    todo = [key for key in [('dense', 1.0), *todo] if not rows.has(method=key[0], budget=key[1])]
+    if todo and todo[0] != ('dense', 1.0):
+        todo = [('dense', 1.0), *todo]  # with which all others are compared, image by image
+    for method, budget in todo:
         t = 1.0 if method == 'dense' else find_setting(partial(make, method), budget * dense_gmacs)
         model, started = make(method, t), time.perf_counter()
         grid = model.patch_embed.grid_size
@@ -162,16 +165,16 @@ def main():
             ]
         )
         reference = matrices if method == 'dense' else reference
-        if rows.has(method=method, budget=budget):  # dense, which all others are compared with
+        if rows.has(method=method, budget=budget):  # dense
             continue
         low, high = bootstrap(matrices.sum(2), reference.sum(2))
         scores = [[mean_iou(seed) for seed in part] for part in (matrices.sum(2), matrices[:, :, 0], matrices[:, :, 1])]
         miou, inside, boundary = (float(np.mean(part)) for part in scores)
         off = miou - float(np.mean([mean_iou(seed) for seed in reference.sum(2)]))
         rows.add(
-            method=method, budget=budget, setting=t, gmacs=gmacs(model), miou=miou, off=off, off_low=low,
-            off_high=high, miou_inside=inside, miou_boundary=boundary, seed_spread=float(np.ptp(scores[0])),
-            seconds=round(time.perf_counter() - started),
+            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(model),
+            miou=miou, off=off, off_low=low, off_high=high, miou_inside=inside, miou_boundary=boundary,
+            seed_spread=float(np.ptp(scores[0])), seconds=round(time.perf_counter() - started),
         )  # fmt: skip
     rows.measure(args.speed, make, min(args.batch_size, 8))
     if args.speed != 'none':

@@ -25,6 +25,7 @@ from common import (
     get_parser,
     gmacs,
     method_flags,
+    schedule,
     settings,
     train,
 )
@@ -88,7 +89,8 @@ def main():
                 flags = method_flags(*settings(method, t, dense))
             log = train([*common, *flags, '--seed', seed], runs / f'{method.replace(" ", "-")}-{seed}')
             rows.add(
-                method=method, seed=seed, setting=t, gmacs=gmacs(make(method, t)), top1=log['test_acc1'],
+                method=method, seed=seed, setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(make(method, t)),
+                top1=log['test_acc1'],
                 seconds=round(time.perf_counter() - started),
             )  # fmt: skip
     rows.measure(args.speed, make, args.batch_size, train=True)

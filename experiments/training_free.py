@@ -33,6 +33,7 @@ from common import (
     get_parser,
     gmacs,
     paired_interval,
+    schedule,
 )
 from matplotlib.figure import Figure
 from PIL import Image
@@ -107,7 +108,7 @@ def main():
         predictions, grid = predict(model, images, args.batch_size)
         off, interval = paired_interval(100 * (predictions == labels).float(), 100 * right)
         rows.add(
-            method=method, budget=budget, setting=t, gmacs=gmacs(model),
+            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(model),
             top1=100 * (predictions == labels).float().mean().item(),
             off=off, interval=interval, same=100 * (predictions == reference).float().mean().item(),
             grid=torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item(),
