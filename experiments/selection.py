@@ -2,7 +2,7 @@
 
     python3 experiments/selection.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
 
-Twenty minutes of one core. Result: yes from block 2 on, 5 to 15 points above chance; before block 1 the class attention
+About an hour of one core. Result: yes from block 2 on, 5 to 15 points above chance; before block 1 the class attention
 avoids the object (-9 points). Novelty finds it better before blocks 1 and 2, later both find it equally. In a mirrored
 image 87 to 92 % of the patches are kept again from block 4 on, by novelty 85 to 88 %; by chance half.
 
