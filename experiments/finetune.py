@@ -72,7 +72,8 @@ def main():
 
     dense, budget = make('dense', 1.0), gmacs(make('smaller image', 1.0))
     setup = dict(model=args.model, weights=Path(args.weights).name, n_train=args.images[0], n_test=args.images[1])
-    rows = Rows(output.with_suffix('.csv'), setup | dict(epochs=args.epochs))
+    setup |= dict(data=Path(args.data_path).name, epochs=args.epochs, batch_size=args.batch_size)
+    rows = Rows(output.with_suffix('.csv'), setup)
     data = link_subset(Path(args.data_path), runs / 'data', *args.images)
     common = ['--model', args.model, '--finetune', Path(args.weights).absolute(), '--data-path', data, *RECIPE]
     common += ['--aa', '', '--epochs', args.epochs, '--eval-interval', args.epochs, '--device', args.device]

@@ -41,7 +41,8 @@ def main():
         name, arguments = (twin, options) if method == 'dense' else (args.model, {'representative': method})
         return models.create(name, classes, size, **arguments).eval().to(args.device)
 
-    rows = Rows(output.with_suffix('.csv'), dict(model=args.model, epochs=args.epochs))
+    setup = dict(data=Path(args.data_path).name, epochs=args.epochs, batch_size=args.batch_size)
+    rows = Rows(output.with_suffix('.csv'), dict(model=args.model) | setup)
     common = ['--data-path', Path(args.data_path).absolute(), '--input-size', size, '--epochs', args.epochs, *RECIPE]
     common += ['--aa', '', '--eval-interval', args.epochs, '--device', args.device]
     common += ['--batch-size', args.batch_size]
