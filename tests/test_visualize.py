@@ -372,7 +372,7 @@ def test_a_plain_vit_is_shown_from_its_class_token(script, tmp_path):
     photograph(32, 32).save(tmp_path / 'a.png')
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'w.safetensors', '--keep-ratio', 0.9]
     printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out')
-    assert 'predicts from its class token' in printed and 'was not trained for' in printed
+    assert 'predicts from its class token' in printed and 'evolved without training' in printed
     model, x = load_model(*flags), torch.randn(2, 3, 32, 32)
     model.set_schedule(True, evolving=False)
     with torch.no_grad():
