@@ -55,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     add(
         '--keep-ratio', type=float, nargs='+', metavar='R',
         help='share of informative patches (drop, fuse: of those left), one or one a stage (default: 0.5 as published, '
-        '0.7 0.3 with --evolve, 0.7 with drop and fuse)',
+        '0.7 0.3 with --evolve, 0.7 with its rivals)',
     )  # fmt: skip
     add(
         '--stages', type=int, nargs='+', metavar='BLOCK',
-        help='first block of each stage that evolves (default: a third and two thirds of the depth)',
+        help='first block of each stage that evolves (default: as published; --evolve: at 1/3 and 2/3 of the depth)',
     )  # fmt: skip
     add(
         '--representative',
