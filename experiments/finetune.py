@@ -31,7 +31,7 @@ from common import (
 )
 from torch import nn
 
-METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge'
+METHODS = 'dense', 'smaller image', 'nearest', 'none', 'one', 'drop', 'fuse', 'merge'
 SMALLER = 176  # px
 RECIPE = """--sched-on-updates --warmup-epochs 0 --lr 1e-2 --min-lr 0 --layer-decay 0.7 --drop-path 0 --mixup 0
     --cutmix 0 --reprob 0 --scale 0.5 1 --color-jitter 0 --no-repeated-aug --no-model-ema --num_workers 1""".split()
@@ -79,7 +79,7 @@ def main():
     common += ['--aa', '', '--epochs', args.epochs, '--eval-interval', args.epochs, '--device', args.device]
     common += ['--batch-size', args.batch_size]
     for seed in args.seeds:
-        for method in ('dense', 'smaller image', *args.methods):
+        for method in args.methods:
             if rows.has(method=method, seed=seed):
                 continue
             started, t, flags = time.perf_counter(), 1.0, []

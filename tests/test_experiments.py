@@ -110,7 +110,7 @@ def classes(tmp_path):
 
 @pytest.mark.slow
 def test_finetune(run, classes):
-    flags = '--images', 4, 2, '--epochs', 1, '--seeds', 0, 1, '--methods', 'nearest', 'merge'
+    flags = '--images', 4, 2, '--epochs', 1, '--seeds', 0, 1, '--methods', 'dense', 'smaller image', 'nearest', 'merge'
     rows = run('finetune', *flags)
     assert [row['method'] for row in rows] == 2 * ['dense', 'smaller image', 'nearest', 'merge']
     assert len({row['gmacs'] for row in rows}) == 4 and all(float(row['speedup']) > 0 for row in rows)
