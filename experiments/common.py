@@ -52,8 +52,8 @@ LOOKS = {
 
 def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
     """The method of models.apply and its arguments, for one number t in (0, 1): the more, the more arithmetic."""
-    if method == 'merge':  # so many in each block that t of the patches would be left after the last
-        return method, dict(merge_r=round((1 - t) * model.patch_embed.num_patches / len(model.blocks)))
+    if method == 'merge':  # so many in each block that none would be left after half of the blocks, at t = 0
+        return method, dict(merge_r=round(2 * (1 - t) * model.patch_embed.num_patches / len(model.blocks)))
     if method == 'random':
         return method, dict(keep_ratio=around(t))
     if method in ('drop', 'fuse'):
@@ -114,12 +114,13 @@ def gmacs(model: nn.Module) -> float:
 
 
 def find_setting(make: Callable[[float], nn.Module], target: float) -> float:
-    """The number t in (0, 1) at which a method has at most `target` GMACs, to within a hundredth of them if it can."""
-    low, high = 0.0, 1.0
+    """The number t in (0, 1) at which the GMACs of a method are nearest to `target`."""
+    low, high, found = 0.0, 1.0, {}
     for _ in range(9):
         middle = (low + high) / 2
-        low, high = (middle, high) if gmacs(make(middle)) <= target else (low, middle)
-    return round(low, 4)
+        found[middle] = gmacs(make(middle))
+        low, high = (middle, high) if found[middle] <= target else (low, middle)
+    return round(min(found, key=lambda t: abs(found[t] - target)), 4)
 
 
 class Rows:
@@ -129,7 +130,7 @@ class Rows:
         self.path, self.setup, self.rows = path, setup, []
         if path.exists():
             with open(path, newline='') as file:
-                self.rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+                self.rows = [{k: _number(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
 
     def ours(self) -> list[dict]:
         """The rows of this setup."""
@@ -168,8 +169,10 @@ class Rows:
             return
         dense = make('dense', 1.0)
         for key in groups:
-            speed, speedup = images_per_second(make(*key), dense, batch_size, train=train)
+            speed, speedups = images_per_second(make(*key), dense, batch_size, train=train)
+            low, speedup, high = speedups.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
             measured = dict(images_per_second=round(speed, 2), speedup=round(speedup, 3))
+            measured |= dict(speedup_p10=round(low, 3), speedup_p90=round(high, 3))
             measured |= {f'speed_{k}': v for k, v in circumstances().items() if k in ('device', 'threads', 'date')}
             for row in pending:
                 if (row['method'], row['setting']) == key:
@@ -178,8 +181,8 @@ class Rows:
             self.write()
 
 
-def _number(text: str) -> float | int | str:
-    for kind in (int, float):
+def _number(column: str, text: str) -> float | int | str:
+    for kind in (int, float) if column != 'commit' else ():  # 3e80123 is none
         try:
             return kind(text)
         except ValueError:
@@ -217,9 +220,30 @@ def paired_interval(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 def train(flags: Sequence, folder: Path) -> dict:
     """Run main_deit.py in a process of its own to the end, or on from where it stopped; the last line of its log."""
-    command = [sys.executable, ROOT / 'main_deit.py', *flags, '--output_dir', folder, '--auto-resume']
-    subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
+    _run_main([*flags, '--output_dir', folder, '--auto-resume'])
     return json.loads((folder / 'log.txt').read_text().splitlines()[-1])
+
+
+def evaluate(flags: Sequence, folder: Path) -> float:
+    """Top-1 of the last checkpoint of a training run, by main_deit.py."""
+    results = folder / 'evaluation.json'
+    _run_main([*flags, '--eval', '--resume', folder / 'checkpoint.pth', '--results-file', results])
+    return json.loads(results.read_text())['acc1']
+
+
+def _run_main(flags: Sequence):
+    command = [sys.executable, ROOT / 'main_deit.py', *flags]
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
+
+
+def run_seeds(rows: Rows, seeds: Iterable[int], methods: Iterable[str], run: Callable[[str, int], dict]):
+    """Add a row for each method and seed that has none; `run` makes it."""
+    for seed in seeds:
+        for method in methods:
+            if not rows.has(method=method, seed=seed):
+                started = time.perf_counter()
+                row = dict(method=method, seed=seed) | run(method, seed)
+                rows.add(**row, seconds=round(time.perf_counter() - started))
 
 
 def method_flags(method: str, arguments: dict) -> list[str]:
@@ -241,9 +265,9 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def images_per_second(
-    model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 9, train: bool = False
-) -> tuple[float, float]:
-    """Images a second of a model, and how many times faster than dense it is: medians, as the two alternate.
+    model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 15, train: bool = False
+) -> tuple[float, Tensor]:
+    """Images a second of a model, the median, and how many times as fast as dense it is in each turn of the two.
 
     Of inference, or with `train` of steps of AdamW, on GPUs with autocast to bfloat16. Each has images of its own size.
     """
@@ -258,7 +282,7 @@ def images_per_second(
             if turn:  # the first is a warm-up
                 seconds[each].append(time.perf_counter() - started)
     ratios = torch.tensor(seconds[dense]) / torch.tensor(seconds[model])
-    return batch_size / torch.tensor(seconds[model]).median().item(), ratios.median().item()
+    return batch_size / torch.tensor(seconds[model]).median().item(), ratios
 
 
 def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
@@ -285,32 +309,48 @@ def draw_methods(
     axes: Axes, rows: Sequence[dict], x: str, y: str, spread: Callable[[dict], tuple] = lambda row: (0, 0)
 ):
     """A line for each method, y over x; `spread` says how far the interval of a row goes below and above y."""
-    for method, (name, style, colour) in LOOKS.items():
+    for i, (method, (name, style, colour)) in enumerate(LOOKS.items()):
         if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row[x]):
             bars = [*zip(*map(spread, own), strict=True)]
-            look = dict(fmt=style, color=colour, label=name, capsize=2, linewidth=1.2, markersize=5)
-            axes.errorbar([row[x] for row in own], [row[y] for row in own], bars, **look)
+            # At equal arithmetic the intervals would lie upon each other.
+            places = [row[x] * (1 + (0.003 * (i - 3) if x == 'gmacs' else 0)) for row in own]
+            look = dict(fmt=style, color=colour, mfc='none', label=name, capsize=2, linewidth=1.2, markersize=5)
+            axes.errorbar(places, [row[y] for row in own], bars, **look)
 
 
-def draw_seeds(rows: list[dict], others: Sequence[str], title: str, path: Path):
-    """Print the difference in top-1 of every method to each of `others`, and draw that to the first over its speed."""
+def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float, float, int]:
+    """Mean difference in top-1 of two methods, half of its 95 % interval, and the number of seeds that both have."""
+    ours, theirs = ({row['seed']: row['top1'] for row in rows if row['method'] == each} for each in (method, other))
+    both = ours.keys() & theirs.keys()
+    return *t_interval(ours[seed] - theirs[seed] for seed in both), len(both)
+
+
+def verdict(difference: float, half: float) -> str:
+    """The rule of all experiments: where the interval holds 0, the data do not tell two methods apart."""
+    return 'not told apart' if abs(difference) <= half else 'better' if difference > 0 else 'worse'
+
+
+def draw_seeds(rows: list[dict], title: str, path: Path):
+    """Print top-1 and what the rule says of nearest and of dense beside every other method; draw top-1 over speed."""
     methods = list(dict.fromkeys(row['method'] for row in rows))
-    top1 = {method: {row['seed']: row['top1'] for row in rows if row['method'] == method} for method in methods}
     axes = (figure := Figure((6, 4), layout='constrained')).subplots()
     for method in methods:
+        own = [row for row in rows if row['method'] == method]
+        mean, speedup = t_interval(row['top1'] for row in own)[0], own[0]['speedup']
+        print(f'{method}: {mean:.2f} % ({len(own)} seeds), {speedup:.2f}x dense in training')
         name, style, colour = LOOKS[method]
-        speed = next(row['speedup'] for row in rows if row['method'] == method)
-        offs = [t_interval(top1[method][seed] - top1[other][seed] for seed in top1[method]) for other in others]
-        mean = t_interval(top1[method].values())[0]
-        words = ', '.join(
-            f'{off:+.2f} ± {half:.2f} to {other}' for (off, half), other in zip(offs, others, strict=True)
-        )
-        print(f'{method:14} {mean:.2f} % ({len(top1[method])} seeds), {words}, {speed:.2f}x in training')
-        off, half = offs[0]
-        bar = half if math.isfinite(half) else 0
-        axes.errorbar(speed, off, bar, fmt=style[0], color=colour, capsize=3, label=name)
+        off, half, n = compare_seeds(rows, method, 'dense')
+        if n:
+            bar = half if math.isfinite(half) else 0
+            axes.errorbar(speedup, off, bar, fmt=style[0], color=colour, mfc='none', capsize=3, label=name)
+    for reference in ('nearest', 'dense'):
+        for method in methods:
+            off, half, n = compare_seeds(rows, reference, method)
+            if n and method != reference:
+                print(f'{reference}: {off:+.2f} ± {half:.2f} to {method} ({n} seeds), {verdict(off, half)}')
     axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
-    axes.set(xlabel='times as fast as dense in training, measured', ylabel='top-1 minus dense, points')
+    axes.set(xlabel='times as fast as dense in training, measured', ylabel='top-1 minus dense, percentage points')
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f'{title}: mean and 95 % interval over {len(top1[methods[0]])} seeds', fontsize=10)
+    seeds = len({row['seed'] for row in rows})
+    axes.set_title(f'{title}: mean and 95 % interval over {seeds} seeds', fontsize=10)
     figure.savefig(path, dpi=150)

@@ -12,8 +12,8 @@ that are dense's, the mean cosine of the final patch tokens with dense's, GMACs,
 dense.
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % interval of the paired
-difference in top-1 excludes 0; otherwise they are equal. A method loses nothing where the interval of its difference to
-dense holds 0.
+difference in top-1 excludes 0; otherwise the data do not tell them apart. No loss is found where
+the interval of the difference to dense holds 0.
 """
 
 import time
@@ -34,6 +34,7 @@ from common import (
     gmacs,
     paired_interval,
     schedule,
+    verdict,
 )
 from matplotlib.figure import Figure
 from PIL import Image
@@ -79,8 +80,8 @@ def report(rows: list[dict], reference: str = 'nearest'):
         if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > 0.05:
             continue
         off, half = paired_interval(*(100 * unpack(each['right'], each['n']) for each in (mine, row)))
-        verdict = 'better' if off > half else 'worse' if -off > half else 'equal'
-        print(f'{reference} at {row["budget"]} of the GMACs: {off:+.1f} ± {half:.1f} to {row["method"]}, {verdict}')
+        what = f'{off:+.1f} ± {half:.1f} to {row["method"]}, {verdict(off, half)}'
+        print(f'{reference} at {row["budget"]} of the GMACs: {what}')
 
 
 def main():
@@ -125,8 +126,8 @@ def draw(rows: list[dict], path: Path):
     dense = next(row for row in rows if row['method'] == 'dense')
     figure = Figure((11, 4.2), layout='constrained')
     panels = [
-        ('speedup', 'off', 'top-1 minus dense, points'),
-        ('gmacs', 'off', 'top-1 minus dense, points'),
+        ('speedup', 'off', 'top-1 minus dense, percentage points'),
+        ('gmacs', 'off', 'top-1 minus dense, percentage points'),
         ('gmacs', 'grid', 'cosine of patch tokens with dense'),
     ]
     names = {'gmacs': 'GMACs an image', 'speedup': 'times as fast as dense, measured'}
