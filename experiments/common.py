@@ -46,7 +46,7 @@ LOOKS = {
     'none': ('evolve (none)', 's--', '#E69F00'),
     'one': ('evolve (one)', 'P--', '#009E73'),
     'dense': ('dense', '*', 'black'),
-    'smaller image': ('dense, smaller image', 'X', 'black'),
+    'smaller image': ('dense, smaller image', 'X--', 'black'),
 }
 
 
@@ -63,10 +63,18 @@ def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
 
 def schedule(method: str, t: float, model: nn.Module) -> str:
     """What a method is called with at t, for the rows: 'keep_ratio 0.7 0.3, representative nearest'; '' if dense."""
+    if method == 'smaller image' and t < 1:
+        return f'image_size {" ".join(map(str, smaller(model, t)))}'
     if method not in METHODS:
         return ''
     arguments = settings(method, t, model)[1].items()
     return ', '.join(f'{k} {" ".join(map(str, v)) if isinstance(v, tuple) else v}' for k, v in arguments)
+
+
+def smaller(model: nn.Module, t: float) -> tuple[int, int]:
+    """Rows and columns of an image whose sides are t times those that a model takes, in whole patches."""
+    patch, size = model.patch_embed.patch_size[0], model.patch_embed.img_size
+    return tuple(patch * max(round(t * side / patch), 1) for side in size)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -95,12 +103,14 @@ def get_parser(
 
 
 def build(args: argparse.Namespace, method: str, t: float, img_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """The pretrained model in evaluation, dense or with a method at t."""
+    """The pretrained model in evaluation, dense, with a method at t, or for images with sides t times as long."""
     model = timm.create_model(args.model)
     models.load_weights(model, args.weights)
     if img_size is not None:
         model.set_input_size(img_size)
-    if method != 'dense':
+    if method == 'smaller image':
+        model.set_input_size(smaller(model, t))
+    elif method != 'dense':
         name, arguments = settings(method, t, model)
         models.apply(model, name, **arguments)
     return model.eval().to(args.device)

@@ -7,9 +7,9 @@ and 0.66 of its arithmetic, equal at 0.55, and better than none, drop and merge 
 
 A linear classifier is trained on the final normalised patch tokens of each model, on all 367 training images, and
 judged on all 233 test images at 480 x 352 px: its logits are upsampled to pixels. No method is trained. `drop` gives
-the values with which a patch was last seen, `merge` those of its cluster. The data set is a folder with
-{train,test}/*.jpg or .png and {train,test}annot/*.png, classes 0 to 10, 11 is void. `--size 960 704 --output
-experiments/dense_prediction_large` is a larger grid.
+the values with which a patch was last seen, `merge` those of its cluster, the dense model for a `smaller image` those
+of fewer patches. The data set is a folder with {train,test}/*.jpg or .png and {train,test}annot/*.png, classes 0 to 10,
+11 is void. `--size 960 704 --output experiments/dense_prediction_large` is a larger grid.
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % bootstrap interval, over test
 images, of the difference in mIoU excludes 0; otherwise the data do not tell them apart. Evolving is as good as dense
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 CLASSES = 11
 VOID = 11
 EDGE = 8  # pixels: so near to another class is a boundary
-METHODS = 'nearest', 'none', 'drop', 'merge'
+METHODS = 'nearest', 'none', 'drop', 'merge', 'smaller image'
 LOWEST = -5  # points; what is below is not drawn, but stands in the rows
 
 
@@ -55,8 +55,9 @@ def load_image(path: Path, size: tuple[int, int], mean: Tensor, std: Tensor) -> 
 
 
 @torch.inference_mode()
-def patch_tokens(model: nn.Module, paths: list[Path], size: tuple[int, int], batch_size: int) -> Tensor:
+def patch_tokens(model: nn.Module, paths: list[Path], batch_size: int) -> Tensor:
     """Final normalised patch tokens (n, N, C) of image files, on the CPU."""
+    size = model.patch_embed.img_size[::-1]
     config, device = resolve_model_data_config(model), next(model.parameters()).device
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
     tokens = []
@@ -157,7 +158,7 @@ def main():
         t = 1.0 if method == 'dense' else find_setting(partial(make, method), budget * dense_gmacs)
         model, started = make(method, t), time.perf_counter()
         grid = model.patch_embed.grid_size
-        train, test = (patch_tokens(model, paths, size, args.batch_size) for paths in (train_paths, test_paths))
+        train, test = (patch_tokens(model, paths, args.batch_size) for paths in (train_paths, test_paths))
         shares = patch_labels(train_labels, grid).flatten(0, 1)
         matrices = torch.stack(
             [

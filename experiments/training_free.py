@@ -9,7 +9,7 @@ as attention.
 The validation images (val/<synset>/*, or folders of synsets) are seen by the dense model and by every method at five
 budgets of its GMACs. A row has top-1, the paired difference to dense with its 95 % interval, the share of predictions
 that are dense's, the mean cosine of the final patch tokens with dense's, GMACs, and images a second, alternating with
-dense.
+dense. `smaller image` is the dense model for one with shorter sides.
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % interval of the paired
 difference in top-1 excludes 0; otherwise the data do not tell them apart. No loss is found where
@@ -38,15 +38,16 @@ from common import (
 )
 from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 LOWEST = -15  # points; what is below is not drawn, but stands in the rows
 
 
 def load_images(paths: list[Path], model: nn.Module) -> Tensor:
-    """Images (n, 3, rows, columns) as the model's own configuration wants them."""
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    """Images (n, 3, rows, columns) as the model's own configuration wants them, at its size."""
+    size = 3, *model.patch_embed.img_size
+    transform = create_transform(**resolve_data_config({'input_size': size}, model=model), is_training=False)
     return torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
 
 
@@ -88,7 +89,7 @@ def main():
     parser = get_parser(__doc__, 'training_free')
     parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
     parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS, help="shares of dense's GMACs")
-    parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
+    parser.add_argument('--methods', nargs='+', default=(*METHODS, 'smaller image'), help='those to run')
     args = parser.parse_args()
     output = Path(args.output)
     make = partial(build, args)
@@ -106,14 +107,15 @@ def main():
         if method != 'dense':
             t = find_setting(partial(make, method), budget * dense_gmacs)
         model = make(method, t)
-        predictions, grid = predict(model, images, args.batch_size)
+        own = load_images(paths, model) if method == 'smaller image' else images
+        predictions, grid = predict(model, own, args.batch_size)
+        cosine = torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item() if own is images else ''
         off, interval = paired_interval(100 * (predictions == labels).float(), 100 * right)
         rows.add(
             method=method, budget=budget, setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(model),
             top1=100 * (predictions == labels).float().mean().item(),
             off=off, interval=interval, same=100 * (predictions == reference).float().mean().item(),
-            grid=torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item(),
-            seconds=round(time.perf_counter() - started), right=pack(predictions == labels),
+            grid=cosine, seconds=round(time.perf_counter() - started), right=pack(predictions == labels),
         )  # fmt: skip
     report(rows.ours())
     rows.measure(args.speed, make, min(args.batch_size, 32))
@@ -133,7 +135,9 @@ def draw(rows: list[dict], path: Path):
     names = {'gmacs': 'GMACs an image', 'speedup': 'times as fast as dense, measured'}
     for axes, (x, y, label) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.axhline(dense[y], color='black', linewidth=0.8, linestyle=':')
-        shown = [row for row in rows if row['method'] != 'dense' and (y != 'off' or row['off'] >= LOWEST)]
+        shown = [
+            row for row in rows if row['method'] != 'dense' and row[y] != '' and (y != 'off' or row['off'] >= LOWEST)
+        ]
         draw_methods(axes, shown, x, y, lambda row, y=y: 2 * [row['interval'] if y == 'off' else 0])
         axes.set(xlabel=names[x], ylabel=label)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)

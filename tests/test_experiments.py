@@ -47,8 +47,9 @@ def noise(path, *size: int):
 def test_training_free(run, tmp_path, capsys):
     for synset in ('n01440764', 'n01443537'):
         noise(tmp_path / 'val' / synset / 'a.png', 230, 240)
-    rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge')
-    assert [row['method'] for row in rows] == ['dense', 'nearest', 'merge']
+    rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge', 'smaller image')
+    assert [row['method'] for row in rows] == ['dense', 'nearest', 'merge', 'smaller image']
+    assert rows[-1]['schedule'] == 'image_size 176 176' and rows[-1]['grid'] == ''
     dense, *others = (float(row['gmacs']) for row in rows)
     assert all(abs(gmacs / dense - 0.6) < 0.02 for gmacs in others)
     assert {row['n'] for row in rows} == {'2'} and all(row['commit'] for row in rows)
@@ -56,7 +57,7 @@ def test_training_free(run, tmp_path, capsys):
     assert 'nearest at 0.6 of the GMACs: ' in capsys.readouterr().out
     # A trial with fewer images is not taken for the whole.
     rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', '--limit', 1)
-    assert [row['n'] for row in rows] == ['2', '2', '2', '1', '1']
+    assert [row['n'] for row in rows] == ['2', '2', '2', '2', '1', '1']
 
 
 def test_dense_prediction(run, tmp_path):
@@ -66,8 +67,11 @@ def test_dense_prediction(run, tmp_path):
             (tmp_path / f'{split}annot').mkdir(exist_ok=True)
             labels = np.random.default_rng(i).integers(0, 12, (6, 8), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
             Image.fromarray(labels).save(tmp_path / f'{split}annot' / f'{i}.png')
-    rows = run('dense_prediction', '--budgets', 0.6, '--methods', 'nearest', '--seeds', 1, '--size', 96, 64)
-    assert [row['method'] for row in rows] == ['dense', 'nearest']
+    rows = run(
+        'dense_prediction', '--budgets', 0.6, '--methods', 'nearest', 'smaller image', '--seeds', 1, '--size', 96, 64
+    )
+    assert [row['method'] for row in rows] == ['dense', 'nearest', 'smaller image']
+    assert rows[2]['schedule'] == 'image_size 48 80' and float(rows[2]['width']) == 96
     assert float(rows[0]['off']) == 0 and 0 <= float(rows[1]['miou']) <= 100
 
 
