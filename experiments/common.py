@@ -45,9 +45,11 @@ LOOKS = {
     'fuse': ('fuse (EViT)', 'v-.', '#56B4E9'),
     'none': ('evolve (none)', 's--', '#E69F00'),
     'one': ('evolve (one)', 'P--', '#009E73'),
-    'dense': ('dense', '*', 'black'),
+    'dense': ('dense', '+', 'black'),
     'smaller image': ('dense, smaller image', 'X--', 'black'),
+    'smaller, nearest': ('evolve (0.7 0.3), smaller image', '*-', 'black'),
 }
+SMALLER = 'smaller image', 'smaller, nearest'  # methods whose images have shorter sides; the second evolves too
 
 
 def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
@@ -63,8 +65,8 @@ def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
 
 def schedule(method: str, t: float, model: nn.Module) -> str:
     """What a method is called with at t, for the rows: 'keep_ratio 0.7 0.3, representative nearest'; '' if dense."""
-    if method == 'smaller image' and t < 1:
-        return f'image_size {" ".join(map(str, smaller(model, t)))}'
+    if method in SMALLER and t < 1:
+        return f'image_size {" ".join(map(str, smaller(model, t)))}' + (', keep_ratio 0.7 0.3' * (method != SMALLER[0]))
     if method not in METHODS:
         return ''
     arguments = settings(method, t, model)[1].items()
@@ -108,8 +110,10 @@ def build(args: argparse.Namespace, method: str, t: float, img_size: int | tuple
     models.load_weights(model, args.weights)
     if img_size is not None:
         model.set_input_size(img_size)
-    if method == 'smaller image':
+    if method in SMALLER:
         model.set_input_size(smaller(model, t))
+        if method != SMALLER[0]:
+            models.evolve(model, (0.7, 0.3))
     elif method != 'dense':
         name, arguments = settings(method, t, model)
         models.apply(model, name, **arguments)

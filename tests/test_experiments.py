@@ -47,17 +47,18 @@ def noise(path, *size: int):
 def test_training_free(run, tmp_path, capsys):
     for synset in ('n01440764', 'n01443537'):
         noise(tmp_path / 'val' / synset / 'a.png', 230, 240)
-    rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge', 'smaller image')
-    assert [row['method'] for row in rows] == ['dense', 'nearest', 'merge', 'smaller image']
-    assert rows[-1]['schedule'] == 'image_size 176 176' and rows[-1]['grid'] == ''
+    rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge', 'smaller image', 'smaller, nearest')
+    assert [row['method'] for row in rows] == ['dense', 'nearest', 'merge', 'smaller image', 'smaller, nearest']
+    assert rows[-2]['schedule'] == 'image_size 176 176' and rows[-2]['grid'] == ''
+    assert rows[-1]['schedule'] == 'image_size 208 208, keep_ratio 0.7 0.3'
     dense, *others = (float(row['gmacs']) for row in rows)
-    assert all(abs(gmacs / dense - 0.6) < 0.02 for gmacs in others)
+    assert all(abs(gmacs / dense - 0.6) < 0.02 for gmacs in others[:3]) and 0.55 < others[3] / dense < 0.6
     assert {row['n'] for row in rows} == {'2'} and all(row['commit'] for row in rows)
     # Of two images the same are right by both methods, or not.
     assert 'nearest at 0.6 of the GMACs: ' in capsys.readouterr().out
     # A trial with fewer images is not taken for the whole.
     rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', '--limit', 1)
-    assert [row['n'] for row in rows] == ['2', '2', '2', '2', '1', '1']
+    assert [row['n'] for row in rows] == ['2', '2', '2', '2', '2', '1', '1']
 
 
 def test_dense_prediction(run, tmp_path):
