@@ -47,9 +47,15 @@ LOOKS = {
     'one': ('evolve (one)', 'P--', '#009E73'),
     'dense': ('dense', '+', 'black'),
     'smaller image': ('dense, smaller image', 'X--', 'black'),
-    'smaller, nearest': ('evolve (0.7 0.3), smaller image', '*-', 'black'),
+    'smaller, nearest': ('evolve, smaller image', '*-', 'black'),
+    'smaller, merge': ('merge, smaller image', '>:', 'black'),
 }
-SMALLER = 'smaller image', 'smaller, nearest'  # methods whose images have shorter sides; the second evolves too
+# Methods whose images have shorter sides, and what is done besides: a method of models.apply and its arguments.
+SMALLER = {
+    'smaller image': (None, {}),
+    'smaller, nearest': ('evolve', dict(keep_ratio=(0.7, 0.3), representative='nearest')),
+    'smaller, merge': ('merge', dict(merge_r=8)),
+}
 
 
 def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
@@ -65,12 +71,11 @@ def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
 
 def schedule(method: str, t: float, model: nn.Module) -> str:
     """What a method is called with at t, for the rows: 'keep_ratio 0.7 0.3, representative nearest'; '' if dense."""
-    if method in SMALLER and t < 1:
-        return f'image_size {" ".join(map(str, smaller(model, t)))}' + (', keep_ratio 0.7 0.3' * (method != SMALLER[0]))
-    if method not in METHODS:
+    if method not in METHODS and (method not in SMALLER or t == 1):
         return ''
-    arguments = settings(method, t, model)[1].items()
-    return ', '.join(f'{k} {" ".join(map(str, v)) if isinstance(v, tuple) else v}' for k, v in arguments)
+    arguments = SMALLER[method][1] if method in SMALLER else settings(method, t, model)[1]
+    arguments = (dict(image_size=smaller(model, t)) if method in SMALLER else {}) | arguments
+    return ', '.join(f'{k} {" ".join(map(str, v)) if isinstance(v, tuple) else v}' for k, v in arguments.items())
 
 
 def smaller(model: nn.Module, t: float) -> tuple[int, int]:
@@ -112,11 +117,10 @@ def build(args: argparse.Namespace, method: str, t: float, img_size: int | tuple
         model.set_input_size(img_size)
     if method in SMALLER:
         model.set_input_size(smaller(model, t))
-        if method != SMALLER[0]:
-            models.evolve(model, (0.7, 0.3))
-    elif method != 'dense':
-        name, arguments = settings(method, t, model)
-        models.apply(model, name, **arguments)
+    if method != 'dense':
+        name, arguments = SMALLER[method] if method in SMALLER else settings(method, t, model)
+        if name:
+            models.apply(model, name, **arguments)
     return model.eval().to(args.device)
 
 

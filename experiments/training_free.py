@@ -9,8 +9,8 @@ as attention.
 The validation images (val/<synset>/*, or folders of synsets) are seen by the dense model and by every method at five
 budgets of its GMACs. A row has top-1, the paired difference to dense with its 95 % interval, the share of predictions
 that are dense's, the mean cosine of the final patch tokens with dense's, GMACs, and images a second, alternating with
-dense. `smaller image` is the dense model for one with shorter sides, `smaller, nearest` the same evolved with the
-defaults; a method has no row where it cannot come within a tenth of a budget.
+dense. `smaller image` is the dense model for one with shorter sides; `smaller, nearest` the same evolved with the
+defaults, `smaller, merge` with 8 patches merged in each block. A method has no row where it cannot come within a tenth of a budget.
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % interval of the paired
 difference in top-1 excludes 0; otherwise the data do not tell them apart. No loss is found where the interval of the

@@ -50,7 +50,7 @@ def test_training_free(run, tmp_path, capsys):
     rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge', 'smaller image', 'smaller, nearest')
     assert [row['method'] for row in rows] == ['dense', 'nearest', 'merge', 'smaller image', 'smaller, nearest']
     assert rows[-2]['schedule'] == 'image_size 176 176' and rows[-2]['grid'] == ''
-    assert rows[-1]['schedule'] == 'image_size 208 208, keep_ratio 0.7 0.3'
+    assert rows[-1]['schedule'] == 'image_size 208 208, keep_ratio 0.7 0.3, representative nearest'
     dense, *others = (float(row['gmacs']) for row in rows)
     assert all(abs(gmacs / dense - 0.6) < 0.02 for gmacs in others[:3]) and 0.55 < others[3] / dense < 0.6
     assert {row['n'] for row in rows} == {'2'} and all(row['commit'] for row in rows)
