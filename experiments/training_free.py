@@ -138,14 +138,15 @@ def draw(rows: list[dict], path: Path):
         ('gmacs', 'grid', 'cosine of patch tokens with dense'),
     ]
     names = {'gmacs': 'GMACs an image', 'speedup': 'times as fast as dense, measured'}
-    for axes, (x, y, label) in zip(figure.subplots(1, 3), panels, strict=True):
+    first, *_ = places = figure.subplots(1, 3)
+    for axes, (x, y, label) in zip(places, panels, strict=True):
         axes.axhline(dense[y], color='black', linewidth=0.8, linestyle=':')
         shown = [
             row for row in rows if row['method'] != 'dense' and row[y] != '' and (y != 'off' or row['off'] >= LOWEST)
         ]
         draw_methods(axes, shown, x, y, lambda row, y=y: 2 * [row['interval'] if y == 'off' else 0])
         axes.set(xlabel=names[x], ylabel=label)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
+    figure.legend(*first.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     hidden = any(row['off'] < LOWEST for row in rows)
     figure.suptitle(
         f'without training, {dense["n"]} ImageNet validation images, 95 % intervals of the paired difference'
