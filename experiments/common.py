@@ -100,7 +100,7 @@ def get_parser(
     add('--data-path', required=True, metavar='PATH', help='folder of the data, see above')
     add('--output', default=f'experiments/{output}', metavar='PATH', help='of the rows and the picture, without ending')
     add('--device', default=device, help='cpu, cuda, ...')
-    add('--batch-size', type=int, default=50, metavar='N', help='images at a time')
+    add('--batch-size', type=int, default=32, metavar='N', help='images at a time')
     if speed:
         add(
             '--speed', choices=['missing', 'all', 'none'], default='missing',
@@ -159,9 +159,8 @@ class Rows:
 
     def add(self, **row):
         """Write a row, with the circumstances of its measurement, and keep the file whole."""
-        row = {
-            k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in (row | self.setup | circumstances()).items()
-        }
+        row |= self.setup | circumstances(row.get('precision', 'fp32'))
+        row = {k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
         self.write()
         print(', '.join(f'{k} {v}' for k, v in list(row.items())[:10]), flush=True)
@@ -176,25 +175,28 @@ class Rows:
             writer.writerows(self.rows)
         temporary.replace(self.path)
 
-    def measure(self, which: str, make: Callable[[str, float], nn.Module], batch_size: int, train: bool = False):
+    def measure(
+        self, args: argparse.Namespace, make: Callable[[str, float], nn.Module], batch_size: int, train: bool = False
+    ):
         """Images a second of the rows whose speed is missing, or of all, a method and setting once.
 
-        `make` builds a model from both.
+        `make` builds a model from both. The columns of a GPU begin with `gpu_`: a row can have the speeds of both.
         """
-        pending = [row for row in self.ours() if which == 'all' or row.get('images_per_second', '') == '']
+        kind = '' if args.device == 'cpu' else 'gpu_'
+        pending = [row for row in self.ours() if args.speed == 'all' or row.get(f'{kind}speedup', '') == '']
         groups = list(dict.fromkeys((row['method'], row['setting']) for row in pending))
-        if which == 'none' or not groups:
+        if args.speed == 'none' or not groups:
             return
         dense = make('dense', 1.0)
         for key in groups:
             speed, speedups = images_per_second(make(*key), dense, batch_size, train=train)
             low, speedup, high = speedups.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
             measured = dict(images_per_second=round(speed, 2), speedup=round(speedup, 3))
-            measured |= dict(speedup_p10=round(low, 3), speedup_p90=round(high, 3))
+            measured |= dict(speedup_p10=round(low, 3), speedup_p90=round(high, 3), speed_batch=batch_size)
             measured |= {f'speed_{k}': v for k, v in circumstances().items() if k in ('device', 'threads', 'date')}
             for row in pending:
                 if (row['method'], row['setting']) == key:
-                    row.update(measured)
+                    row.update({f'{kind}{name}': value for name, value in measured.items()})
             print(*key, f'{speed:.1f} img/s, {speedup:.2f}x dense', flush=True)
             self.write()
 
@@ -287,7 +289,7 @@ def images_per_second(
 ) -> tuple[float, Tensor]:
     """Images a second of a model, the median, and how many times as fast as dense it is in each turn of the two.
 
-    Of inference, or with `train` of steps of AdamW, on GPUs with autocast to bfloat16. Each has images of its own size.
+    Of inference, or with `train` of steps of AdamW; on GPUs with autocast to bfloat16. Each has images of its own size.
     """
     seconds = {model: [], dense: []}
     steps = {each: _make_step(each, batch_size, train) for each in (dense, model)}
@@ -306,16 +308,20 @@ def images_per_second(
 def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
     device = next(model.parameters()).device
     x = torch.randn(batch_size, 3, *model.patch_embed.img_size, device=device)
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda'):
+            logits = model(x)
+        return logits[0] if isinstance(logits, tuple) else logits
+
     if not train:
         model.eval()
-        return torch.inference_mode()(lambda: model(x))
+        return torch.inference_mode()(forward)
     targets = torch.zeros(batch_size, dtype=torch.long, device=device)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.0)
 
     def step():
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda'):
-            logits = model(x)
-        logits = logits[0] if isinstance(logits, tuple) else logits
+        logits = forward()
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -323,10 +329,21 @@ def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
     return step
 
 
+def speed_axes(rows: Sequence[dict]) -> dict[str, str]:
+    """Columns of measured speeds, on a CPU and on a GPU as far as there are any, and the labels of their axes."""
+    found = {}
+    for kind in ('', 'gpu_'):
+        devices = {row[f'{kind}speed_device'] for row in rows if row.get(f'{kind}speedup', '') != ''}
+        if devices:
+            found[f'{kind}speedup'] = f'times as fast as dense, {" and ".join(sorted(devices))}'
+    return found
+
+
 def draw_methods(
     axes: Axes, rows: Sequence[dict], x: str, y: str, spread: Callable[[dict], tuple] = lambda row: (0, 0)
 ):
     """A line for each method, y over x; `spread` says how far the interval of a row goes below and above y."""
+    rows = [row for row in rows if row.get(x, '') != '']
     for i, (method, (name, style, colour)) in enumerate(LOOKS.items()):
         if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row[x]):
             bars = [*zip(*map(spread, own), strict=True)]
@@ -350,25 +367,27 @@ def verdict(difference: float, half: float) -> str:
 
 def draw_seeds(rows: list[dict], title: str, path: Path):
     """Print top-1 and what the rule says of nearest and of dense beside every other method; draw top-1 over speed."""
-    methods = list(dict.fromkeys(row['method'] for row in rows))
-    axes = (figure := Figure((6, 4), layout='constrained')).subplots()
+    methods, speeds = list(dict.fromkeys(row['method'] for row in rows)), speed_axes(rows)
     for method in methods:
         own = [row for row in rows if row['method'] == method]
-        mean, speedup = t_interval(row['top1'] for row in own)[0], own[0]['speedup']
-        print(f'{method}: {mean:.2f} % ({len(own)} seeds), {speedup:.2f}x dense in training')
-        name, style, colour = LOOKS[method]
-        off, half, n = compare_seeds(rows, method, 'dense')
-        if n:
-            bar = half if math.isfinite(half) else 0
-            axes.errorbar(speedup, off, bar, fmt=style[0], color=colour, mfc='none', capsize=3, label=name)
+        times = ', '.join(f'{own[0].get(column) or "?"} {label}' for column, label in speeds.items())
+        print(f'{method}: {t_interval(row["top1"] for row in own)[0]:.2f} % ({len(own)} seeds); in training {times}')
     for reference in ('nearest', 'dense'):
         for method in methods:
             off, half, n = compare_seeds(rows, reference, method)
             if n and method != reference:
                 print(f'{reference}: {off:+.2f} ± {half:.2f} to {method} ({n} seeds), {verdict(off, half)}')
-    axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
-    axes.set(xlabel='times as fast as dense in training, measured', ylabel='top-1 minus dense, percentage points')
-    axes.legend(frameon=False, fontsize=8)
+    points = []
+    for method in methods:
+        off, half, n = compare_seeds(rows, method, 'dense')
+        first = next(row for row in rows if row['method'] == method)
+        points += [first | dict(off=off, half=half if math.isfinite(half) else 0)] if n else []
+    figure = Figure((1 + 4.5 * len(speeds), 4.5), layout='constrained')
+    for axes, (column, label) in zip(figure.subplots(1, len(speeds), squeeze=False).flat, speeds.items(), strict=True):
+        draw_methods(axes, points, column, 'off', lambda row: 2 * [row['half']])
+        axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
+        axes.set(xlabel=label, ylabel='top-1 minus dense, percentage points')
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, fontsize=8)
     seeds = len({row['seed'] for row in rows})
-    axes.set_title(f'{title}: mean and 95 % interval over {seeds} seeds', fontsize=10)
+    figure.suptitle(f'{title}: mean and 95 % interval over {seeds} seeds; speed in training', fontsize=10)
     figure.savefig(path, dpi=150)

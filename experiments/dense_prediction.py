@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import BUDGETS, Rows, build, draw_methods, find_setting, get_parser, gmacs, schedule
+from common import BUDGETS, Rows, build, draw_methods, find_setting, get_parser, gmacs, schedule, speed_axes
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -37,15 +37,19 @@ METHODS = 'nearest', 'none', 'drop', 'merge', 'smaller image'
 LOWEST = -5  # points; what is below is not drawn, but stands in the rows
 
 
-def load_split(root: Path, split: str, size: tuple[int, int], limit: int | None) -> tuple[list[Path], Tensor]:
-    """Paths of the images of a split, and their labels (n, rows, columns), uint8."""
+def find_split(root: Path, split: str, limit: int | None) -> list[Path]:
+    """Paths of the images of a split."""
     paths = sorted([*(root / split).glob('*.jpg'), *(root / split).glob('*.png')])[:limit]
     if not paths:
         raise SystemExit(f'{root / split}: expected CamVid as .jpg or .png, found no image')
-    labels = [
-        Image.open(root / f'{split}annot' / f'{p.stem}.png').resize(size, Image.Resampling.NEAREST) for p in paths
-    ]
-    return paths, torch.from_numpy(np.stack([np.asarray(label) for label in labels]))
+    return paths
+
+
+def load_labels(paths: list[Path], size: tuple[int, int]) -> Tensor:
+    """Labels (n, rows, columns) of images of a split, uint8."""
+    files = [path.parent.with_name(f'{path.parent.name}annot') / f'{path.stem}.png' for path in paths]
+    labels = [np.asarray(Image.open(file).resize(size, Image.Resampling.NEAREST)) for file in files]
+    return torch.from_numpy(np.stack(labels))
 
 
 def load_image(path: Path, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
@@ -139,21 +143,21 @@ def main():
     parser.add_argument('--seeds', type=int, default=3, help='of classifiers, how many')
     parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS[1:], help="shares of dense's GMACs")
     parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
+    parser.set_defaults(batch_size=8)
     args = parser.parse_args()
     size, root, output = tuple(args.size), Path(args.data_path), Path(args.output)
-    (train_paths, train_labels), (test_paths, test_labels) = (
-        load_split(root, split, size, args.limit) for split in ('train', 'test')
-    )
-    edges = boundaries(test_labels)
+    train_paths, test_paths = (find_split(root, split, args.limit) for split in ('train', 'test'))
     setup = dict(model=args.model, weights=Path(args.weights).name, n_train=len(train_paths), n_test=len(test_paths))
     rows = Rows(output.with_suffix('.csv'), setup | dict(width=size[0], height=size[1], seeds=args.seeds))
     make = partial(build, args, img_size=size[::-1])
     dense, reference = make('dense', 1.0), None
-    dense_gmacs = gmacs(dense)
     todo = [(method, budget) for budget in args.budgets for method in args.methods]
     todo = [key for key in [('dense', 1.0), *todo] if not rows.has(method=key[0], budget=key[1])]
-    if todo and todo[0] != ('dense', 1.0):
-        todo = [('dense', 1.0), *todo]  # with which all others are compared, image by image
+    if todo:
+        train_labels, test_labels = (load_labels(paths, size) for paths in (train_paths, test_paths))
+        edges, dense_gmacs = boundaries(test_labels), gmacs(dense)
+        # With dense all others are compared, image by image.
+        todo = [('dense', 1.0), *(key for key in todo if key != ('dense', 1.0))]
     for method, budget in todo:
         t = 1.0 if method == 'dense' else find_setting(partial(make, method), budget * dense_gmacs)
         model, started = make(method, t), time.perf_counter()
@@ -178,7 +182,7 @@ def main():
             miou=miou, off=off, off_low=low, off_high=high, miou_inside=inside, miou_boundary=boundary,
             seed_spread=float(np.ptp(scores[0])), seconds=round(time.perf_counter() - started),
         )  # fmt: skip
-    rows.measure(args.speed, make, min(args.batch_size, 8))
+    rows.measure(args, make, args.batch_size)
     if args.speed != 'none':
         draw(rows.ours(), output.with_suffix('.png'))
 
@@ -189,18 +193,20 @@ def draw(rows: list[dict], path: Path):
     parts = 'inside', 'boundary'
     rows = [row | {f'off_{part}': row[f'miou_{part}'] - dense[f'miou_{part}'] for part in parts} for row in rows]
     shown = [row for row in rows if row['method'] != 'dense' and row['off'] >= LOWEST]
-    figure = Figure((9, 7), layout='constrained')
-    panels = [
-        ('gmacs', 'off', 'all pixels, with the 95 % interval'),
-        ('speedup', 'off', 'all pixels, with the 95 % interval'),
+    names = {'gmacs': 'GMACs an image'} | speed_axes(rows)
+    panels = [(x, 'off', 'all pixels, with the 95 % interval') for x in names]
+    panels += [
         ('gmacs', 'off_boundary', f'within {EDGE} px of another class'),
         ('gmacs', 'off_inside', f'more than {EDGE} px from other classes'),
     ]
-    names = {'gmacs': 'GMACs an image', 'speedup': 'times as fast as dense, measured'}
-    for axes, (x, y, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    figure = Figure((3.7 * len(panels), 4.2), layout='constrained')
+    for axes, (x, y, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
-        bars = (lambda row: (row['off'] - row['off_low'], row['off_high'] - row['off'])) if y == 'off' else None
-        draw_methods(axes, shown, x, y, *([bars] if bars else []))
+
+        def below_and_above(row: dict, y: str = y) -> tuple[float, float]:
+            return (row['off'] - row['off_low'], row['off_high'] - row['off']) if y == 'off' else (0, 0)
+
+        draw_methods(axes, shown, x, y, below_and_above)
         axes.set(xlabel=names[x], ylabel='mIoU minus dense, percentage points')
         axes.set_title(title, fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False)

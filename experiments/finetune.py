@@ -30,12 +30,12 @@ from common import (
     run_seeds,
     schedule,
     settings,
+    smaller,
     train,
 )
-from torch import nn
 
 METHODS = 'dense', 'smaller image', 'nearest', 'none', 'one', 'drop', 'fuse', 'merge'
-SMALLER = 176  # px
+SMALLER = 176 / 224  # sides of the smaller image
 RECIPE = """--sched-on-updates --warmup-epochs 0 --lr 2e-2 --min-lr 0 --layer-decay 0.7 --drop-path 0 --mixup 0
     --cutmix 0 --reprob 0 --scale 0.5 1 --color-jitter 0 --no-repeated-aug --no-model-ema""".split()
 
@@ -44,7 +44,7 @@ def link_subset(root: Path, folder: Path, **counts: int) -> Path:
     """A folder with links to the first images of each class, so many in all of each split."""
     for split, count in counts.items():
         classes = sorted(path for path in (root / split).iterdir() if path.is_dir())
-        each = max(count // len(classes), 1)
+        each = max(count // len(classes), 1)  # main_deit.py wants an image of each class
         for name in classes:
             images = sorted(name.iterdir())[:each]
             if len(images) < each:
@@ -66,15 +66,11 @@ def main():
     parser.add_argument('--epochs', type=int, default=3, help='of each run')
     parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='those to run')
     parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
-    parser.set_defaults(batch_size=32)
     args = parser.parse_args()
     output, runs = Path(args.output), args.runs.absolute()
 
-    def make(method: str, t: float) -> nn.Module:
-        smaller = method == 'smaller image'
-        return build(args, 'dense' if smaller else method, t, SMALLER if smaller else None)
-
-    dense, budget = make('dense', 1.0), gmacs(make('smaller image', 1.0))
+    make = partial(build, args)
+    dense, budget = make('dense', 1.0), gmacs(make('smaller image', SMALLER))
     setup = dict(model=args.model, weights=Path(args.weights).name, n_train=args.images[0], n_test=args.images[1])
     setup |= dict(data=Path(args.data_path).name, epochs=args.epochs, batch_size=args.batch_size)
     rows = Rows(output.with_suffix('.csv'), setup)
@@ -89,16 +85,17 @@ def main():
     def run(method: str, seed: int) -> dict:
         t, flags, folder = 1.0, [], runs / f'{method.replace(" ", "-")}-{seed}'
         if method == 'smaller image':
-            flags = ['--input-size', SMALLER]
+            t = SMALLER
+            flags = ['--input-size', smaller(dense, t)[0]]
         elif method != 'dense':
             t = find_setting(partial(make, method), budget)
             flags = method_flags(*settings(method, t, dense))
-        train([*network, *flags, *recipe, '--seed', seed], folder)
-        top1 = evaluate([*network, *flags, '--data-path', test], folder)
-        return dict(setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(make(method, t)), top1=top1)
+        log = train([*network, *flags, *recipe, '--seed', seed], folder)
+        row = dict(setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(make(method, t)))
+        return row | dict(top1=evaluate([*network, *flags, '--data-path', test], folder), precision=log['precision'])
 
     run_seeds(rows, args.seeds, args.methods, run)
-    rows.measure(args.speed, make, args.batch_size, train=True)
+    rows.measure(args, make, args.batch_size, train=True)
     if args.speed != 'none':
         draw_seeds(rows.ours(), 'fine-tuned', output.with_suffix('.png'))
 

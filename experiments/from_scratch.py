@@ -52,10 +52,10 @@ def main():
         if method == 'dense':
             flags = ['--model', twin, '--model-kwargs', *(f'{name}={value}' for name, value in options.items())]
         log = train([*common, *flags, '--seed', seed], args.runs.absolute() / f'{method}-{seed}')
-        return dict(setting=0, gmacs=gmacs(make(method)), top1=log['test_acc1'])
+        return dict(setting=1.0, gmacs=gmacs(make(method)), top1=log['test_acc1'], precision=log['precision'])
 
     run_seeds(rows, args.seeds, args.methods, run)
-    rows.measure(args.speed, make, args.batch_size, train=True)
+    rows.measure(args, make, args.batch_size, train=True)
     if args.speed != 'none':
         draw_seeds(rows.ours(), 'trained from scratch', output.with_suffix('.png'))
 

@@ -38,6 +38,7 @@ from common import (
     gmacs,
     paired_interval,
     schedule,
+    speed_axes,
     verdict,
 )
 from matplotlib.figure import Figure
@@ -99,13 +100,14 @@ def main():
     make = partial(build, args)
     dense = make('dense', 1.0)
     paths, labels = find_images(Path(args.data_path), args.limit)
-    images = load_images(paths, dense)
-    reference, reference_grid = predict(dense, images, args.batch_size)
-    right, dense_gmacs = (reference == labels).float(), gmacs(dense)
     rows = Rows(output.with_suffix('.csv'), dict(model=args.model, weights=Path(args.weights).name, n=len(labels)))
-    for method, budget in [('dense', 1.0), *((m, b) for b in args.budgets for m in args.methods)]:
-        if rows.has(method=method, budget=budget):
-            continue
+    todo = [('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)]
+    todo = [(method, budget) for method, budget in todo if not rows.has(method=method, budget=budget)]
+    if todo:
+        images, dense_gmacs = load_images(paths, dense), gmacs(dense)
+        reference, reference_grid = predict(dense, images, args.batch_size)
+        right = (reference == labels).float()
+    for method, budget in todo:
         torch.manual_seed(0)  # of the random selection
         started, t = time.perf_counter(), 1.0
         if method != 'dense':
@@ -123,7 +125,7 @@ def main():
         )  # fmt: skip
     for reference in ('nearest', 'smaller, nearest'):
         report(rows.ours(), reference)
-    rows.measure(args.speed, make, min(args.batch_size, 32))
+    rows.measure(args, make, args.batch_size)
     if args.speed != 'none':
         draw(rows.ours(), output.with_suffix('.png'))
 
@@ -131,22 +133,19 @@ def main():
 def draw(rows: list[dict], path: Path):
     """Difference to dense over GMACs and over time, and what needs no labels, a line for each method."""
     dense = next(row for row in rows if row['method'] == 'dense')
-    figure = Figure((11, 4.2), layout='constrained')
-    panels = [
-        ('speedup', 'off', 'top-1 minus dense, percentage points'),
-        ('gmacs', 'off', 'top-1 minus dense, percentage points'),
-        ('gmacs', 'grid', 'cosine of patch tokens with dense'),
-    ]
-    names = {'gmacs': 'GMACs an image', 'speedup': 'times as fast as dense, measured'}
-    first, *_ = places = figure.subplots(1, 3)
-    for axes, (x, y, label) in zip(places, panels, strict=True):
+    names = {'gmacs': 'GMACs an image'} | speed_axes(rows)
+    labels = {'off': 'top-1 minus dense, percentage points', 'grid': 'cosine of patch tokens with dense'}
+    panels = [*((x, 'off') for x in names), ('gmacs', 'grid')]
+    figure = Figure((3.7 * len(panels), 4.2), layout='constrained')
+    places = figure.subplots(1, len(panels))
+    for axes, (x, y) in zip(places, panels, strict=True):
         axes.axhline(dense[y], color='black', linewidth=0.8, linestyle=':')
         shown = [
             row for row in rows if row['method'] != 'dense' and row[y] != '' and (y != 'off' or row['off'] >= LOWEST)
         ]
         draw_methods(axes, shown, x, y, lambda row, y=y: 2 * [row['interval'] if y == 'off' else 0])
-        axes.set(xlabel=names[x], ylabel=label)
-    figure.legend(*first.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
+        axes.set(xlabel=names[x], ylabel=labels[y])
+    figure.legend(*places[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     hidden = any(row['off'] < LOWEST for row in rows)
     figure.suptitle(
         f'without training, {dense["n"]} ImageNet validation images, 95 % intervals of the paired difference'

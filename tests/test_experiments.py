@@ -105,7 +105,7 @@ def test_rows_keep_a_commit_that_reads_as_a_number(monkeypatch, tmp_path):
     import common
 
     for commit in ('3e80123', '0123456'):
-        monkeypatch.setattr(common, 'circumstances', lambda commit=commit: {'commit': commit})
+        monkeypatch.setattr(common, 'circumstances', lambda precision, commit=commit: {'commit': commit})
         common.Rows(tmp_path / 'a.csv', {'n': 2}).add(method=commit)
     assert [row['commit'] for row in common.Rows(tmp_path / 'a.csv', {'n': 2}).rows] == ['3e80123', '0123456']
 
