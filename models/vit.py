@@ -298,7 +298,7 @@ class TimmBlock(NamedTuple):
 
     def __call__(self, slow: Slow, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
         """Slow tokens (B, P + n, C) to tokens and, if asked for, the class token's attention (B, n)."""
-        tokens, attention, _ = self.attend(slow, need_attention)
+        tokens, attention = self.attend(slow, need_attention)[:2]  # the keys would keep all projections
         return self.feed_forward(tokens), attention
 
     def attend(self, slow: Slow, need_attention: bool) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -1,5 +1,6 @@
 """costs.py: arithmetic is that of the published models and of closed forms, memory is the most at a time."""
 
+import copy
 from contextlib import nullcontext
 from functools import cache
 
@@ -140,3 +141,14 @@ def test_memory_is_the_most_at_a_time():
     model = nn.Linear(3, 5)
     moments = {model.weight: {'exp_avg': torch.zeros(3, 5), 'step': 7}}
     assert peak_memory(step, inputs, [[*model.parameters()], moments], 1, CPU) == grown + 4 * (2 + 1 + 2 * 3 * 5 + 5)
+
+
+@pytest.mark.parametrize('representative', ['none', 'nearest'])
+def test_inference_needs_no_more_memory_than_the_dense_model(representative):
+    dense = timm.create_model('vit_tiny_patch16_224', depth=6).eval()
+    evolving = models.evolve(copy.deepcopy(dense), representative=representative)
+    images = torch.randn(4, 3, 224, 224)
+    with torch.inference_mode():
+        peaks = [peak_memory(model, [images], [*model.parameters()], 1, CPU) for model in (evolving, dense)]
+    # Both peak in the MLP of a dense block, where the scores, a float32 for each patch, come on top.
+    assert peaks[0] <= 1.002 * peaks[1]
