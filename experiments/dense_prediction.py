@@ -17,6 +17,7 @@ where its difference is above -0.7. (The rows have the intervals to dense. Where
 that of their difference excludes 0; where they do, the rows do not tell.)
 """
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -199,8 +200,10 @@ def draw(rows: list[dict], path: Path):
         ('gmacs', 'off_boundary', f'within {EDGE} px of another class'),
         ('gmacs', 'off_inside', f'more than {EDGE} px from other classes'),
     ]
-    figure = Figure((3.7 * len(panels), 4.2), layout='constrained')
-    for axes, (x, y, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    columns = math.ceil(len(panels) / 2)
+    figure = Figure((4.2 * columns, 7), layout='constrained')
+    for i, (x, y, title) in enumerate(panels, 1):
+        axes = figure.add_subplot(2, columns, i)
         axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
 
         def below_and_above(row: dict, y: str = y) -> tuple[float, float]:
