@@ -354,10 +354,15 @@ def draw_methods(
 
 
 def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float, float, int]:
-    """Mean difference in top-1 of two methods, half of its 95 % interval, and the number of seeds that both have."""
-    ours, theirs = ({row['seed']: row['top1'] for row in rows if row['method'] == each} for each in (method, other))
+    """Mean difference in top-1 of two methods, half of its 95 % interval, and the number of pairs.
+
+    A pair has the same seed, on the same device: those train in different precision.
+    """
+    ours, theirs = (
+        {(row['seed'], row['device']): row['top1'] for row in rows if row['method'] == each} for each in (method, other)
+    )
     both = ours.keys() & theirs.keys()
-    return *t_interval(ours[seed] - theirs[seed] for seed in both), len(both)
+    return *t_interval(ours[pair] - theirs[pair] for pair in both), len(both)
 
 
 def verdict(difference: float, half: float) -> str:

@@ -1,5 +1,6 @@
 """Each experiment runs to its end on toy data."""
 
+import argparse
 import csv
 import importlib.util
 import sys
@@ -110,12 +111,43 @@ def test_rows_keep_a_commit_that_reads_as_a_number(monkeypatch, tmp_path):
     assert [row['commit'] for row in common.Rows(tmp_path / 'a.csv', {'n': 2}).rows] == ['3e80123', '0123456']
 
 
+def test_rows_have_the_precision_of_their_training(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
+    import common
+
+    rows = common.Rows(tmp_path / 'a.csv', {'n': 2})
+    rows.add(method='a', precision='bf16')
+    rows.add(method='b')
+    assert [row['precision'] for row in rows.rows] == ['bf16', 'fp32']
+
+
+def test_speeds_of_a_gpu_stand_beside_those_of_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
+    import common
+
+    rows = common.Rows(tmp_path / 'a.csv', {'n': 2})
+    for method in ('dense', 'a'):
+        rows.add(method=method, setting=1.0)
+    speeds = iter([2.0, 1.0, 3.0, 1.5])
+    monkeypatch.setattr(common, 'images_per_second', lambda *_, **__: (speed := next(speeds), torch.full((3,), speed)))
+    for device in ('cpu', 'cuda', 'cuda'):  # the third time there is nothing left to measure
+        rows.measure(argparse.Namespace(device=device, speed='missing'), lambda *_: None, 4)
+    assert [(row['speedup'], row['gpu_speedup'], row['gpu_speed_batch']) for row in rows.rows] == [
+        (2, 3, 4),
+        (1, 1.5, 4),
+    ]
+    assert list(common.speed_axes(rows.rows)) == ['speedup', 'gpu_speedup']
+    rows.add(method='b', setting=1.0)
+    assert list(common.speed_axes(rows.rows[-1:])) == []
+
+
 def test_methods_are_compared_over_the_seeds_that_both_have(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
     import common
 
     top1 = {('a', 0): 81.0, ('a', 1): 83.0, ('a', 2): 10.0, ('b', 0): 80.0, ('b', 1): 81.0}
-    rows = [dict(method=method, seed=seed, top1=value) for (method, seed), value in top1.items()]
+    rows = [dict(method=method, seed=seed, top1=value, device='cpu') for (method, seed), value in top1.items()]
+    rows.append(dict(method='b', seed=2, top1=90.0, device='gpu'))
     off, half, n = common.compare_seeds(rows, 'a', 'b')
     # Differences 1 and 2: mean 1.5, deviation 0.71, t of one degree of freedom 12.7.
     assert (off, n) == (1.5, 2) and half == pytest.approx(12.706 * 0.5, rel=1e-3)
