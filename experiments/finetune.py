@@ -2,6 +2,10 @@
 
     python3 experiments/finetune.py --weights deit_tiny_patch16_224_in1k.pth --data-path cifar10
 
+A run takes half an hour of one core (dense 48 minutes), on an H100 under two minutes with eleven others beside it.
+Result, of 24 runs on an H100: nearest loses 0.56 ± 0.54 points to the dense model's 87.3 %, and is not told apart from a
+smaller image (-0.17 ± 0.63) and merging (-0.08 ± 0.45); drop, fuse, none and one lose 3.0 to 3.6.
+
 DeiT-Ti to CIFAR-10 at 224 px: 5,000 training and 5,000 validation images (the first of each class, from
 {train,val}/<class>/*), 3 epochs of AdamW, batch 32, three seeds; the learning rate falls from 1.25e-3 to 0, times 0.7
 for each layer down (chosen for the dense model, see docs/log.md). `smaller image` is the dense model at 176 px; all
