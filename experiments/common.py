@@ -1,4 +1,4 @@
-"""What the experiments share: methods at equal arithmetic, a CSV that resumes, intervals, circumstances."""
+"""What the experiments share: methods at equal arithmetic, a CSV that resumes, training, intervals, speed."""
 
 import argparse
 import csv
@@ -15,8 +15,6 @@ sys.path.insert(0, str(ROOT))  # experiments are run as scripts
 
 import timm  # noqa: E402
 import torch  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 from timm.data import ImageNetInfo, create_transform  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torchvision.transforms import Compose  # noqa: E402
@@ -36,20 +34,6 @@ def around(t: float) -> tuple[float, float]:
 
 
 METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge', 'random'
-# How each is drawn: in words, and with a line and colour that are told apart in grey and by colour-blind eyes.
-LOOKS = {
-    'nearest': ('evolve (nearest)', 'o-', '#0072B2'),
-    'random': ('nearest, random scores', 'x:', 'grey'),
-    'merge': ('merge (ToMe)', '^:', '#D55E00'),
-    'drop': ('drop (top-k)', 'D-.', '#CC79A7'),
-    'fuse': ('fuse (EViT)', 'v-.', '#56B4E9'),
-    'none': ('evolve (none)', 's--', '#E69F00'),
-    'one': ('evolve (one)', 'P--', '#009E73'),
-    'dense': ('dense', '+', 'black'),
-    'smaller image': ('dense, smaller image', 'X--', 'black'),
-    'smaller, nearest': ('evolve, smaller image', '*-', 'black'),
-    'smaller, merge': ('merge, smaller image', '>:', 'black'),
-}
 # Methods whose images have shorter sides, and what is done besides: a method of models.apply and its arguments.
 SMALLER = {
     'smaller image': (None, {}),
@@ -59,7 +43,9 @@ SMALLER = {
 
 
 def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
-    """The method of models.apply and its arguments, for one number t in (0, 1): the more, the more arithmetic."""
+    """The method of models.apply, if any, and its arguments, at t in (0, 1): the more, the more arithmetic."""
+    if method in SMALLER:
+        return SMALLER[method]
     if method == 'merge':  # so many in each block that none would be left after half of the blocks, at t = 0
         return method, dict(merge_r=round(2 * (1 - t) * model.patch_embed.num_patches / len(model.blocks)))
     if method == 'random':
@@ -71,10 +57,10 @@ def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
 
 def schedule(method: str, t: float, model: nn.Module) -> str:
     """What a method is called with at t, for the rows: 'keep_ratio 0.7 0.3, representative nearest'; '' if dense."""
-    if method not in METHODS and (method not in SMALLER or t == 1):
+    if method == 'dense':
         return ''
-    arguments = SMALLER[method][1] if method in SMALLER else settings(method, t, model)[1]
-    arguments = (dict(image_size=smaller(model, t)) if method in SMALLER else {}) | arguments
+    size = dict(image_size=smaller(model, t)) if method in SMALLER else {}
+    arguments = size | settings(method, t, model)[1]
     return ', '.join(f'{k} {" ".join(map(str, v)) if isinstance(v, tuple) else v}' for k, v in arguments.items())
 
 
@@ -118,7 +104,7 @@ def build(args: argparse.Namespace, method: str, t: float, img_size: int | tuple
     if method in SMALLER:
         model.set_input_size(smaller(model, t))
     if method != 'dense':
-        name, arguments = SMALLER[method] if method in SMALLER else settings(method, t, model)
+        name, arguments = settings(method, t, model)
         if name:
             models.apply(model, name, **arguments)
     return model.eval().to(args.device)
@@ -176,24 +162,30 @@ class Rows:
         temporary.replace(self.path)
 
     def measure(
-        self, args: argparse.Namespace, make: Callable[[str, float], nn.Module], batch_size: int, train: bool = False
+        self,
+        which: str,
+        device: str,
+        make: Callable[[str, float], nn.Module],
+        batch_size: int,
+        train: bool = False,
     ):
         """Images a second of the rows whose speed is missing, or of all, a method and setting once.
 
-        `make` builds a model from both. The columns of a GPU begin with `gpu_`: a row can have the speeds of both.
+        `make` builds a model from both, on the device. The columns of a GPU begin with `gpu_`: a row can have both.
         """
-        kind = '' if args.device == 'cpu' else 'gpu_'
-        pending = [row for row in self.ours() if args.speed == 'all' or row.get(f'{kind}speedup', '') == '']
+        kind = '' if device == 'cpu' else 'gpu_'
+        pending = [row for row in self.ours() if which == 'all' or row.get(f'{kind}speedup', '') == '']
         groups = list(dict.fromkeys((row['method'], row['setting']) for row in pending))
-        if args.speed == 'none' or not groups:
+        if which == 'none' or not groups:
             return
+        conditions = circumstances('bf16' if kind else 'fp32', torch.device(device))
         dense = make('dense', 1.0)
         for key in groups:
             speed, speedups = images_per_second(make(*key), dense, batch_size, train=train)
             low, speedup, high = speedups.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
             measured = dict(images_per_second=round(speed, 2), speedup=round(speedup, 3))
             measured |= dict(speedup_p10=round(low, 3), speedup_p90=round(high, 3), speed_batch=batch_size)
-            measured |= {f'speed_{k}': v for k, v in circumstances().items() if k in ('device', 'threads', 'date')}
+            measured |= {f'speed_{name}': value for name, value in conditions.items()}
             for row in pending:
                 if (row['method'], row['setting']) == key:
                     row.update({f'{kind}{name}': value for name, value in measured.items()})
@@ -291,13 +283,14 @@ def images_per_second(
 
     Of inference, or with `train` of steps of AdamW; on GPUs with autocast to bfloat16. Each has images of its own size.
     """
+    on_gpu = next(model.parameters()).device.type == 'cuda'
     seconds = {model: [], dense: []}
     steps = {each: _make_step(each, batch_size, train) for each in (dense, model)}
     for turn in range(turns + 1):
         for each, step in steps.items():
             started = time.perf_counter()
             step()
-            if torch.cuda.is_available():
+            if on_gpu:
                 torch.cuda.synchronize()
             if turn:  # the first is a warm-up
                 seconds[each].append(time.perf_counter() - started)
@@ -329,30 +322,6 @@ def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
     return step
 
 
-def speed_axes(rows: Sequence[dict]) -> dict[str, str]:
-    """Columns of measured speeds, on a CPU and on a GPU as far as there are any, and the labels of their axes."""
-    found = {}
-    for kind in ('', 'gpu_'):
-        devices = {row[f'{kind}speed_device'] for row in rows if row.get(f'{kind}speedup', '') != ''}
-        if devices:
-            found[f'{kind}speedup'] = f'times as fast as dense, {" and ".join(sorted(devices))}'
-    return found
-
-
-def draw_methods(
-    axes: Axes, rows: Sequence[dict], x: str, y: str, spread: Callable[[dict], tuple] = lambda row: (0, 0)
-):
-    """A line for each method, y over x; `spread` says how far the interval of a row goes below and above y."""
-    rows = [row for row in rows if row.get(x, '') != '']
-    for i, (method, (name, style, colour)) in enumerate(LOOKS.items()):
-        if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row[x]):
-            bars = [*zip(*map(spread, own), strict=True)]
-            # At equal arithmetic the intervals would lie upon each other.
-            places = [row[x] * (1 + (0.003 * (i - 3) if x == 'gmacs' else 0)) for row in own]
-            look = dict(fmt=style, color=colour, mfc='none', label=name, capsize=2, linewidth=1.2, markersize=5)
-            axes.errorbar(places, [row[y] for row in own], bars, **look)
-
-
 def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float, float, int]:
     """Mean difference in top-1 of two methods, half of its 95 % interval, and the number of pairs.
 
@@ -368,31 +337,3 @@ def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float,
 def verdict(difference: float, half: float) -> str:
     """The rule of all experiments: where the interval holds 0, the data do not tell two methods apart."""
     return 'not told apart' if abs(difference) <= half else 'better' if difference > 0 else 'worse'
-
-
-def draw_seeds(rows: list[dict], title: str, path: Path):
-    """Print top-1 and what the rule says of nearest and of dense beside every other method; draw top-1 over speed."""
-    methods, speeds = list(dict.fromkeys(row['method'] for row in rows)), speed_axes(rows)
-    for method in methods:
-        own = [row for row in rows if row['method'] == method]
-        times = ', '.join(f'{own[0].get(column) or "?"} {label}' for column, label in speeds.items())
-        print(f'{method}: {t_interval(row["top1"] for row in own)[0]:.2f} % ({len(own)} seeds); in training {times}')
-    for reference in ('nearest', 'dense'):
-        for method in methods:
-            off, half, n = compare_seeds(rows, reference, method)
-            if n and method != reference:
-                print(f'{reference}: {off:+.2f} ± {half:.2f} to {method} ({n} seeds), {verdict(off, half)}')
-    points = []
-    for method in methods:
-        off, half, n = compare_seeds(rows, method, 'dense')
-        first = next(row for row in rows if row['method'] == method)
-        points += [first | dict(off=off, half=half if math.isfinite(half) else 0)] if n else []
-    figure = Figure((1 + 4.5 * len(speeds), 4.5), layout='constrained')
-    for axes, (column, label) in zip(figure.subplots(1, len(speeds), squeeze=False).flat, speeds.items(), strict=True):
-        draw_methods(axes, points, column, 'off', lambda row: 2 * [row['half']])
-        axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
-        axes.set(xlabel=label, ylabel='top-1 minus dense, percentage points')
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, fontsize=8)
-    seeds = len({row['seed'] for row in rows})
-    figure.suptitle(f'{title}: mean and 95 % interval over {seeds} seeds; speed in training', fontsize=10)
-    figure.savefig(path, dpi=150)

@@ -2,9 +2,9 @@
 
     python3 experiments/finetune.py --weights deit_tiny_patch16_224_in1k.pth --data-path cifar10
 
-A run takes half an hour of one core (dense 48 minutes), on an H100 under two minutes with eleven others beside it.
-Result, of 24 runs on an H100: nearest loses 0.56 ± 0.54 points to the dense model's 87.3 %, and is not told apart from a
-smaller image (-0.17 ± 0.63) and merging (-0.08 ± 0.45); drop, fuse, none and one lose 3.0 to 3.6.
+A run takes half an hour of one core (dense 48 minutes), on an H100 two minutes with eleven others beside. Result, of 24
+runs on an H100: nearest loses 0.56 ± 0.54 points to the dense model's 87.3 %, and is not told apart from a smaller
+image (-0.17 ± 0.63) and merging (-0.08 ± 0.45), which is not told from dense; drop, fuse, none and one lose 3.0 to 3.6.
 
 DeiT-Ti to CIFAR-10 at 224 px: 5,000 training and 5,000 validation images (the first of each class, from
 {train,val}/<class>/*), 3 epochs of AdamW, batch 32, three seeds; the learning rate falls from 1.25e-3 to 0, times 0.7
@@ -25,7 +25,6 @@ from pathlib import Path
 from common import (
     Rows,
     build,
-    draw_seeds,
     evaluate,
     find_setting,
     get_parser,
@@ -37,9 +36,10 @@ from common import (
     smaller,
     train,
 )
+from plots import draw_seeds
 
 METHODS = 'dense', 'smaller image', 'nearest', 'none', 'one', 'drop', 'fuse', 'merge'
-SMALLER = 176 / 224  # sides of the smaller image
+SIDE = 176 / 224  # of the smaller image, times that of the others
 RECIPE = """--sched-on-updates --warmup-epochs 0 --lr 2e-2 --min-lr 0 --layer-decay 0.7 --drop-path 0 --mixup 0
     --cutmix 0 --reprob 0 --scale 0.5 1 --color-jitter 0 --no-repeated-aug --no-model-ema""".split()
 
@@ -74,9 +74,9 @@ def main():
     output, runs = Path(args.output), args.runs.absolute()
 
     make = partial(build, args)
-    dense, budget = make('dense', 1.0), gmacs(make('smaller image', SMALLER))
+    dense, budget = make('dense', 1.0), gmacs(make('smaller image', SIDE))
     setup = dict(model=args.model, weights=Path(args.weights).name, n_train=args.images[0], n_test=args.images[1])
-    setup |= dict(data=Path(args.data_path).name, epochs=args.epochs, batch_size=args.batch_size)
+    setup |= dict(epochs=args.epochs, batch_size=args.batch_size)
     rows = Rows(output.with_suffix('.csv'), setup)
     root = Path(args.data_path)
     test = link_subset(root, runs / 'test', val=args.images[1])
@@ -89,17 +89,18 @@ def main():
     def run(method: str, seed: int) -> dict:
         t, flags, folder = 1.0, [], runs / f'{method.replace(" ", "-")}-{seed}'
         if method == 'smaller image':
-            t = SMALLER
+            t = SIDE
             flags = ['--input-size', smaller(dense, t)[0]]
         elif method != 'dense':
             t = find_setting(partial(make, method), budget)
             flags = method_flags(*settings(method, t, dense))
         log = train([*network, *flags, *recipe, '--seed', seed], folder)
-        row = dict(setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(make(method, t)))
-        return row | dict(top1=evaluate([*network, *flags, '--data-path', test], folder), precision=log['precision'])
+        top1 = evaluate([*network, *flags, '--data-path', test], folder)
+        row = dict(setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(make(method, t)), top1=top1)
+        return row | dict(precision=log['precision'], data=root.name)
 
     run_seeds(rows, args.seeds, args.methods, run)
-    rows.measure(args, make, args.batch_size, train=True)
+    rows.measure(args.speed, args.device, make, args.batch_size, train=True)
     if args.speed != 'none':
         draw_seeds(rows.ours(), 'fine-tuned', output.with_suffix('.png'))
 

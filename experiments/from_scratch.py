@@ -15,7 +15,8 @@ difference in top-1 excludes 0; otherwise the data do not tell them apart.
 
 from pathlib import Path
 
-from common import Rows, draw_seeds, get_parser, gmacs, run_seeds, train
+from common import Rows, get_parser, gmacs, run_seeds, train
+from plots import draw_seeds
 from torch import nn
 
 import models
@@ -41,8 +42,8 @@ def main():
         name, arguments = (twin, options) if method == 'dense' else (args.model, {'representative': method})
         return models.create(name, classes, size, **arguments).eval().to(args.device)
 
-    setup = dict(data=Path(args.data_path).name, epochs=args.epochs, batch_size=args.batch_size)
-    rows = Rows(output.with_suffix('.csv'), dict(model=args.model) | setup)
+    setup = dict(model=args.model, epochs=args.epochs, batch_size=args.batch_size)
+    rows = Rows(output.with_suffix('.csv'), setup)
     common = ['--data-path', Path(args.data_path).absolute(), '--input-size', size, '--epochs', args.epochs, *RECIPE]
     common += ['--aa', '', '--eval-interval', args.epochs, '--device', args.device]
     common += ['--batch-size', args.batch_size]
@@ -52,10 +53,11 @@ def main():
         if method == 'dense':
             flags = ['--model', twin, '--model-kwargs', *(f'{name}={value}' for name, value in options.items())]
         log = train([*common, *flags, '--seed', seed], args.runs.absolute() / f'{method}-{seed}')
-        return dict(setting=1.0, gmacs=gmacs(make(method)), top1=log['test_acc1'], precision=log['precision'])
+        row = dict(setting=1.0, gmacs=gmacs(make(method)), top1=log['test_acc1'])
+        return row | dict(precision=log['precision'], data=Path(args.data_path).name)
 
     run_seeds(rows, args.seeds, args.methods, run)
-    rows.measure(args, make, args.batch_size, train=True)
+    rows.measure(args.speed, args.device, make, args.batch_size, train=True)
     if args.speed != 'none':
         draw_seeds(rows.ours(), 'trained from scratch', output.with_suffix('.png'))
 

@@ -1,7 +1,7 @@
 """Each experiment runs to its end on toy data."""
 
-import argparse
 import csv
+import importlib
 import importlib.util
 import sys
 
@@ -40,6 +40,12 @@ def run(monkeypatch, tmp_path):
     return start
 
 
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
+    return importlib.import_module('common')
+
+
 def noise(path, *size: int):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
@@ -55,8 +61,12 @@ def test_training_free(run, tmp_path, capsys):
     dense, *others = (float(row['gmacs']) for row in rows)
     assert all(abs(gmacs / dense - 0.6) < 0.02 for gmacs in others[:3]) and 0.55 < others[3] / dense < 0.6
     assert {row['n'] for row in rows} == {'2'} and all(row['commit'] for row in rows)
-    # Of two images the same are right by both methods, or not.
     assert 'nearest at 0.6 of the GMACs: ' in capsys.readouterr().out
+    # Speeds are measured and pictures drawn without the images.
+    for path in tmp_path.glob('val/*/*'):
+        path.write_bytes(b'')
+    assert run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge') == rows
+    noise(tmp_path / 'val' / 'n01440764' / 'a.png', 230, 240)
     # A trial with fewer images is not taken for the whole.
     rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', '--limit', 1)
     assert [row['n'] for row in rows] == ['2', '2', '2', '2', '2', '1', '1']
@@ -91,60 +101,63 @@ def test_selection(run, tmp_path):
     assert all(0 < float(row['kept_again_8px']) <= 100 for row in rows[1:])
 
 
-def test_the_setting_is_that_with_the_nearest_arithmetic(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    import common
-
+def test_the_setting_is_that_with_the_nearest_arithmetic(common, monkeypatch):
     # A method in steps of ten: 42 is nearer to 40, 46 to 50.
     monkeypatch.setattr(common, 'gmacs', lambda model: model)
     steps = lambda t: 10 * round(10 * t)  # noqa: E731
     assert [steps(common.find_setting(steps, target)) for target in (42, 46)] == [40, 50]
 
 
-def test_rows_keep_a_commit_that_reads_as_a_number(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    import common
-
+def test_rows_keep_a_commit_that_reads_as_a_number(common, monkeypatch, tmp_path):
     for commit in ('3e80123', '0123456'):
         monkeypatch.setattr(common, 'circumstances', lambda precision, commit=commit: {'commit': commit})
         common.Rows(tmp_path / 'a.csv', {'n': 2}).add(method=commit)
     assert [row['commit'] for row in common.Rows(tmp_path / 'a.csv', {'n': 2}).rows] == ['3e80123', '0123456']
 
 
-def test_rows_have_the_precision_of_their_training(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    import common
-
+def test_rows_have_the_precision_of_their_training(common, tmp_path):
     rows = common.Rows(tmp_path / 'a.csv', {'n': 2})
     rows.add(method='a', precision='bf16')
     rows.add(method='b')
     assert [row['precision'] for row in rows.rows] == ['bf16', 'fp32']
 
 
-def test_speeds_of_a_gpu_stand_beside_those_of_a_cpu(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    import common
-
+def test_speeds_of_a_gpu_stand_beside_those_of_a_cpu(common, monkeypatch, tmp_path):
     rows = common.Rows(tmp_path / 'a.csv', {'n': 2})
     for method in ('dense', 'a'):
         rows.add(method=method, setting=1.0)
     speeds = iter([2.0, 1.0, 3.0, 1.5])
+    monkeypatch.setattr(common, 'circumstances', lambda _, device=None: {'device': str(device)})
     monkeypatch.setattr(common, 'images_per_second', lambda *_, **__: (speed := next(speeds), torch.full((3,), speed)))
     for device in ('cpu', 'cuda', 'cuda'):  # the third time there is nothing left to measure
-        rows.measure(argparse.Namespace(device=device, speed='missing'), lambda *_: None, 4)
+        rows.measure('missing', device, lambda *_: None, 4)
     assert [(row['speedup'], row['gpu_speedup'], row['gpu_speed_batch']) for row in rows.rows] == [
         (2, 3, 4),
         (1, 1.5, 4),
     ]
-    assert list(common.speed_axes(rows.rows)) == ['speedup', 'gpu_speedup']
-    rows.add(method='b', setting=1.0)
-    assert list(common.speed_axes(rows.rows[-1:])) == []
+    assert {(row['speed_device'], row['gpu_speed_device']) for row in rows.rows} == {('cpu', 'cuda')}
 
 
-def test_methods_are_compared_over_the_seeds_that_both_have(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    import common
+def test_a_line_goes_through_its_points_by_arithmetic(common):
+    from matplotlib.figure import Figure
 
+    plots = importlib.import_module('plots')
+    speeds = {1.0: 0.9, 2.0: 1.4, 3.0: 1.1}  # on a GPU, more arithmetic may be faster
+    rows = [
+        dict(method='nearest', gmacs=gmacs, gpu_speedup=speed, off=-gmacs, off_low=-gmacs - 1, off_high=0.0)
+        | dict(gpu_speed_device='GPU', gpu_speed_precision='bf16', gpu_speed_batch=4)
+        for gmacs, speed in speeds.items()
+    ]
+    (column,), (label,) = zip(*plots.speed_axes([*rows, {'method': 'merge'}]).items(), strict=True)
+    assert (column, label) == ('gpu_speedup', 'times as fast as dense\nGPU, bf16, batch 4')
+    axes = Figure().subplots()
+    plots.draw_methods(axes, rows[::-1] + [{'method': 'nearest', 'gmacs': 9}], column, 'off', 'off')
+    (container,) = axes.containers
+    assert container.lines[0].get_xydata().tolist() == [[0.9, -1], [1.4, -2], [1.1, -3]]
+    assert container.lines[2][0].get_segments()[0].tolist() == [[0.9, -2], [0.9, 0]]
+
+
+def test_methods_are_compared_over_pairs_of_one_seed_and_device(common):
     top1 = {('a', 0): 81.0, ('a', 1): 83.0, ('a', 2): 10.0, ('b', 0): 80.0, ('b', 1): 81.0}
     rows = [dict(method=method, seed=seed, top1=value, device='cpu') for (method, seed), value in top1.items()]
     rows.append(dict(method='b', seed=2, top1=90.0, device='gpu'))

@@ -1,0 +1,74 @@
+"""How the experiments draw their rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import compare_seeds, t_interval, verdict
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# How each method is drawn: in words, and with a line and colour that are told apart in grey and by colour-blind eyes.
+LOOKS = {
+    'nearest': ('evolve (nearest)', 'o-', '#0072B2'),
+    'random': ('nearest, random scores', 'x:', 'grey'),
+    'merge': ('merge (ToMe)', '^:', '#D55E00'),
+    'drop': ('drop (top-k)', 'D-.', '#CC79A7'),
+    'fuse': ('fuse (EViT)', 'v-.', '#56B4E9'),
+    'none': ('evolve (none)', 's--', '#E69F00'),
+    'one': ('evolve (one)', 'P--', '#009E73'),
+    'dense': ('dense', '+', 'black'),
+    'smaller image': ('dense, smaller image', 'X--', 'black'),
+    'smaller, nearest': ('evolve, smaller image', '*-', 'black'),
+    'smaller, merge': ('merge, smaller image', '>:', 'black'),
+}
+
+
+def speed_axes(rows: Sequence[dict]) -> dict[str, str]:
+    """Columns of measured speeds, on a CPU and on a GPU as far as there are any, and the labels of their axes."""
+    found = {}
+    for kind in ('', 'gpu_'):
+        measured = [row for row in rows if row.get(f'{kind}speedup', '') != '']
+        names = [f'{kind}speed_{name}' for name in ('device', 'precision', 'batch')]
+        how = [' and '.join(sorted({str(row[name]) for row in measured})) for name in names]
+        if measured:
+            found[f'{kind}speedup'] = 'times as fast as dense\n{}, {}, batch {}'.format(*how)
+    return found
+
+
+def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str = ''):
+    """A line for each method, y over x, in the order of arithmetic; columns `interval`_low and _high are its bars."""
+    rows = [row for row in rows if row.get(x, '') != '']
+    for i, (method, (name, style, colour)) in enumerate(LOOKS.items()):
+        if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row['gmacs']):
+            bars = [[row[y] - row[f'{interval}_low'], row[f'{interval}_high'] - row[y]] for row in own if interval]
+            # At equal arithmetic the intervals would lie upon each other.
+            places = [row[x] * (1 + (0.003 * (i - 3) if x == 'gmacs' else 0)) for row in own]
+            fill = colour if method in ('drop', 'fuse', 'merge') else 'none'  # other people's methods
+            look = dict(fmt=style, color=colour, mfc=fill, label=name, capsize=2, linewidth=1.2, markersize=6)
+            axes.errorbar(places, [row[y] for row in own], list(zip(*bars, strict=True)) or None, **look)
+
+
+def draw_seeds(rows: list[dict], title: str, path: Path):
+    """Print top-1 and what the rule says of nearest and of dense beside every other method; draw top-1 over speed."""
+    methods, speeds, points = list(dict.fromkeys(row['method'] for row in rows)), speed_axes(rows), []
+    for method in methods:
+        own = [row for row in rows if row['method'] == method]
+        mean = t_interval(row['top1'] for row in own)[0]
+        times = [f'{own[0].get(column) or "?"} {label}'.replace('\n', ', ') for column, label in speeds.items()]
+        print(f'{method}: {mean:.2f} % ({len(own)} runs); in training {"; ".join(times)}')
+        off, half, pairs = compare_seeds(rows, method, 'dense')
+        if pairs > 1:
+            points.append(own[0] | dict(off=off, off_low=off - half, off_high=off + half))
+    for reference in ('nearest', 'dense'):
+        for method in methods:
+            off, half, pairs = compare_seeds(rows, reference, method)
+            if pairs and method != reference:
+                print(f'{reference}: {off:+.2f} ± {half:.2f} to {method} ({pairs} pairs), {verdict(off, half)}')
+    figure = Figure((1 + 4.5 * len(speeds), 4.5), layout='constrained')
+    for axes, (column, label) in zip(figure.subplots(1, len(speeds), squeeze=False).flat, speeds.items(), strict=True):
+        draw_methods(axes, points, column, 'off', 'off')
+        axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
+        axes.set(xlabel=label, ylabel='top-1 minus dense, percentage points')
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, fontsize=8)
+    figure.suptitle(f'{title}: mean and 95 % interval over pairs of one seed; speed in training', fontsize=10)
+    figure.savefig(path, dpi=150)
