@@ -2,9 +2,9 @@
 
     python3 experiments/selection.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
 
-About an hour of one core. Result: yes from block 2 on, 5 to 15 points above chance, but the middle of each image does as
-well (+13.9 ± 1.4); before block 1 the class attention avoids the object (-9 points). Novelty finds it better before
-blocks 1 and 2. In a mirrored image 87 to 92 % of the patches are kept again from block 4 on, by novelty 85 to 88 %.
+An hour of one core. Result: yes from block 2 on, 5 to 15 points above chance, but the middle of each image does as well
+(+13.9 ± 1.4); before block 1 the class attention avoids the object (-9 points). Novelty finds it better before blocks 1
+and 2. In a mirrored image 87 to 92 % of the patches are kept again from block 4 on, by novelty 85 to 88 %.
 
 Validation images of ImageNet with the boxes of their objects (boxes.json beside val/: {file: [[x0, y0, x1, y1], ...]},
 pixels of the original). The pretrained model selects half of the patches once, before each of its blocks in turn:

@@ -2,10 +2,11 @@
 
     python3 experiments/training_free.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
 
-Three quarters of an hour of two cores, half of it for speed. Result: no loss of nearest is found down to 0.55 of the arithmetic (there -1.0 ± 2.4
-points), and none of merging or of a smaller image either; at 0.45 all three lose 6 points, but nearest and merging in a
-smaller image lose nothing that is found (+0.6 ± 2.6 and -0.6 ± 2.6 at 192 px); nearest at 176 px, 0.39 of the
-arithmetic, -1.4 ± 3.1. Drop, fuse, none and one lose from 0.66 on; random scores do as well as attention.
+Three quarters of an hour of two cores, half of it for speed. Result: no loss of nearest is found down to 0.55 of the
+arithmetic (there -1.0 ± 2.4 points), and none of merging or of a smaller image either; at 0.45 all three lose 6 points,
+but nearest and merging in a smaller image lose nothing that is found (+0.6 ± 2.6 and -0.6 ± 2.6 at 192 px); nearest at
+176 px, 0.39 of the arithmetic, -1.4 ± 3.1. Drop, fuse, none and one lose from 0.66 on; random scores do as well as
+attention.
 
 The validation images (val/<synset>/*, or folders of synsets) are seen by the dense model and by every method at five
 budgets of its GMACs. A row has top-1, the paired difference to dense with its 95 % interval, the share of predictions
