@@ -196,7 +196,7 @@ def draw(rows: list[dict], path: Path):
     parts = 'inside', 'boundary'
     rows = [row | {f'off_{part}': row[f'miou_{part}'] - dense[f'miou_{part}'] for part in parts} for row in rows]
     shown = [row for row in rows if row['method'] != 'dense' and row['off'] >= LOWEST]
-    names = {'gmacs': 'GMACs an image'} | speed_axes(rows)
+    names = {'gmacs': 'GMACs an image (within 1 %, side by side)'} | speed_axes(rows)
     panels = [(x, 'off', 'all pixels, with the 95 % interval') for x in names]
     panels += [
         ('gmacs', 'off_boundary', f'within {EDGE} px of another class'),
