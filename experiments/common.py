@@ -173,7 +173,7 @@ class Rows:
 
         `make` builds a model from both, on the device. The columns of a GPU begin with `gpu_`: a row can have both.
         """
-        kind = '' if device == 'cpu' else 'gpu_'
+        kind = 'gpu_' if torch.device(device).type == 'cuda' else ''
         pending = [row for row in self.ours() if which == 'all' or row.get(f'{kind}speedup', '') == '']
         groups = list(dict.fromkeys((row['method'], row['setting']) for row in pending))
         if which == 'none' or not groups:
@@ -325,7 +325,7 @@ def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
 def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float, float, int]:
     """Mean difference in top-1 of two methods, half of its 95 % interval, and the number of pairs.
 
-    A pair has the same seed, on the same device: those train in different precision.
+    A pair has one seed and one device, as devices train in different precision.
     """
     ours, theirs = (
         {(row['seed'], row['device']): row['top1'] for row in rows if row['method'] == each} for each in (method, other)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import compare_seeds, t_interval, verdict
+from common import METHODS, compare_seeds, t_interval, verdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str
         if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row['gmacs']):
             bars = [[row[y] - row[f'{interval}_low'], row[f'{interval}_high'] - row[y]] for row in own if interval]
             # At equal arithmetic the intervals would lie upon each other; smaller images have their own.
-            shift = 0.003 * (i - 3) if x == 'gmacs' and i < 7 else 0
+            shift = 0.003 * (i - 3) if x == 'gmacs' and method in METHODS else 0
             places = [row[x] * (1 + shift) for row in own]
             fill = colour if method in ('drop', 'fuse', 'merge') else 'none'  # other people's methods
             look = dict(fmt=style, color=colour, mfc=fill, label=name, capsize=2, linewidth=1.2, markersize=6)

@@ -114,14 +114,15 @@ def main():
         if method != 'dense':
             t = find_setting(partial(make, method), budget * dense_gmacs)
         model = make(method, t)
-        if abs(gmacs(model) / (budget * dense_gmacs) - 1) > 0.1:
+        cost = gmacs(model)
+        if abs(cost / (budget * dense_gmacs) - 1) > 0.1:
             continue
         own = load_images(paths, model) if method in SMALLER else images
         predictions, grid = predict(model, own, args.batch_size)
         cosine = torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item() if own is images else ''
         off, interval = paired_interval(100 * (predictions == labels).float(), 100 * right)
         rows.add(
-            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense), gmacs=gmacs(model),
+            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense), gmacs=cost,
             top1=100 * (predictions == labels).float().mean().item(),
             off=off, interval=interval, same=100 * (predictions == reference).float().mean().item(),
             grid=cosine, seconds=round(time.perf_counter() - started), right=pack(predictions == labels),
