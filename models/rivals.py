@@ -23,69 +23,72 @@ from .evolution import Block, Selection, Slow, Tradeoff
 from .vit import evolve, to_floats
 
 
-def drop(tokens: Tensor, score: Tensor | None, blocks: Sequence[Block], tradeoffs: Sequence[Tradeoff], *args, **kwargs):
-    """Top-k: the patches with the least class attention leave, and never come back.
-
-    Source: EViT (https://arxiv.org/abs/2202.07800) without its fused token; the attention of the last block decides.
-    """
-    tokens, score, selection = evolution.evolve(tokens, score, blocks, [1.0] * len(tradeoffs), *args, **kwargs)
-    if selection is not None and score is not None:
-        gone = torch.full_like(score, -torch.inf)
-        score = gone.scatter(1, selection.kept, score.gather(1, selection.kept))
-    return tokens, score, selection
-
-
-class Fused(NamedTuple):
-    """A selection, and the token (B, 1, C) into which all patches that left were fused, with its score (B, 1)."""
+class Reduced(NamedTuple):
+    """A selection; `fused` is the token (B, 1, C) into which all patches that left were fused, None where they drop."""
 
     kept: Tensor
     score: Tensor
-    cluster: None
-    token: Tensor
-    token_score: Tensor
+    cluster: None = None
+    fused: Tensor | None = None
 
 
-def fuse(
+def drop(
     tokens: Tensor,
     score: Tensor | None,
     blocks: Sequence[Block],
     tradeoffs: Sequence[Tradeoff],
     keep_ratio: float,
     representative: str,
-    selection: Fused | None = None,
+    selection: Reduced | None = None,
     select_anew: bool = True,
     need_score: bool = True,
     prefix: int = 1,
+    fusing: bool = False,
 ):
-    """EViT: the patches with the least class attention leave, and one token, their mean weighted by it, goes on.
+    """Top-k: the patches with the least class attention leave the group's first block, between attention and MLP.
 
-    Those that leave later are fused into the token that is there already. Source: https://arxiv.org/abs/2202.07800,
-    whose fused token could also be chosen again as a patch.
+    They never come back, and the attention of that block alone decides. Source: EViT
+    (https://arxiv.org/abs/2202.07800) without its fused token.
     """
-    tradeoffs = [1.0] * len(tradeoffs)
-    n = tokens.shape[1] - prefix
-    k = evolution.informative(n, keep_ratio)
-    if k == n:
-        return *evolution.run(Slow(tokens), score, blocks, tradeoffs, need_score), None
-    if select_anew or selection is None:
-        kept = evolution.select(score, k)
-        leaving = score.scatter(1, kept, 0.0).clamp(min=0)  # -inf: left before
-        # Where nobody attends to what leaves, all of it counts alike, and what was fused before by its score alone.
-        alike = torch.isfinite(score).scatter(1, kept, False).to(score.dtype)
-        leaving = evolution.replace_zeros(leaving, alike)
-        fused, weight = leaving.unsqueeze(1).to(tokens.dtype) @ tokens[:, prefix:], leaving.sum(1, keepdim=True)
-        if selection is not None:
-            fused = fused + selection.token_score.unsqueeze(-1).to(tokens.dtype) * selection.token
-            weight = weight + selection.token_score
-        selection = Fused(kept, score, None, fused / weight.unsqueeze(-1).to(tokens.dtype), weight)
-    kept = selection.kept
+    x, kept, n = tokens, None, tokens.shape[1] - prefix
+    if selection is not None:
+        kept, fused = selection.kept, [] if selection.fused is None else [selection.fused]
+        x, n = torch.cat([tokens[:, :prefix], evolution.take(tokens, kept + prefix), *fused], 1), kept.shape[1]
+    k = evolution.informative(tokens.shape[1] - prefix, keep_ratio)
+    if select_anew and k < n:
+        x, attention, _ = blocks[0].attend(Slow(x, kept), True)
+        tokens = _put_back(x, tokens, kept, prefix)  # the last that is seen of those that leave
+        here = attention[:, :n]
+        best = evolution.select(here, k)
+        gone = here.new_full((tokens.shape[0], tokens.shape[1] - prefix), -torch.inf)
+        score = here if kept is None else gone.scatter(1, kept, here)
+        kept = best if kept is None else kept.gather(1, best)
+        fused = [evolution.weighted_mean(x[:, prefix:], attention, best)] if fusing else []
+        x = blocks[0].feed_forward(torch.cat([x[:, :prefix], evolution.take(x, best + prefix), *fused], 1))
+        selection, blocks = Reduced(kept, score, None, *fused), blocks[1:]
+    for block in blocks:
+        x, _ = block(Slow(x, kept), False)
+    if selection is not None and selection.fused is not None:
+        selection = selection._replace(fused=x[:, -1:])
+    return _put_back(x, tokens, kept, prefix), score, selection
+
+
+def _put_back(x: Tensor, tokens: Tensor, kept: Tensor | None, prefix: int) -> Tensor:
+    """Tokens (B, P + N, C), with what x (B, P + n, C) has of the prefix and the patches `kept` (B, K), or of all."""
+    if kept is None:
+        return x
     index = torch.cat([torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1), kept + prefix], 1)
-    index = index.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
-    slow = Slow(torch.cat([tokens.gather(1, index), selection.token], 1), kept)
-    slow, new_score = evolution.run(slow, F.pad(score.gather(1, kept), (0, 1)), blocks, tradeoffs, need_score)
-    selection = selection._replace(token=slow[:, -1:], token_score=new_score[:, -1:])
-    score = torch.full_like(score, -torch.inf).scatter(1, kept, new_score[:, :-1])
-    return tokens.scatter(1, index, slow[:, :-1].to(tokens.dtype)), score, selection
+    index = index.unsqueeze(-1).expand(-1, -1, x.shape[2])
+    return tokens.scatter(1, index, x[:, : index.shape[1]].to(tokens.dtype))
+
+
+def fuse(*args, **kwargs):
+    """EViT: as `drop`, but what leaves is fused into one token, its mean weighted by attention, which goes on.
+
+    What leaves later is fused with the token that is there already. Source: https://arxiv.org/abs/2202.07800, whose
+    fused token may also be kept as if it were a patch, and whose code adds up without dividing by the sum of weights.
+    """
+    return drop(*args, **kwargs, fusing=True)
 
 
 def merge(
@@ -175,7 +178,7 @@ def apply(
         method: 'drop', 'fuse', 'merge' or 'random'.
         keep_ratio: drop, fuse: the share of the patches still there that goes on, at each of the stages (EViT: 0.7).
             random: as in `models.evolve`.
-        stages: drop, fuse: the blocks before which patches leave; by default 4, 7 and 10 of 12, and in proportion.
+        stages: drop, fuse: the blocks in which patches leave; by default 3, 6 and 9 of 12, and in proportion.
         merge_r: merge: how many patches each block merges away.
 
     Raises ValueError, with the reason, for another method or a model that cannot be evolved.
@@ -192,10 +195,9 @@ def apply(
         model = evolve(model, keep_ratio, stages)
     else:
         depth = len(getattr(model, 'blocks', ()))
-        # EViT drops after the attention of its blocks 3, 6 and 9 of 12: before the next block begins.
-        stages = sorted({min(depth * i // 4 + 1, depth - 1) for i in (1, 2, 3)}) if stages is None else stages
+        stages = sorted({max(depth * i // 4, 1) for i in (1, 2, 3)}) if stages is None else stages
         if np.ndim(stages) != 1:
-            raise ValueError(f'stages: expected indices of blocks, such as (4, 7, 10), found {stages}')
+            raise ValueError(f'stages: expected indices of blocks, such as (3, 6, 9), found {stages}')
         shares = evolution.check_keep_ratio(to_floats('keep_ratio', keep_ratio), len(stages))
         model = evolve(model, list(accumulate(shares, mul)), stages, representative='none')
     model.update_group = METHODS[method]

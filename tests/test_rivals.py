@@ -54,23 +54,54 @@ def test_what_leaves_never_comes_back_and_keeps_its_last_values():
     assert torch.equal(outputs[0][0, 1:][gone], outputs[2][0, 1:][gone])
 
 
+class Still:
+    """A block that changes no token; the class token attends to patches as `attention` (B, N) says."""
+
+    def __init__(self, attention):
+        self.attention = attention
+
+    def __call__(self, slow, need_attention):
+        return slow.tokens, None
+
+    def attend(self, slow, need_attention):
+        attention = self.attention if slow.places is None else self.attention.gather(1, slow.places)
+        fused = slow.tokens.shape[1] - 1 - attention.shape[1]
+        return slow.tokens, torch.nn.functional.pad(attention, (0, fused), value=attention.mean().item()), None
+
+    def feed_forward(self, tokens):
+        return tokens
+
+
+@pytest.mark.parametrize('method', ['drop', 'fuse'])
+def test_patches_leave_between_attention_and_mlp(method):
+    """As in EViT: the attention of blocks 2, 4 and 6 of 8 sees those that leave there, their MLP does not."""
+    model, seen = rivals.apply(dense(depth=8), method, keep_ratio=0.6), []
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda module, x, y: seen.append(y.shape[1]))
+        block.mlp.register_forward_hook(lambda module, x, y: seen.append(y.shape[1]))
+    with torch.no_grad():
+        model(images(model))
+    fused = method == 'fuse'
+    a, b, c, d = 1 + 25, 1 + 15 + fused, 1 + 9 + fused, 1 + 5 + fused
+    assert seen == [a, a, a, a, a, b, b, b, b, c, c, c, c, d, d, d]
+
+
 def test_the_fused_token_is_the_mean_of_all_that_left():
-    """With blocks that do nothing, all that ever left is in the token, weighted by its attention."""
+    """With blocks that do nothing: of what leaves, and of the token that is there already, weighted by attention."""
     generator = torch.Generator().manual_seed(0)
     tokens, score = torch.randn(2, 11, 4, generator=generator), torch.rand(2, 10, generator=generator)
-
-    def block(slow, need_attention):
-        n = slow.tokens.shape[1] - 1
-        return slow.tokens, torch.full((2, n), 1.0 / n)
-
-    x, s, first = rivals.fuse(tokens, score, [block], [0.5], 0.6, 'none')
+    x, s, first = rivals.fuse(tokens, None, [Still(score)], [0.5], 0.6, 'none')
     weight = score.scatter(1, first.kept, 0)
-    expected = (weight[..., None] * tokens[:, 1:]).sum(1) / weight.sum(1, keepdim=True)
-    torch.testing.assert_close(first.token[:, 0], expected)
-    assert (s.scatter(1, first.kept, -torch.inf) == -torch.inf).all()
-    x, s, second = rivals.fuse(x, s, [block], [0.5], 0.3, 'none', first)
+    fused = (weight[..., None] * tokens[:, 1:]).sum(1) / weight.sum(1, keepdim=True)
+    torch.testing.assert_close(first.fused[:, 0], fused)
+    x, s, second = rivals.fuse(x, s, [Still(score)], [0.5], 0.3, 'none', first)
     assert all(set(b.tolist()) < set(a.tolist()) for a, b in zip(first.kept, second.kept, strict=True))
     assert torch.equal(x, tokens)
+    assert (s.scatter(1, first.kept, -torch.inf) == -torch.inf).all()
+    weight = score.scatter(1, second.kept, 0) * score.new_zeros(2, 10).scatter(1, first.kept, 1)
+    mean = score.gather(1, first.kept).mean()  # what `Still` attends to a fused token
+    again = ((weight[..., None] * tokens[:, 1:]).sum(1) + mean * fused) / (weight.sum(1, keepdim=True) + mean)
+    torch.testing.assert_close(second.fused[:, 0], again)
 
 
 def test_matching_merges_the_most_similar_pairs():
@@ -186,15 +217,12 @@ def test_a_merged_token_keeps_the_place_of_the_one_that_it_was_merged_into():
     """Places go with rotary positions. The third token goes into the second, not the other way round."""
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0], [1.0, -1.0]]])
 
-    class Still:
+    class Keys(Still):
         def attend(self, slow, need_attention):
             return slow.tokens, None, torch.nn.functional.pad(keys, (0, 0, 1, 0))[:, None]
 
-        def feed_forward(self, tokens):
-            return tokens
-
     tokens = torch.arange(6.0).view(1, 6, 1)
-    _, _, selection = rivals.merge(tokens, None, [Still()], [1.0], 1.0, 'none', r=1)
+    _, _, selection = rivals.merge(tokens, None, [Keys(None)], [1.0], 1.0, 'none', r=1)
     places, cluster = selection.kept[0], selection.cluster[0]
     assert cluster[2] == cluster[1] and places[cluster].tolist() == [0, 1, 1, 3, 4]
 
@@ -202,14 +230,10 @@ def test_a_merged_token_keeps_the_place_of_the_one_that_it_was_merged_into():
 def test_fusing_tokens_to_which_nobody_attends_is_their_mean():
     tokens, score = torch.arange(11.0).view(1, 11, 1), torch.zeros(1, 10)
     score[0, :6] = 1
-
-    def block(slow, need_attention):
-        return slow.tokens, torch.zeros(1, slow.tokens.shape[1] - 1)
-
-    x, score, first = rivals.fuse(tokens, score, [block], [0.5], 0.6, 'none')
-    assert first.token.item() == torch.arange(7.0, 11.0).mean()
-    _, _, second = rivals.fuse(x, score, [block], [0.5], 0.3, 'none', first)
-    assert second.token.isfinite().all()
+    x, score, first = rivals.fuse(tokens, None, [Still(score)], [0.5], 0.6, 'none')
+    assert first.fused.item() == torch.arange(7.0, 11.0).mean()
+    _, _, second = rivals.fuse(x, score, [Still(torch.zeros(1, 10))], [0.5], 0.3, 'none', first)
+    assert second.fused.isfinite().all()
 
 
 def test_all_methods_give_selections_of_one_kind():
