@@ -202,13 +202,32 @@ def _number(column: str, text: str) -> float | int | str:
     return text
 
 
-def find_images(root: Path, limit: int | None) -> tuple[list[Path], Tensor]:
+def add_images(parser: argparse.ArgumentParser):
+    """The flags that say which images of ImageNet are used."""
+    parser.add_argument(
+        '--images', default='experiments/imagenet_500.txt', metavar='FILE',
+        help='numbers of the validation images to use; all: every image that is there',
+    )  # fmt: skip
+    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
+
+
+def find_images(args: argparse.Namespace) -> tuple[list[Path], Tensor]:
     """Image files in folders named by ImageNet's synsets, and their labels."""
+    root = Path(args.data_path)
     root = root / 'val' if (root / 'val').is_dir() else root
     label = {synset: i for i, synset in enumerate(ImageNetInfo().label_names())}
-    paths = sorted(path for path in root.glob('*/*') if path.parent.name in label)[:limit]
+    paths = sorted(path for path in root.glob('*/*') if path.parent.name in label)
     if not paths:
         raise SystemExit(f'{root}: expected folders named by synsets, such as n01440764, with images')
+    if args.images != 'all':
+        names = {f'ILSVRC2012_val_{int(number):08}' for number in Path(args.images).read_text().split()}
+        paths, there = [path for path in paths if path.stem in names], len(paths)
+        if len(paths) < len(names):
+            raise SystemExit(
+                f'{root}: expected the {len(names)} images of {args.images}, such as {min(names)}.JPEG, found '
+                f'{len(paths)} of them; --images all takes the {there} images that are there'
+            )
+    paths = paths[: args.limit]
     return paths, torch.tensor([label[path.parent.name] for path in paths])
 
 

@@ -83,7 +83,8 @@ def main():
     # main_deit.py evaluates after every epoch here, on next to nothing: what counts is evaluated once.
     data = link_subset(root, runs / 'data', train=args.images[0], val=1)
     network = ['--model', args.model, '--device', args.device, '--batch-size', args.batch_size, '--num_workers', 1]
-    recipe = ['--finetune', Path(args.weights).absolute(), '--data-path', data, '--epochs', args.epochs, *RECIPE]
+    weights = args.weights if '://' in args.weights else Path(args.weights).absolute()
+    recipe = ['--finetune', weights, '--data-path', data, '--epochs', args.epochs, *RECIPE]
     recipe += ['--aa', '']
 
     def run(method: str, seed: int) -> dict:

@@ -21,6 +21,7 @@ LOOKS = {
     'smaller, nearest': ('evolve, smaller image', '*-', 'black'),
     'smaller, merge': ('merge, smaller image', '>:', 'black'),
 }
+GMACS_AXIS = 'GMACs an image (methods at one budget are drawn side by side)'
 
 
 def speed_axes(rows: Sequence[dict]) -> dict[str, str]:
@@ -36,7 +37,10 @@ def speed_axes(rows: Sequence[dict]) -> dict[str, str]:
 
 
 def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str = ''):
-    """A line for each method, y over x, in the order of arithmetic; columns `interval`_low and _high are its bars."""
+    """A line for each method, y over x, in the order of arithmetic; columns `interval`_low and _high are its bars.
+
+    Of speeds a thin line goes from the 10th to the 90th percentile.
+    """
     rows = [row for row in rows if row.get(x, '') != '']
     for i, (method, (name, style, colour)) in enumerate(LOOKS.items()):
         if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row['gmacs']):
@@ -46,6 +50,9 @@ def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str
             places = [row[x] * (1 + shift) for row in own]
             fill = colour if method in ('drop', 'fuse', 'merge') else 'none'  # other people's methods
             look = dict(fmt=style, color=colour, mfc=fill, label=name, capsize=2, linewidth=1.2, markersize=6)
+            if x.endswith('speedup'):
+                ends = ([row[f'{x}_{end}'] for row in own] for end in ('p10', 'p90'))
+                axes.hlines([row[y] for row in own], *ends, color=colour, linewidth=0.5)
             axes.errorbar(places, [row[y] for row in own], list(zip(*bars, strict=True)) or None, **look)
 
 

@@ -20,10 +20,11 @@ of two, one finds it better if their intervals do not overlap. (The centre was a
 import json
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import timm
 import torch
-from common import Rows, find_images, get_parser, image_transform, mean_interval
+from common import Rows, add_images, find_images, get_parser, image_transform, mean_interval
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -42,6 +43,19 @@ LOOKS = {
 }
 SHIFTS = 4, 8  # px
 KEEP_RATIO = 0.5
+
+
+def load_boxes(path: Path) -> dict[str, list]:
+    """Boxes [x0, y0, x1, y1] by the file name of the image, from boxes.json or a folder of ImageNet's XML files."""
+    if not path.is_dir():
+        return json.loads(path.read_text())
+    corners = 'xmin', 'ymin', 'xmax', 'ymax'
+    return {
+        f'{file.stem}.JPEG': [
+            [int(box.find(name).text) for name in corners] for box in ElementTree.parse(file).iter('bndbox')
+        ]
+        for file in path.glob('*.xml')
+    }
 
 
 def crop_boxes(boxes: list, size: tuple[int, int], resized: tuple[int, int], crop: int, grid: int) -> Tensor:
@@ -84,11 +98,11 @@ def kept_again(first: Tensor, second: Tensor) -> float:
 
 def main():
     parser = get_parser(__doc__, 'selection', speed=False)
-    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
+    add_images(parser)
+    parser.add_argument('--boxes', metavar='PATH', help='boxes.json, or a folder of XML files (default: in the data)')
     args = parser.parse_args()
-    output, root = Path(args.output), Path(args.data_path)
-    boxes = json.loads((root / 'boxes.json').read_text())
-    paths, _ = find_images(root, args.limit)
+    output, boxes = Path(args.output), load_boxes(Path(args.boxes or Path(args.data_path) / 'boxes.json'))
+    paths, _ = find_images(args)
     paths = [path for path in paths if path.name in boxes]
     model = timm.create_model(args.model)
     models.load_weights(model, args.weights)
@@ -147,6 +161,7 @@ def draw(rows: list[dict], path: Path):
             right.plot(blocks, [row[f'kept_again_{view}'] for row in own], marker + style, label=label, **look)
     middle = next(row for row in rows if row['method'] == 'centre')
     left.axhline(middle['off'], color='black', linewidth=0.8, linestyle='--', label='the half nearest to the middle')
+    left.axhspan(middle['off'] - middle['interval'], middle['off'] + middle['interval'], color='black', alpha=0.1)
     left.axhline(0, color='black', linewidth=0.8, linestyle=':')
     right.axhline(100 * KEEP_RATIO, color='black', linewidth=0.8, linestyle=':')
     left.set(xlabel='selected before block', ylabel='kept of the box minus chance,\npercentage points')

@@ -32,6 +32,7 @@ from common import (
     METHODS,
     SMALLER,
     Rows,
+    add_images,
     build,
     find_images,
     find_setting,
@@ -43,7 +44,7 @@ from common import (
 )
 from matplotlib.figure import Figure
 from PIL import Image
-from plots import draw_methods, speed_axes
+from plots import GMACS_AXIS, draw_methods, speed_axes
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
@@ -93,14 +94,14 @@ def report(rows: list[dict], reference: str):
 
 def main():
     parser = get_parser(__doc__, 'training_free')
-    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
+    add_images(parser)
     parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS, help="shares of dense's GMACs")
     parser.add_argument('--methods', nargs='+', default=(*METHODS, *SMALLER), help='those to run')
     args = parser.parse_args()
     output = Path(args.output)
     make = partial(build, args)
     dense = make('dense', 1.0)
-    paths, labels = find_images(Path(args.data_path), args.limit)
+    paths, labels = find_images(args)
     rows = Rows(output.with_suffix('.csv'), dict(model=args.model, weights=Path(args.weights).name, n=len(labels)))
     todo = [('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)]
     todo = [(method, budget) for method, budget in todo if not rows.has(method=method, budget=budget)]
@@ -137,7 +138,7 @@ def main():
 def draw(rows: list[dict], path: Path):
     """Difference to dense over GMACs and over time, and what needs no labels, a line for each method."""
     dense = next(row for row in rows if row['method'] == 'dense')
-    names = {'gmacs': 'GMACs an image (within 1 %, side by side)'} | speed_axes(rows)
+    names = {'gmacs': GMACS_AXIS} | speed_axes(rows)
     labels = {'off': 'top-1 minus dense, percentage points', 'grid': 'cosine of patch tokens with dense'}
     panels = [*((x, 'off') for x in names), ('gmacs', 'grid')]
     others = [

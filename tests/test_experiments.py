@@ -1,5 +1,6 @@
 """Each experiment runs to its end on toy data."""
 
+import argparse
 import csv
 import importlib
 import importlib.util
@@ -27,6 +28,8 @@ def run(monkeypatch, tmp_path):
         common = ['--output', tmp_path / 'out' / name, '--data-path', tmp_path, '--batch-size', 2]
         if name in ('finetune', 'from_scratch'):
             common += ['--runs', tmp_path / 'runs']
+        if name in ('training_free', 'selection'):
+            common += ['--images', 'all']
         if name != 'from_scratch':
             common += ['--model', 'vit_tiny_patch16_224', '--weights', tmp_path / 'w.pth']
         monkeypatch.setattr(sys, 'argv', [name, *map(str, [*common, *flags])])
@@ -88,8 +91,9 @@ def test_dense_prediction(run, tmp_path):
 
 
 def test_selection(run, tmp_path):
-    noise(tmp_path / 'val' / 'n01440764' / 'a.png', 230, 240)
-    (tmp_path / 'boxes.json').write_text('{"a.png": [[20, 20, 130, 220]]}')
+    for name, height in (('a.png', 230), ('b.png', 300)):
+        noise(tmp_path / 'val' / 'n01440764' / name, height, 240)
+    (tmp_path / 'boxes.json').write_text('{"a.png": [[20, 20, 130, 220]], "b.png": [[90, 20, 130, 220]]}')
     rows = run('selection')
     assert [(row['method'], row['block']) for row in (rows[0], *rows[1::11])] == [
         ('centre', '0'),
@@ -99,6 +103,29 @@ def test_selection(run, tmp_path):
     ]
     assert all(0 < float(row['kept_of_box']) < 100 for row in rows)
     assert all(0 < float(row['kept_again_8px']) <= 100 for row in rows[1:])
+
+
+def test_images_are_those_of_a_list(common, tmp_path):
+    for number in (3, 4, 293):
+        noise(tmp_path / 'val' / 'n01440764' / f'ILSVRC2012_val_{number:08}.JPEG', 8, 8)
+    parser = argparse.ArgumentParser()
+    common.add_images(parser)
+    args = argparse.Namespace(data_path=tmp_path, images=tmp_path / 'list.txt', limit=None)
+    args.images.write_text('293\n4')
+    assert [path.stem[-3:] for path in common.find_images(args)[0]] == ['004', '293']
+    args.images.write_text('4 5')
+    with pytest.raises(
+        SystemExit, match='expected the 2 images.*such as ILSVRC2012_val_00000004.JPEG, found 1 of them'
+    ):
+        common.find_images(args)
+    numbers = (ROOT / parser.get_default('images')).read_text().split()
+    assert len(set(numbers)) == 500
+
+
+def test_boxes_are_read_from_the_xml_files_of_imagenet(common, tmp_path):
+    box = '<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>'
+    (tmp_path / 'a.xml').write_text(f'<annotation><object>{box}</object><object>{box}</object></annotation>')
+    assert importlib.import_module('selection').load_boxes(tmp_path) == {'a.JPEG': [[1, 2, 30, 40]] * 2}
 
 
 def test_the_setting_is_that_with_the_nearest_arithmetic(common, monkeypatch):
@@ -146,6 +173,7 @@ def test_a_line_goes_through_its_points_by_arithmetic(common):
     rows = [
         dict(method='nearest', gmacs=gmacs, gpu_speedup=speed, off=-gmacs, off_low=-gmacs - 1, off_high=0.0)
         | dict(gpu_speed_device='GPU', gpu_speed_precision='bf16', gpu_speed_batch=4)
+        | dict(gpu_speedup_p10=speed / 2, gpu_speedup_p90=2 * speed)
         for gmacs, speed in speeds.items()
     ]
     (column,), (label,) = zip(*plots.speed_axes([*rows, {'method': 'merge'}]).items(), strict=True)
@@ -155,6 +183,7 @@ def test_a_line_goes_through_its_points_by_arithmetic(common):
     (container,) = axes.containers
     assert container.lines[0].get_xydata().tolist() == [[0.9, -1], [1.4, -2], [1.1, -3]]
     assert container.lines[2][0].get_segments()[0].tolist() == [[0.9, -2], [0.9, 0]]
+    assert axes.collections[0].get_segments()[0].tolist() == [[0.45, -1], [1.8, -1]]
 
 
 def test_methods_are_compared_over_pairs_of_one_seed_and_device(common):
