@@ -246,6 +246,11 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[2])
 
 
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Indices (B, m) of patches, or of anything that stands behind P prefix tokens, to those of all (B, P + m)."""
+    return torch.cat([torch.arange(prefix, device=index.device).expand(index.shape[0], -1), index + prefix], 1)
+
+
 def _flat(index: Tensor, n: int) -> Tensor:
     """Indices (B, m) into rows of n each to indices (B * m) into all rows."""
     return (index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)).flatten()
@@ -329,8 +334,7 @@ def _evolve_kept(
     """Update the kept patches slowly; the others wait or, with `represent`, move as their one representative does."""
     k = kept.shape[1]
     # The prefix tokens travel with the informative patches, so one gather and one scatter move them all.
-    index = torch.cat([torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1), kept + prefix], 1)
-    index = index.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
+    index = with_prefix(kept, prefix).unsqueeze(-1).expand(-1, -1, tokens.shape[2])
     slow = tokens.gather(1, index)
     if represent:
         before = weighted_mean(tokens[:, prefix:], score, kept)
@@ -348,8 +352,7 @@ def _evolve_clusters(
     """Update the mean of each cluster slowly; every token moves as the mean of its cluster does."""
     kept, _, cluster = selection
     # Each prefix token is a cluster of its own, so all tokens are treated alike.
-    alone = torch.arange(prefix, device=cluster.device).expand(cluster.shape[0], -1)
-    cluster_of_token = torch.cat([alone, cluster + prefix], 1)
+    cluster_of_token = with_prefix(cluster, prefix)
     sizes = cluster_sizes(cluster_of_token, prefix + kept.shape[1], score.dtype)
     rows = _flat(cluster_of_token, sizes.shape[1])
     before = _means(tokens, rows, sizes)

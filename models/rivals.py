@@ -51,21 +51,22 @@ def drop(
     (https://arxiv.org/abs/2202.07800) without its fused token.
     """
     x, kept, n = tokens, None, tokens.shape[1] - prefix
+    k = evolution.informative(n, keep_ratio)
     if selection is not None:
         kept, fused = selection.kept, [] if selection.fused is None else [selection.fused]
-        x, n = torch.cat([tokens[:, :prefix], evolution.take(tokens, kept + prefix), *fused], 1), kept.shape[1]
-    k = evolution.informative(tokens.shape[1] - prefix, keep_ratio)
+        x, n = torch.cat([evolution.take(tokens, evolution.with_prefix(kept, prefix)), *fused], 1), kept.shape[1]
     if select_anew and k < n:
         x, attention, _ = blocks[0].attend(Slow(x, kept), True)
         tokens = _put_back(x, tokens, kept, prefix)  # the last that is seen of those that leave
-        here = attention[:, :n]
-        best = evolution.select(here, k)
-        gone = here.new_full((tokens.shape[0], tokens.shape[1] - prefix), -torch.inf)
-        score = here if kept is None else gone.scatter(1, kept, here)
-        kept = best if kept is None else kept.gather(1, best)
+        best = evolution.select(attention[:, :n], k)
+        if kept is None:
+            kept, score = best, attention
+        else:
+            gone = attention.new_full((tokens.shape[0], tokens.shape[1] - prefix), -torch.inf)
+            kept, score = kept.gather(1, best), gone.scatter(1, kept, attention[:, :n])
         fused = [evolution.weighted_mean(x[:, prefix:], attention, best)] if fusing else []
-        x = blocks[0].feed_forward(torch.cat([x[:, :prefix], evolution.take(x, best + prefix), *fused], 1))
-        selection, blocks = Reduced(kept, score, None, *fused), blocks[1:]
+        x = torch.cat([evolution.take(x, evolution.with_prefix(best, prefix)), *fused], 1)
+        x, selection, blocks = blocks[0].feed_forward(x), Reduced(kept, score, None, *fused), blocks[1:]
     for block in blocks:
         x, _ = block(Slow(x, kept), False)
     if selection is not None and selection.fused is not None:
@@ -77,8 +78,7 @@ def _put_back(x: Tensor, tokens: Tensor, kept: Tensor | None, prefix: int) -> Te
     """Tokens (B, P + N, C), with what x (B, P + n, C) has of the prefix and the patches `kept` (B, K), or of all."""
     if kept is None:
         return x
-    index = torch.cat([torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1), kept + prefix], 1)
-    index = index.unsqueeze(-1).expand(-1, -1, x.shape[2])
+    index = evolution.with_prefix(kept, prefix).unsqueeze(-1).expand(-1, -1, x.shape[2])
     return tokens.scatter(1, index, x[:, : index.shape[1]].to(tokens.dtype))
 
 
