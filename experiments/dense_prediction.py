@@ -213,7 +213,7 @@ def draw(rows: list[dict], path: Path):
         draw_methods(axes, shown, x, y, 'off' if y == 'off' else '')
         axes.set(xlabel=names[x], ylabel='mIoU minus dense, percentage points')
         axes.set_title(title, fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=2 * columns - 1, frameon=False)
     hidden = f'; differences below {LOWEST} are not drawn' if len(shown) < len(rows) - 1 else ''
     size = f'{dense["width"]} x {dense["height"]} px'
     figure.suptitle(

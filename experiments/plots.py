@@ -21,7 +21,7 @@ LOOKS = {
     'smaller, nearest': ('evolve, smaller image', '*-', 'black'),
     'smaller, merge': ('merge, smaller image', '>:', 'black'),
 }
-GMACS_AXIS = 'GMACs an image (methods at one budget are drawn side by side)'
+GMACS_AXIS = 'GMACs an image\n(methods at one budget are drawn side by side)'
 
 
 def speed_axes(rows: Sequence[dict]) -> dict[str, str]:
@@ -32,7 +32,7 @@ def speed_axes(rows: Sequence[dict]) -> dict[str, str]:
         names = [f'{kind}speed_{name}' for name in ('device', 'precision', 'batch')]
         how = [' and '.join(sorted({str(row[name]) for row in measured})) for name in names]
         if measured:
-            found[f'{kind}speedup'] = 'times as fast as dense\n{}, {}, batch {}'.format(*how)
+            found[f'{kind}speedup'] = 'times as fast as dense (thin: p10 to p90)\n{}, {}, batch {}'.format(*how)
     return found
 
 
@@ -62,8 +62,8 @@ def draw_seeds(rows: list[dict], title: str, path: Path):
     for method in methods:
         own = [row for row in rows if row['method'] == method]
         mean = t_interval(row['top1'] for row in own)[0]
-        times = [f'{own[0].get(column) or "?"} {label}'.replace('\n', ', ') for column, label in speeds.items()]
-        print(f'{method}: {mean:.2f} % ({len(own)} runs); in training {"; ".join(times)}')
+        times = [f'{own[0].get(column) or "?"} on {label.splitlines()[1]}' for column, label in speeds.items()]
+        print(f'{method}: {mean:.2f} % ({len(own)} runs); times as fast as dense in training: {"; ".join(times)}')
         off, half, pairs = compare_seeds(rows, method, 'dense')
         if pairs > 1:
             points.append(own[0] | dict(off=off, off_low=off - half, off_high=off + half))

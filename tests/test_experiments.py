@@ -177,7 +177,7 @@ def test_a_line_goes_through_its_points_by_arithmetic(common):
         for gmacs, speed in speeds.items()
     ]
     (column,), (label,) = zip(*plots.speed_axes([*rows, {'method': 'merge'}]).items(), strict=True)
-    assert (column, label) == ('gpu_speedup', 'times as fast as dense\nGPU, bf16, batch 4')
+    assert (column, label) == ('gpu_speedup', 'times as fast as dense (thin: p10 to p90)\nGPU, bf16, batch 4')
     axes = Figure().subplots()
     plots.draw_methods(axes, rows[::-1] + [{'method': 'nearest', 'gmacs': 9}], column, 'off', 'off')
     (container,) = axes.containers
