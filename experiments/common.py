@@ -23,6 +23,7 @@ import models  # noqa: E402
 from costs import count_gmacs  # noqa: E402
 from results import circumstances  # noqa: E402
 
+IMAGES = ROOT / 'experiments' / 'imagenet_500.txt'
 BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # of the dense model's GMACs
 
 
@@ -205,7 +206,7 @@ def _number(column: str, text: str) -> float | int | str:
 def add_images(parser: argparse.ArgumentParser):
     """The flags that say which images of ImageNet are used."""
     parser.add_argument(
-        '--images', default='experiments/imagenet_500.txt', metavar='FILE',
+        '--images', default=IMAGES, metavar='FILE',
         help='numbers of the validation images to use; all: every image that is there',
     )  # fmt: skip
     parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
@@ -220,14 +221,20 @@ def find_images(args: argparse.Namespace) -> tuple[list[Path], Tensor]:
     if not paths:
         raise SystemExit(f'{root}: expected folders named by synsets, such as n01440764, with images')
     if args.images != 'all':
-        names = {f'ILSVRC2012_val_{int(number):08}' for number in Path(args.images).read_text().split()}
-        paths, there = [path for path in paths if path.stem in names], len(paths)
-        if len(paths) < len(names):
+        try:
+            names = {f'ILSVRC2012_val_{int(number):08}' for number in Path(args.images).read_text().split()}
+        except (OSError, ValueError) as error:
+            raise SystemExit(f'--images {args.images}: expected a file of numbers, or all: {error}') from error
+        found = [path for path in paths if path.stem in names]
+        if missing := names - {path.stem for path in found}:
             raise SystemExit(
-                f'{root}: expected the {len(names)} images of {args.images}, such as {min(names)}.JPEG, found '
-                f'{len(paths)} of them; --images all takes the {there} images that are there'
+                f'{root}: expected the images of {args.images}, found {len(found)} of {len(names)}, not '
+                f'{min(missing)}.JPEG; --images all takes the {len(paths)} images that are there'
             )
+        paths = found
     paths = paths[: args.limit]
+    if not paths:
+        raise SystemExit(f'--images {args.images}, --limit {args.limit}: expected images, found none')
     return paths, torch.tensor([label[path.parent.name] for path in paths])
 
 
@@ -247,6 +254,11 @@ def mean_interval(values: Tensor) -> tuple[float, float]:
 def paired_interval(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """Mean of the paired difference of two (n,) tensors, and half of its 95 % interval."""
     return mean_interval(ours.double() - theirs.double())
+
+
+def from_anywhere(weights: str) -> str:
+    """A file of weights as it is called from another folder; an address stays."""
+    return weights if '://' in weights else str(Path(weights).absolute())
 
 
 def train(flags: Sequence, folder: Path) -> dict:

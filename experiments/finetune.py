@@ -29,6 +29,7 @@ from common import (
     build,
     evaluate,
     find_setting,
+    from_anywhere,
     get_parser,
     gmacs,
     method_flags,
@@ -85,8 +86,7 @@ def main():
     # main_deit.py evaluates after every epoch here, on next to nothing: what counts is evaluated once.
     data = link_subset(root, runs / 'data', train=args.images[0], val=1)
     network = ['--model', args.model, '--device', args.device, '--batch-size', args.batch_size, '--num_workers', 1]
-    weights = args.weights if '://' in args.weights else Path(args.weights).absolute()
-    recipe = ['--finetune', weights, '--data-path', data, '--epochs', args.epochs, *RECIPE]
+    recipe = ['--finetune', from_anywhere(args.weights), '--data-path', data, '--epochs', args.epochs, *RECIPE]
     recipe += ['--aa', '']
 
     def run(method: str, seed: int) -> dict:

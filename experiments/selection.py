@@ -49,6 +49,8 @@ KEEP_RATIO = 0.5
 
 def load_boxes(path: Path) -> dict[str, list]:
     """Boxes [x0, y0, x1, y1] by the file name of the image, from boxes.json or a folder of ImageNet's XML files."""
+    if not path.exists():
+        raise SystemExit(f'{path}: expected boxes.json, or a folder of XML files by --boxes')
     if not path.is_dir():
         return json.loads(path.read_text())
     corners = 'xmin', 'ymin', 'xmax', 'ymax'
@@ -104,8 +106,12 @@ def main():
     parser.add_argument('--boxes', metavar='PATH', help='boxes.json, or a folder of XML files (default: in the data)')
     args = parser.parse_args()
     output, boxes = Path(args.output), load_boxes(Path(args.boxes or Path(args.data_path) / 'boxes.json'))
-    paths, _ = find_images(args)
-    paths = [path for path in paths if path.name in boxes]
+    paths = find_images(args)[0]
+    if without := [path for path in paths if not boxes.get(path.name)]:
+        print(f'left out, as they have no boxes: {len(without)} of {len(paths)} images, such as {without[0].name}')
+    paths = [path for path in paths if boxes.get(path.name)]
+    if not paths:
+        raise SystemExit('expected boxes of the images, found none')
     model = timm.create_model(args.model)
     models.load_weights(model, args.weights)
     model.eval().to(args.device)
@@ -122,7 +128,8 @@ def main():
             views[shift].append(normalise(small.crop((left + shift, top, left + shift + crop, top + crop))))
     views, cover = {name: torch.stack(images) for name, images in views.items()}, torch.stack(cover)
     seen, grid = cover.sum(1) > 0, model.patch_embed.grid_size[0]
-    rows = Rows(output.with_suffix('.csv'), dict(model=args.model, weights=Path(args.weights).name, n=len(paths)))
+    setup = dict(model=args.model, weights=Path(args.weights).name, images=Path(args.images).stem, n=len(paths))
+    rows = Rows(output.with_suffix('.csv'), setup)
     if not rows.has(method='centre', block=0):
         inside = share_of_box(centre(grid, int(KEEP_RATIO * grid**2)).expand(len(cover), grid, grid), cover)[seen]
         off, interval = mean_interval(inside - 100 * KEEP_RATIO)

@@ -48,7 +48,7 @@ def drop(
     """Top-k: the patches with the least class attention leave the group's first block, between attention and MLP.
 
     They never come back, and the attention of that block alone decides. Source: EViT
-    (https://arxiv.org/abs/2202.07800) without its fused token.
+    (https://arxiv.org/abs/2202.07800) without its fused token; numbers of patches are rounded down here, there up.
     """
     x, kept, n = tokens, None, tokens.shape[1] - prefix
     k = evolution.informative(n, keep_ratio)
@@ -56,15 +56,16 @@ def drop(
         kept, fused = selection.kept, [] if selection.fused is None else [selection.fused]
         x, n = torch.cat([evolution.take(tokens, evolution.with_prefix(kept, prefix)), *fused], 1), kept.shape[1]
     if select_anew and k < n:
-        x, attention, _ = blocks[0].attend(Slow(x, kept), True)
+        x, attention, keys = blocks[0].attend(Slow(x, kept), True)
         tokens = _put_back(x, tokens, kept, prefix)  # the last that is seen of those that leave
         best = evolution.select(attention[:, :n], k)
         if kept is None:
             kept, score = best, attention
         else:
-            gone = attention.new_full((tokens.shape[0], tokens.shape[1] - prefix), -torch.inf)
+            gone = attention.new_zeros(tokens.shape[0], tokens.shape[1] - prefix)
             kept, score = kept.gather(1, best), gone.scatter(1, kept, attention[:, :n])
-        fused = [evolution.weighted_mean(x[:, prefix:], attention, best)] if fusing else []
+        leaving = (attention / keys.shape[1]).scatter(1, best, 0.0)  # the fused token of before among them
+        fused = [leaving.unsqueeze(1).to(x.dtype) @ x[:, prefix:]] if fusing else []
         x = torch.cat([evolution.take(x, evolution.with_prefix(best, prefix)), *fused], 1)
         x, selection, blocks = blocks[0].feed_forward(x), Reduced(kept, score, None, *fused), blocks[1:]
     for block in blocks:
@@ -83,10 +84,10 @@ def _put_back(x: Tensor, tokens: Tensor, kept: Tensor | None, prefix: int) -> Te
 
 
 def fuse(*args, **kwargs):
-    """EViT: as `drop`, but what leaves is fused into one token, its mean weighted by attention, which goes on.
+    """EViT: as `drop`, but what leaves is fused into one token, its sum weighted by the attention, which goes on.
 
     What leaves later is fused with the token that is there already. Source: https://arxiv.org/abs/2202.07800, whose
-    fused token may also be kept as if it were a patch, and whose code adds up without dividing by the sum of weights.
+    fused token may also be kept as if it were a patch.
     """
     return drop(*args, **kwargs, fusing=True)
 
@@ -177,7 +178,7 @@ def apply(
     Args:
         method: 'drop', 'fuse', 'merge' or 'random'.
         keep_ratio: drop, fuse: the share of the patches still there that goes on, at each of the stages (EViT: 0.7).
-            random: as in `models.evolve`.
+            random: as in `models.evolve`. (`model.keep_ratio` then has the shares of all patches.)
         stages: drop, fuse: the blocks in which patches leave; by default 3, 6 and 9 of 12, and in proportion.
         merge_r: merge: how many patches each block merges away.
 
@@ -199,7 +200,9 @@ def apply(
         if np.ndim(stages) != 1:
             raise ValueError(f'stages: expected indices of blocks, such as (3, 6, 9), found {stages}')
         shares = evolution.check_keep_ratio(to_floats('keep_ratio', keep_ratio), len(stages))
-        model = evolve(model, list(accumulate(shares, mul)), stages, representative='none')
+        # With one token for all that left, its weights have gradients too; dropping has no use for them.
+        representative = 'one' if method == 'fuse' else 'none'
+        model = evolve(model, list(accumulate(shares, mul)), stages, representative)
     model.update_group = METHODS[method]
     return model
 

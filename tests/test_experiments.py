@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib
 import importlib.util
+import json
 import sys
 
 import numpy as np
@@ -90,11 +91,17 @@ def test_dense_prediction(run, tmp_path):
     assert float(rows[0]['off']) == 0 and 0 <= float(rows[1]['miou']) <= 100
 
 
-def test_selection(run, tmp_path):
-    for name, height in (('a.png', 230), ('b.png', 300)):
+def test_selection(run, tmp_path, capsys):
+    for name, height in (('a.png', 230), ('b.png', 300), ('c.png', 300), ('d.png', 230)):
         noise(tmp_path / 'val' / 'n01440764' / name, height, 240)
-    (tmp_path / 'boxes.json').write_text('{"a.png": [[20, 20, 130, 220]], "b.png": [[90, 20, 130, 220]]}')
-    rows = run('selection')
+    # The box of c lies outside of its crop, and d has none.
+    boxes = {'a.png': [[20, 20, 130, 220]], 'b.png': [[90, 20, 130, 220]], 'c.png': [[0, 0, 9, 9]]}
+    (tmp_path / 'own.json').write_text(json.dumps(boxes))
+    with pytest.raises(SystemExit, match='boxes.json: expected boxes.json, or a folder of XML files'):
+        run('selection')
+    rows = run('selection', '--boxes', tmp_path / 'own.json')
+    assert 'left out, as they have no boxes: 1 of 4 images, such as d.png' in capsys.readouterr().out
+    assert {row['n'] for row in rows} == {'3'}
     assert [(row['method'], row['block']) for row in (rows[0], *rows[1::11])] == [
         ('centre', '0'),
         ('attention', '1'),
@@ -113,13 +120,27 @@ def test_images_are_those_of_a_list(common, tmp_path):
     args = argparse.Namespace(data_path=tmp_path, images=tmp_path / 'list.txt', limit=None)
     args.images.write_text('293\n4')
     assert [path.stem[-3:] for path in common.find_images(args)[0]] == ['004', '293']
-    args.images.write_text('4 5')
-    with pytest.raises(
-        SystemExit, match='expected the 2 images.*such as ILSVRC2012_val_00000004.JPEG, found 1 of them'
+    args.limit = 1  # of those of the list
+    assert [path.stem[-3:] for path in common.find_images(args)[0]] == ['004']
+    for text, message in (
+        ('4 5', 'found 1 of 2, not ILSVRC2012_val_00000005.JPEG; --images all takes the 3 images'),
+        ('4 n5', '--images .*list.txt: expected a file of numbers, or all: .*n5'),
+        ('', 'expected images, found none'),
     ):
+        args.images.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            common.find_images(args)
+    args.images = tmp_path / 'none.txt'
+    with pytest.raises(SystemExit, match='expected a file of numbers, or all: .*No such file'):
         common.find_images(args)
     numbers = (ROOT / parser.get_default('images')).read_text().split()
     assert len(set(numbers)) == 500
+
+
+def test_weights_are_files_or_addresses(common, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert common.from_anywhere('w.pth') == str(tmp_path / 'w.pth')
+    assert common.from_anywhere('https://host/w.pth') == 'https://host/w.pth'
 
 
 def test_boxes_are_read_from_the_xml_files_of_imagenet(common, tmp_path):

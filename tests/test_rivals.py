@@ -54,22 +54,26 @@ def test_what_leaves_never_comes_back_and_keeps_its_last_values():
     assert torch.equal(outputs[0][0, 1:][gone], outputs[2][0, 1:][gone])
 
 
-class Still:
-    """A block that changes no token; the class token attends to patches as `attention` (B, N) says."""
+class Adds:
+    """A block whose attention adds 1 and whose MLP adds 10; the class token attends to patches as `attention` says.
+
+    attention (B, N); to a fused token its mean.
+    """
 
     def __init__(self, attention):
         self.attention = attention
 
     def __call__(self, slow, need_attention):
-        return slow.tokens, None
+        return slow.tokens + 11, None
 
     def attend(self, slow, need_attention):
         attention = self.attention if slow.places is None else self.attention.gather(1, slow.places)
         fused = slow.tokens.shape[1] - 1 - attention.shape[1]
-        return slow.tokens, torch.nn.functional.pad(attention, (0, fused), value=attention.mean().item()), None
+        attention = torch.nn.functional.pad(attention, (0, fused), value=attention.mean().item())
+        return slow.tokens + 1, attention, slow.tokens[:, None]  # keys of one head
 
     def feed_forward(self, tokens):
-        return tokens
+        return tokens + 10
 
 
 @pytest.mark.parametrize('method', ['drop', 'fuse'])
@@ -86,22 +90,41 @@ def test_patches_leave_between_attention_and_mlp(method):
     assert seen == [a, a, a, a, a, b, b, b, b, c, c, c, c, d, d, d]
 
 
-def test_the_fused_token_is_the_mean_of_all_that_left():
-    """With blocks that do nothing: of what leaves, and of the token that is there already, weighted by attention."""
+def test_the_fused_token_is_the_sum_of_all_that_left():
+    """Of what leaves, and of the token that is there already, as attention weighs them after the block's attention."""
     generator = torch.Generator().manual_seed(0)
     tokens, score = torch.randn(2, 11, 4, generator=generator), torch.rand(2, 10, generator=generator)
-    x, s, first = rivals.fuse(tokens, None, [Still(score)], [0.5], 0.6, 'none')
+    x, s, first = rivals.fuse(tokens, None, [Adds(score)] * 2, [0.5] * 2, 0.6, 'none')
     weight = score.scatter(1, first.kept, 0)
-    fused = (weight[..., None] * tokens[:, 1:]).sum(1) / weight.sum(1, keepdim=True)
-    torch.testing.assert_close(first.fused[:, 0], fused)
-    x, s, second = rivals.fuse(x, s, [Still(score)], [0.5], 0.3, 'none', first)
+    fused = (weight[..., None] * (tokens[:, 1:] + 1)).sum(1)
+    torch.testing.assert_close(first.fused[:, 0], fused + 10 + 11)
+    assert torch.equal(s, score) and torch.equal(first.score, score)
+    # Those that leave keep the values after the attention.
+    left = torch.ones(2, 10, dtype=torch.bool).scatter(1, first.kept, False)
+    torch.testing.assert_close(x[:, 1:], tokens[:, 1:] + torch.where(left, 1, 22)[..., None])
+    y, s, second = rivals.fuse(x, s, [Adds(score)], [0.5], 0.3, 'none', first)
     assert all(set(b.tolist()) < set(a.tolist()) for a, b in zip(first.kept, second.kept, strict=True))
-    assert torch.equal(x, tokens)
-    assert (s.scatter(1, first.kept, -torch.inf) == -torch.inf).all()
-    weight = score.scatter(1, second.kept, 0) * score.new_zeros(2, 10).scatter(1, first.kept, 1)
-    mean = score.gather(1, first.kept).mean()  # what `Still` attends to a fused token
-    again = ((weight[..., None] * tokens[:, 1:]).sum(1) + mean * fused) / (weight.sum(1, keepdim=True) + mean)
-    torch.testing.assert_close(second.fused[:, 0], again)
+    torch.testing.assert_close(s, score.masked_fill(left, 0))
+    weight = s.scatter(1, second.kept, 0)
+    mean = score.gather(1, first.kept).mean()
+    again = (weight[..., None] * (x[:, 1:] + 1)).sum(1) + mean * (first.fused[:, 0] + 1)
+    torch.testing.assert_close(second.fused[:, 0], again + 10)
+    assert torch.equal(y[:, 1:][left], x[:, 1:][left])
+
+
+def test_only_the_weights_of_a_fused_token_need_gradients():
+    for method in ('drop', 'fuse'):
+        model = rivals.apply(dense(), method)
+        assert model.prepare(images(model))[1][0].score_grad == (method == 'fuse')
+
+
+@pytest.mark.parametrize('method', ['drop', 'fuse'])
+def test_shallow_networks_and_half_precision(method):
+    model = rivals.apply(dense(depth=3), method, keep_ratio=0.5)
+    assert model.first_blocks == (1, 2)
+    x = images(model)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert model(x).isfinite().all()
 
 
 def test_matching_merges_the_most_similar_pairs():
@@ -217,7 +240,7 @@ def test_a_merged_token_keeps_the_place_of_the_one_that_it_was_merged_into():
     """Places go with rotary positions. The third token goes into the second, not the other way round."""
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0], [1.0, -1.0]]])
 
-    class Keys(Still):
+    class Keys(Adds):
         def attend(self, slow, need_attention):
             return slow.tokens, None, torch.nn.functional.pad(keys, (0, 0, 1, 0))[:, None]
 
@@ -227,21 +250,13 @@ def test_a_merged_token_keeps_the_place_of_the_one_that_it_was_merged_into():
     assert cluster[2] == cluster[1] and places[cluster].tolist() == [0, 1, 1, 3, 4]
 
 
-def test_fusing_tokens_to_which_nobody_attends_is_their_mean():
-    tokens, score = torch.arange(11.0).view(1, 11, 1), torch.zeros(1, 10)
-    score[0, :6] = 1
-    x, score, first = rivals.fuse(tokens, None, [Still(score)], [0.5], 0.6, 'none')
-    assert first.fused.item() == torch.arange(7.0, 11.0).mean()
-    _, _, second = rivals.fuse(x, score, [Still(torch.zeros(1, 10))], [0.5], 0.3, 'none', first)
-    assert second.fused.isfinite().all()
-
-
 def test_all_methods_give_selections_of_one_kind():
     """Their readers, such as visualize.py, know no method."""
     for method in ('drop', 'fuse', 'random'):
         model = rivals.apply(dense(), method)
         selections = run(model, images(model))[1][1]
         assert selections and all(type(selection) is evolution.Selection for selection in selections.values())
+        assert all(selection.score.isfinite().all() for selection in selections.values())
 
 
 @pytest.mark.parametrize('method', rivals.METHODS)
