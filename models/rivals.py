@@ -64,8 +64,10 @@ def drop(
         else:
             gone = attention.new_zeros(tokens.shape[0], tokens.shape[1] - prefix)
             kept, score = kept.gather(1, best), gone.scatter(1, kept, attention[:, :n])
-        leaving = (attention / keys.shape[1]).scatter(1, best, 0.0)  # the fused token of before among them
-        fused = [leaving.unsqueeze(1).to(x.dtype) @ x[:, prefix:]] if fusing else []
+        fused = []
+        if fusing:
+            leaving = (attention / keys.shape[1]).scatter(1, best, 0.0)  # a mean over heads; the fused token leaves too
+            fused = [leaving.unsqueeze(1).to(x.dtype) @ x[:, prefix:]]
         x = torch.cat([evolution.take(x, evolution.with_prefix(best, prefix)), *fused], 1)
         x, selection, blocks = blocks[0].feed_forward(x), Reduced(kept, score, None, *fused), blocks[1:]
     for block in blocks:
@@ -177,8 +179,9 @@ def apply(
 
     Args:
         method: 'drop', 'fuse', 'merge' or 'random'.
-        keep_ratio: drop, fuse: the share of the patches still there that goes on, at each of the stages (EViT: 0.7).
-            random: as in `models.evolve`. (`model.keep_ratio` then has the shares of all patches.)
+        keep_ratio: drop, fuse: the share of the patches still there that goes on, at each of the stages (EViT: 0.7);
+            `model.keep_ratio` then has the shares of all patches.
+            random: as in `models.evolve`.
         stages: drop, fuse: the blocks in which patches leave; by default 3, 6 and 9 of 12, and in proportion.
         merge_r: merge: how many patches each block merges away.
 
