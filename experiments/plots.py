@@ -49,11 +49,12 @@ def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str
             shift = 0.003 * (i - 3) if x == 'gmacs' and method in METHODS else 0
             places = [row[x] * (1 + shift) for row in own]
             fill = colour if method in ('drop', 'fuse', 'merge') else 'none'  # other people's methods
-            look = dict(fmt=style, color=colour, mfc=fill, label=name, capsize=2, linewidth=1.2, markersize=6)
+            look = dict(fmt=style, color=colour, mfc=fill, label=name, linewidth=1.2, markersize=6)
             if x.endswith('speedup'):
                 ends = ([row[f'{x}_{end}'] for row in own] for end in ('p10', 'p90'))
                 axes.hlines([row[y] for row in own], *ends, color=colour, linewidth=0.5)
-            axes.errorbar(places, [row[y] for row in own], list(zip(*bars, strict=True)) or None, **look)
+            bars = list(zip(*bars, strict=True)) or None
+            axes.errorbar(places, [row[y] for row in own], bars, elinewidth=0.7, capsize=1.5, **look)
 
 
 def draw_seeds(rows: list[dict], title: str, path: Path):
@@ -78,5 +79,6 @@ def draw_seeds(rows: list[dict], title: str, path: Path):
         axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
         axes.set(xlabel=label, ylabel='top-1 minus dense, percentage points')
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f'{title}: mean and 95 % interval over pairs of one seed; speed in training', fontsize=10)
+    title += ': mean and 95 % interval over pairs of one seed and device; speed in training'
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
