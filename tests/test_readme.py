@@ -21,7 +21,7 @@ COMMANDS = sorted(
         line.strip()
         for page in PAGES
         for language, block in re.findall(r'^```(\w*)\n(.*?)^```$', page.read_text(), re.M | re.S)
-        for line in block.splitlines()
+        for line in block.replace('\\\n', '').splitlines()  # a command may go on in the next line
         if not language and re.search(r'(main_deit|main_levit|benchmark|visualize|export)\.py ', line + ' ')
     }
 )
