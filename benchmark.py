@@ -20,7 +20,6 @@ A model and its twin take turns, call by call, so that whatever else the machine
 the median ratio of neighbouring calls. The ratio of the arithmetic beside it is the speed-up that MACs alone allow.
 """
 
-import ctypes
 import gc
 import os
 import re
@@ -30,7 +29,7 @@ import traceback
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -52,7 +51,7 @@ import models
 import optim
 import results
 import utils
-from costs import count_gmacs, peak_memory
+from costs import count_gmacs, keep_freed_memory, peak_memory
 from utils import HALF, InputError, at_least, print_rank0
 
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
@@ -185,11 +184,7 @@ def set_up_torch(threads: int | None, precision: str, device: torch.device, comp
     """Set the switches of the process: threads, memory, precision of products, compiler."""
     if threads:
         torch.set_num_threads(threads)
-    with suppress(OSError, AttributeError):  # a C library other than GNU's
-        # Keep freed memory (M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h): new pages from the kernel take time, by
-        # chance in the calls of one model and not in those of another.
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    keep_freed_memory()
     utils.set_backends(precision, device)
     if compiled:
         torch._dynamo.config.recompile_limit = 256  # after 8 models of a class PyTorch would silently stop compiling

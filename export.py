@@ -32,6 +32,7 @@ import datasets
 import engine
 import models
 import utils
+from costs import keep_freed_memory
 from models import hub, weights
 from models.vit import Evolving
 from utils import InputError, at_least, print_rank0
@@ -250,6 +251,7 @@ def build_dense(args: argparse.Namespace, model: nn.Module, size: int) -> nn.Mod
 @torch.no_grad()
 def bench(model: nn.Module, dense: nn.Module, format: str, path: Path, size: int, batches: list[int]):
     """Print images a second of what was written and of the dense model, written the same way, alternately."""
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         dense_path = Path(folder) / f'dense.{format}'
         write(dense, dense_path, format, {'input_size': (3, size, size)})

@@ -20,7 +20,7 @@ from torch import Tensor, nn  # noqa: E402
 from torchvision.transforms import Compose  # noqa: E402
 
 import models  # noqa: E402
-from costs import count_gmacs  # noqa: E402
+from costs import count_gmacs, keep_freed_memory  # noqa: E402
 from results import circumstances  # noqa: E402
 
 IMAGES = ROOT / 'experiments' / 'imagenet_500.txt'
@@ -315,6 +315,7 @@ def images_per_second(
     Of inference, or with `train` of steps of AdamW; on GPUs with autocast to bfloat16. Each has images of its own size.
     """
     on_gpu = next(model.parameters()).device.type == 'cuda'
+    keep_freed_memory()
     seconds = {model: [], dense: []}
     steps = {each: _make_step(each, batch_size, train) for each in (dense, model)}
     for turn in range(turns + 1):
