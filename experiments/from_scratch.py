@@ -4,7 +4,7 @@
 
 An hour of one core a run, on an H100 five minutes with eleven others beside it. Result, of three pairs: nearest is
 1.8 ± 1.4 points above none, and not told apart from dense (62.5 %, +0.5 ± 3.1) and one (+2.6 ± 3.6); nothing else is
-told apart. Nearest is 1.56 times as fast as dense to train on a CPU, 0.76 times on an H100.
+told apart. Nearest is 1.40 times as fast as dense to train on a CPU, 0.76 times on an H100.
 
 `evo_deit_nano_patch4_32` on all of CIFAR-10 ({train,val}/<class>/*), by the recipe of docs/training.md: 8 epochs, batch
 128, three seeds; its dense twin, and half of the patches informative with every kind of representative. The twin is
