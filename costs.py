@@ -71,7 +71,7 @@ def keep_freed_memory():
     Otherwise large blocks go back to the kernel, and new pages take time in each call: by chance in those of one model
     and not in those of another, and more of it in those of the model with the larger tensors.
     """
-    with suppress(OSError, AttributeError):  # a C library other than GNU's
+    with suppress(OSError, AttributeError, TypeError):  # a C library other than GNU's
         library = ctypes.CDLL(None)
         library.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
