@@ -21,6 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from . import huggingface
+
 # Takes a message for the user. A script of several processes gives one that prints on the first of them.
 Report = Callable[[str], None]
 
@@ -162,7 +164,14 @@ class Loaded(NamedTuple):
 
 
 def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: the published layout's, timm's, this project's, or a bare one."""
+    """The state dict in a checkpoint: the published layout's, timm's, this project's, or a bare one.
+
+    One in the names of Hugging Face's transformers gets timm's.
+    """
+    return huggingface.to_timm(_find_state(checkpoint, use_ema))[0]
+
+
+def _find_state(checkpoint: dict, use_ema: bool) -> dict[str, Tensor]:
     keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict')
     state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
     if state is None and use_ema:
@@ -203,7 +212,10 @@ def load_weights(
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source, report)
     where = 'the checkpoint' if isinstance(source, dict) else str(source)
     expected, pooling = model.state_dict(), getattr(model, 'global_pool', '')
-    state, filled, dropped = find_weights(checkpoint, use_ema), [], []
+    state, filled, dropped = _find_state(checkpoint, use_ema), [], []
+    state, beside, note = huggingface.to_timm(state, model)
+    if note:
+        report(f'{where}: {note}')
     try:
         if hasattr(model, 'convert_state'):
             state, filled, dropped = model.convert_state(state, resize=adapt)
@@ -228,7 +240,7 @@ def load_weights(
     model.load_state_dict(state | {k: expected[k] for k in new})
     return Loaded(
         missing=sorted(new),
-        dropped=dropped + [k for k in unused if k not in filled],
+        dropped=beside + dropped + [k for k in unused if k not in filled],
         filled=[k for k in filled if k not in (*new, *unused)],
         pooling=_report_new_pooling(model, pooling, where, report),
     )
