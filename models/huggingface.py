@@ -88,8 +88,8 @@ HEADS = {
     'distillation_classifier': 'head_dist',
     'visual_projection': 'head',
 }
-# What a ViT of timm has no place for: what pools after the norm, masks tokens or counts positions; the decoder of masked
-# images; the text towers of CLIP and SigLIP; the rest of LLaVA and its like.
+# What a ViT of timm has no place for: what pools after the norm, masks tokens or counts positions; the decoder of
+# masked images; the text towers of CLIP and SigLIP; the rest of LLaVA and its like.
 UNUSED = (
     'pooler', 'embeddings.mask_token', 'embeddings.position_ids', 'decoder', 'text_model', 'text_projection',
     'logit_scale', 'logit_bias', 'language_model', 'lm_head', 'multi_modal_projector', 'image_newline',
@@ -154,8 +154,8 @@ def to_timm(state: Mapping[str, Tensor], model: nn.Module | None = None) -> tupl
     # CLIP's projection has no bias, timm's head has one.
     if clip and 'head.weight' in out and len(out['head.weight']) == len(expected.get('head.bias', ())):
         out.setdefault('head.bias', torch.zeros_like(expected['head.bias']))
-    used = f'not used of it: {", ".join(dropped)}' if dropped else 'all of it is used'
-    return out, list(dropped), '; '.join([f"names of Hugging Face's transformers, {used}", *notes])
+    unused = f'not used: {", ".join(dropped)}' if dropped else 'all are used'
+    return out, list(dropped), '; '.join([f"weights in the names of Hugging Face's transformers, {unused}", *notes])
 
 
 def _rename(name: str, names: Mapping[str, str]) -> str:

@@ -152,7 +152,7 @@ class Loaded(NamedTuple):
     """What load_weights could not take over as it is: names of tensors.
 
     missing: the model's, not found in the file; they are as they were.
-    dropped: the file's, not used.
+    dropped: the file's, not used; `text_model.*` for all that begin so.
     filled: the model's, not found in the file; they are copies of others, as `head_cls` of `head`.
     pooling: the model's new `global_pool`, where that of the weights is another than the model had; else ''.
     """
@@ -196,7 +196,8 @@ def load_weights(
     """Load weights into a model, strictly: every tensor is used, or named in what is returned, or an error.
 
     Args:
-        source: path, URL, or a checkpoint that was read already, in the published layout, timm's or this project's.
+        source: path, URL, or a checkpoint that was read already, in the published layout, timm's, this project's or
+            that of Hugging Face's transformers (see huggingface.py).
         use_ema: take the averaged weights.
         adapt: for fine-tuning: positions are resized to the model's resolution, heads for other classes are left out,
             and the file may lack a head. The pooling stays the model's, as the head is trained for it.
