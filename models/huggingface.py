@@ -143,17 +143,22 @@ def to_timm(state: Mapping[str, Tensor], model: nn.Module | None = None) -> tupl
 
     _join(out, theirs)
     for name in ('cls_token', 'pos_embed'):
-        if name in out:
+        if name in out and out[name].ndim:
             out[name] = out[name].reshape(1, -1, out[name].shape[-1])
     for leaf in ('weight', 'bias'):
-        if (value := out.pop(f'attn_pool.qkv.{leaf}', None)) is not None:
+        value = out.get(f'attn_pool.qkv.{leaf}')
+        if value is not None and value.ndim:
             out[f'attn_pool.q.{leaf}'], out[f'attn_pool.kv.{leaf}'] = value.tensor_split([len(value) // 3])
-    if {'reg_token', 'cls_token', 'pos_embed'} <= out.keys():  # timm's have positions of the patches alone
+            del out[f'attn_pool.qkv.{leaf}']
+    # Where there are registers, timm has positions of the patches alone.
+    tokens = [out[name] for name in ('reg_token', 'cls_token', 'pos_embed') if name in out]
+    if len(tokens) == 3 and len({x.shape[-1:] for x in tokens}) == 1:
         out['cls_token'] = out['cls_token'] + out['pos_embed'][:, :1]
         out['pos_embed'] = out['pos_embed'][:, 1:]
     # CLIP's projection has no bias, timm's head has one.
-    if clip and 'head.weight' in out and len(out['head.weight']) == len(expected.get('head.bias', ())):
-        out.setdefault('head.bias', torch.zeros_like(expected['head.bias']))
+    head, bias = out.get('head.weight'), expected.get('head.bias')
+    if clip and head is not None and bias is not None and head.shape[:1] == bias.shape:
+        out.setdefault('head.bias', torch.zeros_like(bias))
     unused = f'not used: {", ".join(dropped)}' if dropped else 'all are used'
     return out, list(dropped), '; '.join([f"weights in the names of Hugging Face's transformers, {unused}", *notes])
 
@@ -168,13 +173,14 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
 
 
 def _join(state: dict[str, Tensor], theirs: Mapping[str, str]):
-    """Make one of layers that are one in timm, in place; parts of a layer that is not whole get their names back."""
+    """Make one of layers that are one in timm, in place; parts that do not make one get their names back."""
     for key in list(state):
         for joined, parts in JOINED.items():
             if found := re.fullmatch(rf'(blocks\.\d+)\.{re.escape(parts[0])}\.(\w+)', key):
-                names = [f'{found[1]}.{part}.{found[2]}' for part in parts]
-                if all(name in state for name in names):
-                    state[f'{found[1]}.{joined}.{found[2]}'] = torch.cat([state.pop(name) for name in names])
+                names, whole = [f'{found[1]}.{part}.{found[2]}' for part in parts], f'{found[1]}.{joined}.{found[2]}'
+                shapes = {state[name].shape if name in state else None for name in names}
+                if whole not in state and len(shapes) == 1 and shapes not in ({None}, {()}):
+                    state[whole] = torch.cat([state.pop(name) for name in names])
     for key in list(state):
         if re.fullmatch(r'blocks\.\d+\.(attn\.[qkv]|mlp\.gate|mlp\.up)\.\w+', key):
             state[theirs[key]] = state.pop(key)

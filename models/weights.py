@@ -257,7 +257,7 @@ def _check_fit(
     expected = model.state_dict()
     missing = [k for k in expected if k not in state]
     differ = [k for k in state if k in expected and state[k].shape != expected[k].shape]
-    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(expected[k])]
+    other_head = [k for k in differ if k.startswith(heads) and state[k].ndim and len(state[k]) != len(expected[k])]
     if other_head and other_head == differ and not adapt:
         found, classes = len(state[other_head[0]]), len(expected[other_head[0]])
         raise InputError(f'{where} has {found} classes, the model {classes}')

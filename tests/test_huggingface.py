@@ -241,13 +241,16 @@ def test_position_ids_and_prefixes_of_older_files_load():
 
 @pytest.mark.parametrize('name', CASES)
 def test_a_load_stays_strict(name):
-    """A tensor too few, or too many, inside the tower or beside it, is an error with the name in it."""
+    """A tensor too few, too many, inside the tower or beside it, or of another shape, is an error."""
     case, (state, *_) = CASES[name], golden(name)
     tower = huggingface.find_tower(state)
     used = [k for k in state if not any(k.startswith(x.removesuffix('*')) for x in case.unused)]
     for key in used:
         with pytest.raises(InputError, match='missing|has \\d+ classes'):
             load(case, {k: v for k, v in state.items() if k != key})
+        for wrong in (torch.zeros(3, 5), torch.zeros(())):
+            with pytest.raises(InputError, match='does not fit'):
+                load(case, state | {key: wrong})
     for key in (f'{tower}encoder.layer.0.extra.weight', f'{tower}extra', 'beside.weight'):
         with pytest.raises(InputError, match=f'1 not expected: {key}'):
             load(case, state | {key: torch.zeros(8)})
