@@ -162,8 +162,11 @@ def class_attention(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None
     q (B, H, 1, D) is its query, k (B, H, P + n, D) are all keys; returns (B, H, n). At least in float32: in half
     precision equal scores would be common, and a selection between equals is arbitrary.
     """
-    # A sum of products, not a matrix product: autocast leaves it alone, and a compiler never writes keys in float32.
-    logits = ((q.to(torch.promote_types(q.dtype, torch.float32)) * scale) * k).sum(-1)
+    if attention_dtype(q) in (torch.float16, torch.bfloat16):
+        # Autocast leaves a sum of products alone, and a compiler fuses it: no copy of all keys in float32.
+        logits = (q.float() * scale * k).sum(-1)
+    else:
+        logits = ((q * scale) @ k.transpose(-2, -1)).squeeze(2)
     if attn_mask is not None:
         logits = logits + attn_mask[:, :, 0]
     return logits.softmax(-1)[..., prefix:]
@@ -186,30 +189,49 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), index]
 
 
-def in_chunks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """`function` of tensors (B, N, ...) that returns (B, N), on so many of the N rows at once that an (N, N) matrix
-    takes no more memory than the hidden layer of an MLP, (N, 4 * C); the first tensor is (B, N, C).
+def novelty(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
+    """How little a patch resembles those of higher weight: (B, n), from 0 (one is the same) to 1 (none is similar).
+
+    cosine (B, n, N): between n of the patches, whose weights are weight_i (B, n), and all, with weight (B, N). Novelty
+    is 1 minus the highest cosine, at least 0, to a patch of higher weight: that one can represent it. So the peaks of
+    weight * novelty are the centers of density peak clustering (Rodriguez and Laio, 2014), with `weight` as density.
     """
-    most = 4 * rows[0].shape[-1]
-    if torch.compiler.is_exporting() or rows[0].shape[1] <= most:  # a program for free sizes cannot loop over chunks
-        return function(*rows)
-    return torch.cat([function(*chunk) for chunk in zip(*(x.split(most, 1) for x in rows), strict=True)], 1)
+    # 1 where j has the higher weight, else 0: on CPUs differences and signs are several times faster than booleans.
+    higher = (weight.unsqueeze(1) - weight_i.unsqueeze(2)).sign_().relu_()
+    return 1 - higher.to(cosine.dtype).mul_(cosine).amax(2)
 
 
-def novelty(unit: Tensor, weight: Tensor) -> Tensor:
-    """How little a patch resembles those of higher weight: (B, N), from 0 (one is the same) to 1 (none is similar).
+def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k patches (B, N, C) with the highest score * length * novelty^3, (B, K), and the clusters around them (B, N).
 
-    unit (B, N, C): patches of length 1. weight (B, N). Novelty is 1 minus the highest cosine, at least 0, to a patch of
-    higher weight: that one can represent it. Peaks of weight * novelty are the cluster centers of density peak
-    clustering (Rodriguez and Laio, 2014), with `weight` as the density.
+    The weight in `novelty` is score * length. Members of a cluster have one score; their lengths (B, N, 1) differ, so
+    the order of patches does not matter. A patch belongs to the informative patch with the highest cosine, and an
+    informative patch to its own cluster.
     """
+    unit = (patches / length).to(patches.dtype)
+    weight = score * length.squeeze(2)
 
-    def highest_cosine(unit_i: Tensor, weight_i: Tensor) -> Tensor:
-        # 1 where j has the higher weight, else 0. Differences and signs are several times faster than booleans on CPUs.
-        higher = (weight.unsqueeze(1) - weight_i.unsqueeze(2)).sign_().relu_()
-        return (unit_i @ unit.transpose(1, 2)).mul_(higher).amax(2)
+    # In large grids a matrix (N, N) would be the peak of memory. In chunks of rows it takes no more than the hidden
+    # layer of an MLP, (N, 4 * C). A program for free sizes cannot loop over chunks.
+    rows = patches.shape[1] if torch.compiler.is_exporting() else 4 * patches.shape[2]
+    if patches.shape[1] <= rows:
+        cosine = unit @ unit.transpose(1, 2)
+        kept = select(weight * novelty(cosine, weight, weight).to(weight.dtype) ** 3, k)
+        cosine.diagonal(dim1=1, dim2=2).fill_(2)
+        columns = kept.unsqueeze(1).expand(-1, cosine.shape[1], -1)
+        return kept, cosine.gather(2, columns).max(2).indices  # on CPUs `max` is faster than `argmax`
+    chunks, others = unit.split(rows, 1), unit.transpose(1, 2)
+    new = [novelty(u @ others, w, weight) for u, w in zip(chunks, weight.split(rows, 1), strict=True)]
+    kept = select(weight * torch.cat(new, 1).to(weight.dtype) ** 3, k)
+    informative = gather_tokens(unit, kept).transpose(1, 2)
+    cluster = torch.cat([(u @ informative).max(2).indices for u in chunks], 1)
+    own = torch.arange(k, device=kept.device).expand_as(kept)
+    return kept, cluster.scatter(1, kept, own)
 
-    return 1 - in_chunks(highest_cosine, unit, weight)
+
+def vector_length(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lengths (B, N, 1) of vectors (B, N, C), above 0, so that one can divide by them."""
+    return torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=dtype).clamp(min=1e-12)
 
 
 # --- represent
@@ -234,48 +256,22 @@ def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
     return weight.unsqueeze(1).to(patches.dtype) @ patches
 
 
-def nearest(unit: Tensor, kept: Tensor) -> Tensor:
-    """For each patch its cluster (B, N): the informative patch with the highest cosine; these are in their own.
-
-    unit (B, N, C): patches of length 1. kept (B, K).
-    """
-    informative = gather_tokens(unit, kept).transpose(1, 2)
-    # On CPUs `max` is faster than `argmax`.
-    closest = in_chunks(lambda unit_i: (unit_i @ informative).max(2).indices, unit)
-    return closest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
-
-
-def select_clusters(patches: Tensor, score: Tensor, k: int) -> Selection:
-    """Selection of k patches (B, N, C) that are attended and novel, and for each patch the nearest of these.
-
-    Selected by score * length * novelty^3, where the weight in `novelty` is score * length. Members of a cluster have
-    one score, so their length orders them, and the order of patches does not matter.
-    """
-    patches = patches.detach()
-    length = torch.linalg.vector_norm(patches, dim=2, keepdim=True, dtype=score.dtype)
-    unit = (patches / length.clamp(min=torch.finfo(length.dtype).tiny)).to(patches.dtype)
-    weight = score.detach() * length.squeeze(2)
-    kept = select(weight * novelty(unit, weight).to(weight.dtype) ** 3, k)
-    return Selection(kept, score, nearest(unit, kept))
-
-
 def memberships(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Clusters (B, N) as a matrix (B, K, N): 1 where a patch is a member, else 0. Its row sums are the sizes."""
     zeros = torch.zeros(cluster.shape[0], k, cluster.shape[1], dtype=dtype, device=cluster.device)
     return zeros.scatter(1, cluster.unsqueeze(1), 1)
 
 
-def cluster_means(patches: Tensor, member: Tensor, size: Tensor) -> Tensor:
+def cluster_means(patches: Tensor, length: Tensor, member: Tensor, size: Tensor) -> Tensor:
     """Means (B, K, C) of the patches (B, N, C) of each cluster, as long as its members are on average.
 
-    member (B, K, N), size (B, K). A plain mean is shorter than its members, and the blocks were trained on tokens of
-    full length. Source: ToFu (https://arxiv.org/abs/2312.01026).
+    length (B, N, 1), member (B, K, N), size (B, K). A plain mean is shorter than its members, and the blocks were
+    trained on tokens of full length. Source: ToFu (https://arxiv.org/abs/2312.01026).
     """
     # Weights that add up to 1, in place of sums, which could overflow in half precision.
     share = member / size.unsqueeze(2)
     mean = share.to(patches.dtype) @ patches
-    length = torch.linalg.vector_norm(patches, dim=2, keepdim=True, dtype=share.dtype)
-    scale = share @ length / torch.linalg.vector_norm(mean, dim=2, keepdim=True, dtype=share.dtype).clamp(min=1e-12)
+    scale = share @ length / vector_length(mean, share.dtype)
     return mean * scale.to(mean.dtype)
 
 
@@ -336,17 +332,13 @@ def evolve(
     if keep_ratio == 1:
         return *run_blocks(tokens, score, blocks, tradeoffs), None
     k = num_informative(n, keep_ratio)
-    if select_anew or selection is None:
-        if representative == 'nearest' and k != 0:  # where no patch is informative there is none to represent another
-            selection = select_clusters(tokens[:, prefix:], score, k)
-        else:
-            selection = Selection(select(score, k), score)
-    if selection.cluster is not None:
-        tokens, score, selection = _evolve_clusters(tokens, score, selection, blocks, tradeoffs, prefix)
-    else:
-        represent = representative == 'one'
-        tokens, score = _evolve_kept(tokens, score, selection.kept, blocks, tradeoffs, prefix, represent)
-    return tokens, score, selection
+    if select_anew:
+        selection = None
+    if representative == 'nearest' and k != 0:  # where no patch is informative there is none to represent another
+        return _evolve_clusters(tokens, score, selection, k, blocks, tradeoffs, prefix)
+    selection = selection or Selection(select(score, k), score)
+    represent = representative == 'one'
+    return *_evolve_kept(tokens, score, selection.kept, blocks, tradeoffs, prefix, represent), selection
 
 
 def _evolve_kept(
@@ -376,18 +368,23 @@ def _evolve_kept(
 def _evolve_clusters(
     tokens: Tensor,
     score: Tensor,
-    selection: Selection,
+    selection: Selection | None,
+    k: int,
     blocks: Sequence[Block],
     tradeoffs: Sequence[Tradeoff],
     prefix: int,
 ) -> tuple[Tensor, Tensor, Selection]:
     """Update the mean of each cluster; every patch moves as the mean of its cluster does."""
-    kept, _, cluster, means = selection
     patches, read = tokens[:, prefix:], [t for t in tradeoffs if t is not None]
+    length = vector_length(patches, score.dtype)
+    if selection is None:
+        kept, cluster = select_clusters(patches.detach(), length.detach(), score.detach(), k)
+        selection = Selection(kept, score, cluster)
+    kept, _, cluster, means = selection
     member = memberships(cluster, kept.shape[1], score.dtype)
     size = member.sum(2)
     if means is None:
-        means = cluster_means(patches, member, size)
+        means = cluster_means(patches, length, member, size)
     before = torch.cat([tokens[:, :prefix], means], 1)
     # The class token attends to a cluster as to all its members together, so the blocks update the sum of their scores;
     # but not where the first attention that enters overwrites it.
@@ -398,8 +395,11 @@ def _evolve_clusters(
     after, total = run_blocks(before, total, blocks, tradeoffs, kept, mask)
     if read:
         score = (total / size).gather(1, cluster)
-    change = gather_tokens(after[:, prefix:] - means, cluster)
-    tokens = torch.cat([after[:, :prefix], patches + change], 1).to(tokens.dtype)
+    # The product with the one-hot matrix gives each patch the change of its cluster, forward and backward, without
+    # the atomic sums of a gather's gradient.
+    change = (after[:, prefix:] - means).to(patches.dtype)
+    patches = torch.baddbmm(patches, member.to(patches.dtype).transpose(1, 2), change)
+    tokens = torch.cat([after[:, :prefix].to(tokens.dtype), patches], 1)
     return tokens, score, selection._replace(tokens=after[:, prefix:])
 
 
@@ -409,7 +409,8 @@ def log_size_mask(size: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     """
     # Fused kernels on GPUs want rows that begin at multiples of 8 numbers, and would copy the mask in each block.
     n = prefix + size.shape[1]
-    mask = F.pad(size.log().to(dtype), (prefix, -n % 8))
+    spare = 0 if torch.compiler.is_exporting() else -n % 8
+    mask = F.pad(size.log().to(dtype), (prefix, spare))
     return mask[:, None, None, :n]
 
 

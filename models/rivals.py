@@ -126,7 +126,8 @@ def merge(
     if selection is not None:  # the tokens of a cluster are equal, and their mean is the merged token
         member = evolution.memberships(cluster, places.shape[1])
         size = member.sum(2)
-        x = torch.cat([tokens[:, :prefix], evolution.cluster_means(tokens[:, prefix:], member, size)], 1)
+        mean = (member / size.unsqueeze(2)).to(tokens.dtype) @ tokens[:, prefix:]
+        x = torch.cat([tokens[:, :prefix], mean], 1)
 
     for block in blocks:
         found = []  # state goes out by here, as checkpointing runs `merge_pairs` again in the backward pass

@@ -240,9 +240,24 @@ def unit(patches):
     return torch.nn.functional.normalize(patches, dim=-1)
 
 
+def select_clusters(patches, score, k):
+    return evolution.select_clusters(patches, evolution.vector_length(patches, score.dtype), score, k)
+
+
+def cluster_means(patches, cluster, k):
+    """Means of all clusters, and the sizes of these."""
+    member = evolution.memberships(cluster, k, torch.promote_types(patches.dtype, torch.float32))
+    length = evolution.vector_length(patches, member.dtype)
+    return evolution.cluster_means(patches, length, member, member.sum(2)), member.sum(2)
+
+
+def novelty(patches, weight):
+    patches = unit(patches)
+    return evolution.novelty(patches @ patches.mT, weight, weight)
+
+
 def test_sizes_add_up_and_informative_patches_represent_themselves(tokens, score):
-    kept = score.argsort(1, descending=True)[:, :4]
-    cluster = evolution.nearest(unit(tokens[:, 1:]), kept)
+    kept, cluster = select_clusters(tokens[:, 1:], score, 4)
     size = evolution.memberships(cluster, 4).sum(2)
     assert torch.equal(size.sum(1), torch.tensor([float(N)] * B)) and (size >= 1).all()
     assert torch.equal(cluster.gather(1, kept), torch.arange(4).expand(B, -1))
@@ -254,7 +269,7 @@ def test_sizes_add_up_and_informative_patches_represent_themselves(tokens, score
 
 def test_novelty_is_the_distance_to_what_has_a_higher_weight(tokens, score):
     patches = tokens[:, 1:]
-    found = evolution.novelty(unit(patches), score)
+    found = novelty(patches, score)
     for image in range(B):
         for patch in range(N):
             higher = score[image] > score[image, patch]
@@ -285,7 +300,7 @@ def test_a_slightly_higher_weight_counts_in_any_place():
     patches = torch.ones(1, 2640, 4)
     weight = torch.ones(1, 2640)
     weight[0, -1] = 1.0005
-    found = evolution.novelty(unit(patches), weight)
+    found = novelty(patches, weight)
     assert found[0, -1] == 1 and found[0, 0] == pytest.approx(0, abs=1e-6)
 
 
@@ -293,16 +308,16 @@ def test_large_grids_are_compared_in_chunks(monkeypatch):
     """No matrix is larger than the hidden layer of an MLP, and the chunks compute what one matrix does."""
     torch.manual_seed(5)
     tokens, score = torch.randn(B, 1 + 100, C), torch.rand(B, 100)
-    whole = evolution.select_clusters(tokens[:, 1:], score, 40)
+    kept, cluster = select_clusters(tokens[:, 1:], score, 40)
     monkeypatch.setattr(torch.compiler, 'is_exporting', lambda: True)
-    exported = evolution.select_clusters(tokens[:, 1:], score, 40)
-    assert all(torch.equal(a, b) for a, b in zip(whole[:3], exported[:3], strict=True))
+    exported = select_clusters(tokens[:, 1:], score, 40)
+    assert torch.equal(kept, exported[0]) and torch.equal(cluster, exported[1])
+    assert torch.equal(cluster.gather(1, kept), torch.arange(40).expand(B, -1))
 
 
 def test_means_are_as_long_as_their_members(tokens, score):
-    patches, cluster = tokens[:, 1:], evolution.select_clusters(tokens[:, 1:], score, 4).cluster
-    member = evolution.memberships(cluster, 4, torch.float64)
-    found = evolution.cluster_means(patches, member, member.sum(2))
+    patches, cluster = tokens[:, 1:], select_clusters(tokens[:, 1:], score, 4)[1]
+    found, _ = cluster_means(patches, cluster, 4)
     for image in range(B):
         for j in range(4):
             members = patches[image][cluster[image] == j]
@@ -313,18 +328,15 @@ def test_means_are_as_long_as_their_members(tokens, score):
 def test_sums_do_not_overflow_in_half_precision():
     patches = torch.full((1, 1000, 8), 1000.0, dtype=torch.float16)  # their sum is far beyond 65,504
     score = torch.rand(1, 1000, generator=torch.Generator().manual_seed(0))
-    kept, _, cluster, _ = evolution.select_clusters(patches, score, 2)
-    member = evolution.memberships(cluster, 2)
-    means = evolution.cluster_means(patches, member, member.sum(2))
+    means, _ = cluster_means(patches, select_clusters(patches, score, 2)[1], 2)
     torch.testing.assert_close(means, torch.full_like(means, 1000.0))
 
 
 def test_every_patch_moves_by_what_its_cluster_moved(tokens, score, blocks):
     out, new_score, (kept, _, cluster, _) = nearest_group(tokens, score, blocks, 0.4)
-    member = evolution.memberships(cluster, 4, torch.float64)
-    means = evolution.cluster_means(tokens[:, 1:], member, member.sum(2))
+    means, size = cluster_means(tokens[:, 1:], cluster, 4)
     x = torch.cat([tokens[:, :1], means], 1)
-    bias = torch.nn.functional.pad(member.sum(2).log(), (1, 0))[:, None, None]
+    bias = torch.nn.functional.pad(size.log(), (1, 0))[:, None, None]
     for block in blocks:
         x = block(x, kept, bias)
     torch.testing.assert_close(out[:, 0], x[:, 0])
