@@ -180,12 +180,12 @@ def load_strict(model: nn.Module, content: dict, source: str, use_ema=False, tra
     """
     advice = 'To start training from weights of another model, image size or classes, use --finetune.'
     if not training:
-        advice = 'Evaluation needs the --model and --input-size of the training, and a data set with its classes.'
+        advice = 'Evaluation needs the --model of the training, and a data set with its classes.'
     try:
         content = {key: value for key, value in content.items() if key != 'schedule'}  # that of the flags counts
-        loaded = weights.load_weights(model, content, use_ema, report=print_rank0)
+        loaded = weights.load_weights(model, content, use_ema, report=print_rank0, resize=not training, name=source)
     except InputError as error:
-        raise InputError(f'{source}: {error}\n{advice}') from error
+        raise InputError(f'{error}\n{advice}') from error
     if training and loaded.filled:
         raise InputError(f'{source} has no {", ".join(loaded.filled)}, which training needs. {advice}')
     return loaded
@@ -372,7 +372,10 @@ def load_model(args: argparse.Namespace, default_model: str = '', use_ema: bool 
         if source:
             print_rank0(f'{source} does not say of which model it is; --model {default_model} is taken')
         args.model = default_model
-    classes, count = find_classes(content, args.model, use_ema) if source else (None, None)
+    try:
+        classes, count = find_classes(content, args.model, use_ema) if source else (None, None)
+    except InputError as error:
+        raise InputError(f'{source}: {error}') from error
     if not source:
         count = models.published_cfg(args.model).num_classes
     args.pretrained = args.pretrained and not source  # the weights are those of the file

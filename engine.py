@@ -144,7 +144,7 @@ def train_step(
         accept(total)
     if clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
-        # AGC too clips all parameters, the heads among them, as LeViT and Evo-LeViT were trained (facebookresearch/LeViT,
+        # AGC too clips all parameters, the heads among them, as in the published recipe (facebookresearch/LeViT,
         # engine.py). Its paper and timm's train.py leave the head out.
         dispatch_clip_grad(state.model.parameters(), clip_grad, clip_mode)
     state.scaler.step(state.optimizer)

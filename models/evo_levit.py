@@ -356,12 +356,13 @@ class EvoLeViT(SavedEvolution, nn.Module):
     to_published = staticmethod(published.evo_levit_to_published)
 
     def convert_state(
-        self, state: dict[str, Tensor], resize: bool = False
+        self, state: dict[str, Tensor], resize: bool = False, finetune: bool | None = None
     ) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """State dict of the published layout, or of this class, to one of this model.
 
-        With `resize`, all positions are resized to this model's grids. Returns the state dict, the names that were
-        filled and the names that were dropped: none in this family. ValueError if only the model is fused.
+        With `resize`, all positions are resized to this model's grids; `finetune` changes nothing here. Returns the
+        state dict, the names that were filled and the names that were dropped: none in this family. ValueError if only
+        the model is fused.
         """
         self.check_fused(state)
         state = self.from_published(state) if self.is_published(state) else dict(state)

@@ -439,7 +439,7 @@ def test_plain_vits_load_by_name():
     assert set(loaded.filled) == filled and not loaded.missing and not loaded.dropped
     assert torch.equal(model.head_cls.weight, plain.head.weight)
     larger = timm.create_model('evo_deit_tiny_patch16_224', img_size=(48, 64), num_classes=3, depth=5)
-    with pytest.raises(utils.InputError, match='pos_embed'):
+    with pytest.raises(utils.InputError, match='10 classes, the model 3'):
         weights.load_weights(larger, {'model': plain.state_dict()})
     head = larger.head.weight.clone()
     loaded = weights.load_weights(larger, {'model': plain.state_dict()}, adapt=True)
@@ -552,9 +552,7 @@ def test_what_evo_deit_cannot_compute_is_refused(adapt):
             weights.load_weights(dense(), plain_vit(name).state_dict(), adapt=adapt)
     state = plain_vit().state_dict()
     state['pos_embed'] = torch.zeros(1, 12, 192)
-    with pytest.raises(
-        utils.InputError, match='12 positions are of a grid' if adapt else '1 of another shape: pos_emb'
-    ):
+    with pytest.raises(utils.InputError, match='12 positions are of a grid'):
         weights.load_weights(dense(), state, adapt=adapt)
 
 

@@ -344,7 +344,7 @@ def test_row_25_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_
     torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=7).state_dict(), tmp_path / 'seven.pth')
     with pytest.raises(InputError, match='7 classes, the model 4.*\nTo start training .*--finetune'):
         script('main_deit', *flags, '--resume', tmp_path / 'seven.pth')
-    with pytest.raises(InputError, match='7 classes and does not name them, .*val holds 4 class folders'):
+    with pytest.raises(InputError, match='seven.pth has 7 classes and does not name them, .*val holds 4 class folders'):
         script('main_deit', *flags, '--eval', '--resume', tmp_path / 'seven.pth')
 
 
@@ -665,6 +665,33 @@ def test_an_evaluation_says_what_runs_and_how_far_it_is(script, flags, tmp_path,
     line = 'deit_tiny_patch16_224, nearest, keeps 0.7 from block 4 and 0.3 from block 8, 0.83 of 1.25 GMACs, 224 px\n'
     assert line in printed
     assert re.search(r'Test: \[1/2\]  [\d.]+ img/s  eta: 0:00:\d\d\nTest: \[2/2\]', printed)
+
+
+def test_an_average_alone_is_evaluated(script, flags, tmp_path):
+    state = timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict()
+    for key in ('model_ema', 'state_dict_ema'):
+        torch.save({key: state}, tmp_path / 'c.pth')
+        printed = script('main_deit', *flags, '--eval', '--resume', tmp_path / 'c.pth')
+        assert 'c.pth holds averaged weights alone; they are taken' in printed and '(30 images)' in printed
+    torch.save({'ema': state}, tmp_path / 'c.pth')
+    with pytest.raises(InputError, match='c.pth: expected weights, tensors by name; found ema'):
+        script('main_deit', *flags, '--eval', '--resume', tmp_path / 'c.pth')
+
+
+@pytest.mark.parametrize('name', ['evo_deit_nano_patch4_32', 'test_vit', 'EvoLeViT_128S'])
+def test_evaluation_at_another_size_resizes_positions(script, flags, tmp_path, name):
+    torch.manual_seed(0)
+    size, other = (64, 128) if 'LeViT' in name else (32, 48)
+    model = timm.create_model(name, num_classes=4, img_size=size)
+    torch.save({'model': model.state_dict(), 'args': {'model': name, 'input_size': size}}, tmp_path / 'c.pth')
+    evaluate = [*flags[flags.index('--num_workers') :], '--eval', '--resume', tmp_path / 'c.pth']
+    assert 'positions resized' not in script('main_deit', *evaluate)
+    printed = script('main_deit', *evaluate, '--input-size', other)
+    assert f'{size}, and is evaluated with {other}' in printed and '(30 images)' in printed
+    assert re.search(r"c.pth: positions resized to the model's image size: .*pos_embed \(1, ", printed)
+    with pytest.raises(InputError, match='pos_embed.*\n(.*\n)*.*--finetune'):  # the moments would have another shape
+        train = ['--model', name, '--input-size', other, '--resume', tmp_path / 'c.pth', '--accept-changes']
+        script('main_deit', *evaluate[:-3], *train)
 
 
 def test_weights_of_timm_are_evaluated_without_a_file(script, flags, monkeypatch):

@@ -1,7 +1,6 @@
 """main_levit.py as its users run it, and that it needs nothing of its own."""
 
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -13,8 +12,6 @@ import engine
 import main_levit
 from models import weights
 from utils import InputError
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')

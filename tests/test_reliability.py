@@ -739,7 +739,7 @@ def test_row_18_evaluation_in_a_new_process(start, whole):
     ]
     for run, line, schedule in zip(runs, log, ('layer-wise', 'stage-wise'), strict=True):
         assert run.end() == [0], run.printed
-        assert schedule in run.printed and line['selection'] == schedule
+        assert (', layer-wise, ' in run.printed) == (schedule == 'layer-wise') and line['selection'] == schedule
         assert accuracy(run.printed) == f'{line["test_acc1"]:.3f}'
 
 
