@@ -231,7 +231,8 @@ def load_weights(
         state, filled, dropped = _convert(model, found, adapt, resize=adapt)
         before = {k: v for k, v in _other_shapes(state, expected).items() if not k.startswith(heads)}
         positions = all(POSITIONS.search(key) and len(shape) == expected[key].ndim for key, shape in before.items())
-        if resize and not adapt and before and positions:
+        complete = all(key in state or key.startswith(heads) for key in expected)
+        if resize and not adapt and before and positions and complete:
             state, filled, dropped = _convert(model, found, adapt, resize=True)
             sizes = [f'{key} {shape} to {(*state[key].shape,)}' for key, shape in before.items() if key in state]
             report(f"{where}: positions resized to the model's image size: {', '.join(sizes)}")
