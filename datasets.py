@@ -228,8 +228,9 @@ def build_dataset(
     root, split = Path(args.data_path).expanduser(), 'train' if train else 'val'
     transform = build_transform(config, augmentation(args) if train else None)
     fast = train and args.fast_decode and config.input_size > SMALL
+    source = getattr(args, 'resume', '') or 'the checkpoint'
     if args.data_set == 'IMNET':
-        return ImageFiles(*image_folder(root / split, classes, num_classes), transform, fast)
+        return ImageFiles(*image_folder(root / split, classes, num_classes, source), transform, fast)
     if args.data_set.startswith('INAT'):
         year = 2019 if args.data_set == 'INAT19' else 2018
         dataset = ImageFiles(*inaturalist(root, split, year, args.inat_category), transform, fast)
@@ -242,7 +243,7 @@ def build_dataset(
     else:
         dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
     if num_classes not in (None, len(dataset.classes)):
-        raise InputError(f'the checkpoint has {num_classes} classes, the data set {len(dataset.classes)}')
+        raise InputError(f'{source} has {num_classes} classes, the data set {len(dataset.classes)}')
     if classes and (differences := compare_classes(classes, dataset.classes)):
         raise InputError(f'--data-set {args.data_set} has other classes than training: {differences}')
     return dataset
@@ -272,12 +273,13 @@ class ImageFiles(Dataset):
 
 
 def image_folder(
-    root: Path, classes: list[str] | None = None, num_classes: int | None = None
+    root: Path, classes: list[str] | None = None, num_classes: int | None = None, source: str = 'the checkpoint'
 ) -> tuple[Samples, list[str]]:
     """Images in one folder for each class, in the order of the names, and the classes; hidden ones are left out.
 
     `classes` are those of training, where known: labels then go by name; some folders may be missing, none unknown.
-    Where only their number is known, see `name_classes`. Raises InputError where folders or images are missing.
+    Where only their number is known, that of `source`, see `name_classes`. Raises InputError where folders or images
+    are missing.
     """
     if not root.is_dir():
         raise _missing(root, 'a folder with a folder of images for each class')
@@ -288,7 +290,7 @@ def image_folder(
     if not folders:
         raise InputError(f'{root} holds no class folders; it holds {_abbreviate(os.listdir(root))}')
     if classes is None:
-        classes = folders if num_classes is None else name_classes(root, folders, num_classes)
+        classes = folders if num_classes is None else name_classes(root, folders, num_classes, source)
     if unknown := set(folders) - set(classes):
         raise InputError(f'{root} holds {len(unknown)} classes that training lacks: {_abbreviate(unknown)}')
     if absent := set(classes) - set(folders):
@@ -302,7 +304,7 @@ def image_folder(
     return samples, classes
 
 
-def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
+def name_classes(root: Path, folders: list[str], num_classes: int, source: str) -> list[str]:
     """The classes of a checkpoint that does not name them: ImageNet's, or else the class folders in `root` in order.
 
     Raises InputError where neither fits.
@@ -312,11 +314,9 @@ def name_classes(root: Path, folders: list[str], num_classes: int) -> list[str]:
     if num_classes == len(synsets) and not unknown:
         return synsets
     if num_classes == len(folders):
-        print_rank0(f'{root}: the checkpoint does not name its {num_classes} classes; taken for these folders in order')
+        print_rank0(f'{root}: {source} does not name its {num_classes} classes; taken for these folders in order')
         return folders
-    message = (
-        f'the checkpoint has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
-    )
+    message = f'{source} has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
     if num_classes == len(synsets):
         message += f', {len(unknown)} not named by an ImageNet synset: {_abbreviate(unknown)}'
     raise InputError(message)

@@ -67,6 +67,8 @@ def build_state(
     training, whose length --sched-on-updates needs.
     """
     device = next(model.parameters()).device
+    if hasattr(model, 'is_published'):  # ours learn with all their heads, as published, timm's with the mean of theirs
+        model.set_distilled_training(True)
     model.to(memory_format=memory_format(args.channels_last))  # first: EMA and moments take it over
     ema = None
     if args.model_ema:

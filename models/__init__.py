@@ -28,8 +28,9 @@ class Pairs(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-# Arguments that have a flag of their own, which would count, or fail beside --model-kwargs.
+# Arguments that another flag, the data or the reader of images decides, which would count, or fail beside.
 HAVE_FLAGS = {
+    'in_chans': 'images are read in RGB, with 3 channels',
     'img_size': 'use --input-size',
     'num_classes': 'the data says it',
     'drop_rate': 'use --drop',
@@ -86,9 +87,10 @@ def build(args: argparse.Namespace, num_classes: int, input_size: int | None = N
                 f'{names}: expected a model that evolves, found {args.model}; add --evolve for a ViT of timm'
             )
         options |= flags
-    if other := [name for name in args.model_kwargs or {} if name in HAVE_FLAGS]:
+    given = args.model_kwargs or {}
+    if other := [name for name in given if name in HAVE_FLAGS and (name, given[name]) != ('in_chans', 3)]:
         raise InputError(f'--model-kwargs {other[0]}: {HAVE_FLAGS[other[0]]}')
-    options |= args.model_kwargs or {}
+    options |= given
     model = create(args.model, num_classes, input_size or args.input_size, drop_rate=args.drop, **options)
     try:
         return apply(model, args.method, **flags) if args.method else model
@@ -117,7 +119,7 @@ def create(name: str, num_classes: int, input_size: int | None = None, **options
         options['img_size'] = input_size
     try:
         model = timm.create_model(name, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError, OSError) as error:
+    except Exception as error:  # what timm's constructors raise for a wrong argument is of any kind
         if options.get('pretrained') and isinstance(error, OSError):
             raise InputError(f'--pretrained: the weights of {name} could not be downloaded: {error}') from error
         raise InputError(f'{name} cannot be built with {options}: {error}') from error

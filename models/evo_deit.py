@@ -35,7 +35,7 @@ def pooling_index(pooling: str | None) -> int:
 
 
 class Heads(NamedTuple):
-    """Logits (B, classes) that training returns: from the mean of the patches, and from the class token."""
+    """Logits (B, classes) of training: from the mean of the patches, and from the class token."""
 
     head: Tensor
     head_cls: Tensor
@@ -63,6 +63,8 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
 
     Source: timm.models.vision_transformer.VisionTransformer, and the published Evo-DeiT.
     """
+
+    distilled_training = False
 
     def __init__(
         self,
@@ -131,18 +133,26 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         first = min(self.first_blocks, default=len(self.blocks))
         return [1.0 if i < first else 0.5 for i in range(len(self.blocks))]
 
+    def set_distilled_training(self, enable: bool = True):
+        """Return all heads in training, for a loss of each; without, training returns their mean, as timm has it."""
+        self.distilled_training = enable
+
     def norm_tokens(self, tokens: Tensor) -> Tensor:
         """Nothing: the published network normalises after pooling."""
         return tokens
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
-        """Tokens (B, 1 + N, C) to logits (B, classes); in training to both heads. `pre_logits` stops before."""
+        """Tokens (B, 1 + N, C) to logits (B, classes). `pre_logits` stops before.
+
+        In training that is the mean of both heads, or with `set_distilled_training` each of them.
+        """
         pooled = self.head_drop(self.fc_norm(self.norm(self.pool(x))))
         if pre_logits:
             return pooled
-        if self.training and self.num_classes > 0:
-            return Heads(self.head(pooled), self.head_cls(self.head_drop(self.norm_cls(x[:, 0]))))
-        return self.head(pooled)
+        if not self.training or self.num_classes == 0:
+            return self.head(pooled)
+        heads = Heads(self.head(pooled), self.head_cls(self.head_drop(self.norm_cls(x[:, 0]))))
+        return heads if self.distilled_training else sum(heads) / len(heads)
 
     is_published = staticmethod(published.is_evo_deit)
     from_published = staticmethod(published.evo_deit_from_published)

@@ -185,6 +185,8 @@ class EvoLeViT(SavedEvolution, nn.Module):
     saved_attributes = 'stage_wise', 'learned_tradeoff', 'evolving'
     num_prefix_tokens = 1
 
+    distilled_training = False
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -337,15 +339,23 @@ class EvoLeViT(SavedEvolution, nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
 
+    def set_distilled_training(self, enable: bool = True):
+        """Return all heads in training, for a loss of each; without, training returns their mean, as timm has it."""
+        self.distilled_training = enable
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
-        """Tokens (B, 1 + N, C) to logits (B, classes), in training of each head. `pre_logits` stops before them."""
+        """Tokens (B, 1 + N, C) to logits (B, classes), the mean of two heads. `pre_logits` stops before them.
+
+        In training that is the mean of all four heads, or with `set_distilled_training` each of them.
+        """
         pooled = x[:, 1:].mean(1) if self.global_pool == 'avg' else x
         if pre_logits or self.num_classes == 0:
             return pooled
         head, head_dist = self.head(pooled), self.head_dist(pooled)
-        if self.training:
-            return Heads(head, head_dist, self.head_cls(x[:, 0]), self.head_cls_dist(x[:, 0]))
-        return (head + head_dist) / 2
+        if not self.training:
+            return (head + head_dist) / 2
+        heads = Heads(head, head_dist, self.head_cls(x[:, 0]), self.head_cls_dist(x[:, 0]))
+        return heads if self.distilled_training else sum(heads) / len(heads)
 
     def feature_levels(self, images: Tensor) -> list[tuple[int, tuple[int, int]]]:
         last_blocks = [*self.new_grids(), len(self.block_names())]
@@ -356,12 +366,13 @@ class EvoLeViT(SavedEvolution, nn.Module):
     to_published = staticmethod(published.evo_levit_to_published)
 
     def convert_state(
-        self, state: dict[str, Tensor], resize: bool = False
+        self, state: dict[str, Tensor], resize: bool = False, finetune: bool | None = None
     ) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """State dict of the published layout, or of this class, to one of this model.
 
-        With `resize`, all positions are resized to this model's grids. Returns the state dict, the names that were
-        filled and the names that were dropped: none in this family. ValueError if only the model is fused.
+        With `resize`, all positions are resized to this model's grids; `finetune` changes nothing here. Returns the
+        state dict, the names that were filled and the names that were dropped: none in this family. ValueError if only
+        the model is fused.
         """
         self.check_fused(state)
         state = self.from_published(state) if self.is_published(state) else dict(state)

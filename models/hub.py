@@ -12,11 +12,13 @@ from tempfile import TemporaryDirectory
 
 import timm
 from timm.models import parse_model_name, save_for_hf
+from timm.models._features import FeatureGetterNet
 from timm.models._hub import download_from_hf
 from torch import nn
 
 from .evolving import SavedEvolution
 from .vit import EvolvingViT, evolve
+from .weights import InputError
 
 FILES = 'model.safetensors', 'config.json'
 
@@ -52,13 +54,23 @@ def save(model: nn.Module, folder: str | Path, about: dict | None = None):
 def load(source: str, **options) -> nn.Module:
     """The model of 'local-dir:FOLDER' or 'hf-hub:OWNER/NAME' with its weights, evolving as it did when it was saved.
 
-    `options` go to timm.create_model: num_classes=10 gives it a new head.
+    `options` go to timm.create_model: num_classes=10 gives it a new head, features_only=True makes it a backbone.
+    InputError for options that change the shape of saved weights, such as depth.
     """
-    model = timm.create_model(source, pretrained=True, **options)
+    try:
+        model = timm.create_model(source, pretrained=True, **options)
+    except RuntimeError as error:
+        if 'Error(s) in loading state_dict' not in str(error):
+            raise
+        raise InputError(f'{source}: the saved weights do not fit a model with {options}: {error}') from error
     kind, name = parse_model_name(source)
     path = Path(name) / 'config.json' if kind == 'local-dir' else download_from_hf(name, 'config.json')
     schedule = json.loads(Path(path).read_text()).get('evolve')
     if schedule:
         evolving = schedule.pop('evolving')
-        evolve(model, **schedule).evolving = evolving
+        network = model.model if isinstance(model, FeatureGetterNet) else model
+        # timm cuts off the blocks after the last feature, and with them the stages there.
+        stages = [block for block in schedule['stages'] if block < len(network.blocks)]
+        schedule |= {'stages': stages, 'keep_ratio': schedule['keep_ratio'][: len(stages)]}
+        evolve(network, **schedule).evolving = evolving
     return model

@@ -163,6 +163,12 @@ class Loaded(NamedTuple):
     pooling: str
 
 
+# Where checkpoints have their weights, and the averages of them: ours and published, and timm's.
+WEIGHTS, AVERAGED = ('model', 'state_dict'), ('model_ema', 'state_dict_ema')
+# Names of tensors whose shape follows the size of images.
+POSITIONS = re.compile('pos_embed|relative_position|rel_pos')
+
+
 def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
     """The state dict in a checkpoint: the published layout's, timm's, this project's, or a bare one.
 
@@ -172,7 +178,7 @@ def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
 
 
 def _find_state(checkpoint: dict, use_ema: bool) -> dict[str, Tensor]:
-    keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict')
+    keys = AVERAGED if use_ema else (*WEIGHTS, *AVERAGED)  # some files hold the average alone
     state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
     if state is None and use_ema:
         raise InputError(
@@ -192,6 +198,8 @@ def load_weights(
     use_ema: bool = False,
     adapt: bool = False,
     report: Report = print,
+    resize: bool = True,
+    name: str = 'the checkpoint',
 ) -> Loaded:
     """Load weights into a model, strictly: every tensor is used, or named in what is returned, or an error.
 
@@ -202,6 +210,8 @@ def load_weights(
         adapt: for fine-tuning: positions are resized to the model's resolution, heads for other classes are left out,
             and the file may lack a head. The pooling stays the model's, as the head is trained for it.
         report: called with messages for the user.
+        resize: positions of another image size are resized to the model's, as timm does it, which is said.
+        name: what messages call a checkpoint that was read already.
 
     Returns what could not be taken over as it is; nothing, unless with `adapt`, for a model without classes, which has
     no head, or for a plain DeiT or ViT in an Evo-DeiT. The head of a plain one was trained on the class token: the
@@ -211,21 +221,26 @@ def load_weights(
     Raises InputError with counts and the first few names where the weights are of another model.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source, report)
-    where = 'the checkpoint' if isinstance(source, dict) else str(source)
+    where = name if isinstance(source, dict) else str(source)
     expected, pooling = model.state_dict(), getattr(model, 'global_pool', '')
-    state, filled, dropped = _find_state(checkpoint, use_ema), [], []
-    state, beside, note = huggingface.to_timm(state, model)
-    if note:
-        report(f'{where}: {note}')
+    heads = tuple(f'{name}.' for name in classifiers(model))
     try:
-        if hasattr(model, 'convert_state'):
-            state, filled, dropped = model.convert_state(state, resize=adapt)
-        elif adapt:
-            state = resize_weights(model, state)
+        found, beside, note = huggingface.to_timm(_find_state(checkpoint, use_ema), model)
+        if note:
+            report(f'{where}: {note}')
+        state, filled, dropped = _convert(model, found, adapt, resize=adapt)
+        before = {k: v for k, v in _other_shapes(state, expected).items() if not k.startswith(heads)}
+        positions = all(POSITIONS.search(key) and len(shape) == expected[key].ndim for key, shape in before.items())
+        complete = all(key in state or key.startswith(heads) for key in expected)
+        if resize and not adapt and before and positions and complete:
+            state, filled, dropped = _convert(model, found, adapt, resize=True)
+            sizes = [f'{key} {shape} to {(*state[key].shape,)}' for key, shape in before.items() if key in state]
+            report(f"{where}: positions resized to the model's image size: {', '.join(sizes)}")
     except ValueError as error:
         raise InputError(f'{where}: {error}') from error
+    if not use_ema and not _has(checkpoint, WEIGHTS) and _has(checkpoint, AVERAGED):
+        report(f'{where} holds averaged weights alone; they are taken')
 
-    heads = tuple(f'{name}.' for name in classifiers(model))
     unused = []
     if getattr(model, 'num_classes', None) == 0:
         modules = tuple(f'{head.split(".")[0]}.' for head in heads)
@@ -247,6 +262,22 @@ def load_weights(
     )
 
 
+def _has(checkpoint: dict, keys: tuple[str, ...]) -> bool:
+    return any(isinstance(checkpoint.get(key), dict) for key in keys)
+
+
+def _convert(model: nn.Module, state: dict[str, Tensor], adapt: bool, resize: bool):
+    """A state dict with the model's names, the names that were filled with copies, and those that were dropped."""
+    if hasattr(model, 'convert_state'):
+        return model.convert_state(state, resize=resize, finetune=adapt)
+    return resize_weights(model, state) if resize else state, [], []
+
+
+def _other_shapes(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a file that the model has in another shape, by name."""
+    return {k: (*v.shape,) for k, v in state.items() if k in expected and v.shape != expected[k].shape}
+
+
 def _check_fit(
     model: nn.Module, state: dict[str, Tensor], heads: tuple[str, ...], adapt: bool, where: str
 ) -> list[str]:
@@ -256,16 +287,16 @@ def _check_fit(
     """
     expected = model.state_dict()
     missing = [k for k in expected if k not in state]
-    differ = [k for k in state if k in expected and state[k].shape != expected[k].shape]
+    differ = _other_shapes(state, expected)
     other_head = [k for k in differ if k.startswith(heads) and state[k].ndim and len(state[k]) != len(expected[k])]
-    if other_head and other_head == differ and not adapt:
+    if other_head and other_head == [*differ] and not adapt:
         found, classes = len(state[other_head[0]]), len(expected[other_head[0]])
         raise InputError(f'{where} has {found} classes, the model {classes}')
     new = other_head + [k for k in missing if adapt and k.startswith(heads)]
     problems = {
         'missing': [k for k in missing if k not in new],
         'not expected': [k for k in state if k not in expected],
-        'of another shape': [f'{k} {(*state[k].shape,)}, not {(*expected[k].shape,)}' for k in differ if k not in new],
+        'of another shape': [f'{k} {v}, not {(*expected[k].shape,)}' for k, v in differ.items() if k not in new],
     }
     lines = [
         f'  {len(names)} {problem}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}'

@@ -10,6 +10,7 @@ from conftest import ROOT
 import hubconf
 import models
 from models import hub, rivals
+from models.weights import InputError
 
 
 def logits(model: torch.nn.Module, size: int) -> torch.Tensor:
@@ -58,6 +59,22 @@ def test_a_vit_of_timm_is_dense_for_timm_and_evolves_with_hub_load(tmp_path):
     torch.testing.assert_close(logits(loaded, 64), logits(model, 64), rtol=0, atol=0)
     assert loaded.schedule() == model.schedule()
     assert logits(hub.load(f'local-dir:{tmp_path}', num_classes=3), 64).shape == (2, 3)
+
+
+@pytest.mark.parametrize('out_indices', [(1, 3), (0,)])
+def test_a_saved_vit_is_a_backbone_that_evolves(out_indices, tmp_path):
+    model = models.evolve(timm.create_model('test_vit', img_size=64), (0.6, 0.2), stages=(1, 4)).eval()
+    hub.save(model, tmp_path)
+    backbone = hub.load(f'local-dir:{tmp_path}', features_only=True, out_indices=out_indices).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model.forward_intermediates(x, indices=list(out_indices), intermediates_only=True)
+    torch.testing.assert_close(backbone(x), expected)
+
+
+def test_options_that_do_not_fit_saved_weights_are_named(tmp_path):
+    hub.save(models.evolve(timm.create_model('test_vit', img_size=64)), tmp_path)
+    with pytest.raises(InputError, match=r"do not fit a model with \{'depth': 4\}"):
+        hub.load(f'local-dir:{tmp_path}', depth=4)
 
 
 def test_a_hub_address_is_downloaded_by_timm(tmp_path, monkeypatch):

@@ -203,6 +203,8 @@ def test_flags_choose_the_method(method, flags):
         ('--model evo_deit_nano_patch4_32 --evolve', 'EvoDeiT evolves by itself'),
         ('--model EvoLeViT_128S --method drop', 'EvoLeViT evolves by itself'),
         ('--model test_vit --model-kwargs img_size=64', '--model-kwargs img_size: use --input-size'),
+        ('--model test_vit --model-kwargs in_chans=1', '--model-kwargs in_chans: images are read in RGB'),
+        ('--model test_vit --model-kwargs num_heads=0', 'test_vit cannot be built with .*num_heads'),
         ('--model test_vit --model-kwargs num_classes=3', '--model-kwargs num_classes: the data says it'),
         ('--model test_vit --model-kwargs drop_rate=0.1', '--model-kwargs drop_rate: use --drop'),
         ('--model test_vit --model-kwargs drop_path_rate=0.1', '--model-kwargs drop_path_rate: use --drop-path'),

@@ -7,12 +7,14 @@ import http.server
 import os
 import pathlib
 import threading
+from functools import partial
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from conftest import nano
+from timm.layers import resample_abs_pos_embed
 
 import models
 from models import weights
@@ -185,7 +187,7 @@ def test_models_of_timm_are_adapted_for_finetuning():
     state = timm.create_model('vit_small_patch16_224', img_size=32, depth=1).state_dict()
     model = timm.create_model('vit_small_patch16_224', img_size=48, depth=1, num_classes=10)
     head = model.head.weight.clone()
-    with pytest.raises(InputError, match='of another shape: pos_embed'):
+    with pytest.raises(InputError, match='1000 classes, the model 10'):
         weights.load_weights(model, state)
     loaded = weights.load_weights(model, state, adapt=True)
     assert loaded.missing == ['head.bias', 'head.weight'] and set(loaded.dropped) == set(loaded.missing)
@@ -198,6 +200,23 @@ def test_models_of_timm_are_adapted_for_finetuning():
         weights.load_weights(model, state | {'pos_embed': torch.zeros(1, 9, 384)}, adapt=True)
     with pytest.raises(InputError, match='does not fit'):
         weights.load_weights(model, timm.create_model('resnet10t').state_dict(), adapt=True)
+
+
+def test_another_image_size_resizes_positions_and_nothing_else(capsys):
+    torch.manual_seed(0)
+    vit = partial(timm.create_model, 'vit_small_patch16_224', depth=1, num_classes=10)
+    state = vit(img_size=64).state_dict()
+    assert not weights.load_weights(model := vit(img_size=(32, 96)), state).missing
+    said = "the checkpoint: positions resized to the model's image size: pos_embed (1, 17, 384) to (1, 13, 384)\n"
+    assert capsys.readouterr().out == said
+    expected = resample_abs_pos_embed(state['pos_embed'], [2, 6])
+    torch.testing.assert_close(model.pos_embed, expected)
+    others = [key for key in state if key != 'pos_embed']
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in others)
+    with pytest.raises(InputError, match='of another shape: pos_embed .*patch_embed.proj.weight'):
+        weights.load_weights(vit(img_size=64, patch_size=8), state)
+    with pytest.raises(InputError, match='of another shape: pos_embed'):
+        weights.load_weights(vit(img_size=32), state, resize=False)
 
 
 def test_row_05_other_models_do_not_load(tmp_path):
