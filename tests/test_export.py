@@ -106,6 +106,21 @@ def test_the_dense_model_has_the_same_size():
     assert len(export.build_dense(args, model, config.input_size).blocks) == len(model.blocks) == 3
 
 
+def test_a_checkpoint_says_what_is_exported(script, tmp_path):
+    state = timm.create_model('vit_tiny_patch16_224', img_size=48, num_classes=4, depth=3).state_dict()
+    flags = {'model': 'vit_tiny_patch16_224', 'model_kwargs': {'depth': 3}, 'input_size': 48, 'method': 'evolve'}
+    torch.save({'model': state, 'args': flags}, tmp_path / 'c.pth')
+    run = ['--resume', tmp_path / 'c.pth', '--format', 'hub', '--output']
+    said = script('export', *run, tmp_path / 'hub')
+    assert 'vit_tiny_patch16_224, nearest, keeps 0.7 from block 1 and 0.3 from block 2, ' in said
+    assert (tmp_path / 'hub' / 'config.json').exists()
+    with pytest.raises(InputError, match='leave --fuse out'):  # known once the checkpoint was read
+        script('export', *run, tmp_path / 'other', '--fuse')
+    torch.save(state, tmp_path / 'c.pth')
+    with pytest.raises(InputError, match='c.pth does not say of which model it is; expected --model'):
+        script('export', *run, tmp_path / 'other')
+
+
 def test_a_difference_is_an_error_unless_ties_explain_it(monkeypatch, tmp_path, capsys):
     model = models.evolve(small(VIT, img_size=64))
     programs = {'logits.pt2': lambda images: off + model(images), 'choices.pt2': lambda images: found}
