@@ -1,6 +1,7 @@
 """The state of a run: saved, to go on exactly from, and to evaluate."""
 
 import argparse
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +96,7 @@ class State:
             # Also in the state dict of the published networks, but timm's, evolved, have none there.
             'schedule': self.model.schedule() if hasattr(self.model, 'schedule') else None,
             'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': self._plateau().state_dict(),
+            'lr_scheduler': self._plateau().state_dict() | {'restore_lr': getattr(self.scheduler, 'restore_lr', None)},
             'scaler': self.scaler.state_dict(),
             'epoch': self.epoch - 1,
             'step': self.step,
@@ -133,7 +134,10 @@ class State:
         else:
             self._load_optimizer(content['optimizer'], source)
             if self._plateau() is not self.scheduler and 'sched' not in changed:
-                self._plateau().load_state_dict(content['lr_scheduler'])
+                saved = dict(content['lr_scheduler'])
+                # The rates without this epoch's noise, to which timm's schedule goes back before the next.
+                self.scheduler.restore_lr = saved.pop('restore_lr', None)
+                self._plateau().load_state_dict(saved)
                 for i, group in enumerate(self.optimizer.param_groups):
                     group['lr'] = content['optimizer']['param_groups'][i]['lr']
         if self.scaler.is_enabled() and content.get('scaler'):
@@ -262,13 +266,16 @@ def compare_flags(content: dict, source: str, flags: dict, may_change: dict[str,
         return set()
     saved = NEWER_FLAGS | saved
     changed = [(name, old, flags[name]) for name, old in sorted(saved.items()) if name in flags and old != flags[name]]
-    if rows := [row for row in changed if row[0] not in may_change]:
+    longer = {'epochs'} if flags.get('epochs', 0) > saved.get('epochs', math.inf) else set()
+    if rows := [row for row in changed if row[0] not in may_change.keys() | longer]:
         rows = [('', 'then', 'now'), *rows]
         table = '\n'.join(f'  {name:24} {old!s:>20} {new!s:>20}' for name, old, new in rows)
         _refuse_change(f'{source} was trained with other flags:\n{table}', 'flags', accept)
     for name, old, new in changed:
         if not may_change.get(name, True):
             print_rank0(f'{source}: {name} was {old}, now {new}: training goes on, but not exactly as it would have')
+        if name in longer:
+            print_rank0(f'{source}: epochs was {old}, now {new}: from here on the schedules are those of {new} epochs')
     return {name for name, _, _ in changed}
 
 

@@ -144,6 +144,8 @@ def train_step(
         accept(total)
     if clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
+        # AGC too clips all parameters, the heads among them, as LeViT and Evo-LeViT were trained (facebookresearch/LeViT,
+        # engine.py). Its paper and timm's train.py leave the head out.
         dispatch_clip_grad(state.model.parameters(), clip_grad, clip_mode)
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -483,7 +485,7 @@ def describe_plan(plan: Plan, first: int, batches: int, selects: bool) -> str:
         raise InputError(f'--grad-accum-steps {count}: an epoch has only {batches} batches')
     text = f'{batches // count} steps an epoch, '
     if first >= epochs:
-        return f'{text}all {epochs} epochs are done already; to train on, give a larger --epochs and --accept-changes'
+        return f'{text}all {epochs} epochs are done already; to train on, give a larger --epochs'
     return f'{text}epochs {first} to {epochs - 1}' + (f', stage-wise from epoch {plan.stage_epoch}' if selects else '')
 
 

@@ -551,8 +551,12 @@ def test_the_advice_at_the_end_of_a_run_works(script, flags, tmp_path):
     flags = [*flags, '--output_dir', tmp_path]
     script('main_deit', *flags, '--epochs', 1)
     again = [*flags, '--resume', tmp_path / 'checkpoint.pth']
-    assert 'to train on, give a larger --epochs and --accept-changes' in script('main_deit', *again, '--epochs', 1)
-    assert 'Epoch 1 done' in script('main_deit', *again, '--epochs', 2, '--accept-changes')
+    assert 'to train on, give a larger --epochs\n' in script('main_deit', *again, '--epochs', 1)
+    printed = script('main_deit', *again, '--epochs', 2)
+    assert 'epochs was 1, now 2: from here on the schedules are those of 2 epochs' in printed
+    assert 'Epoch 1 done' in printed
+    with pytest.raises(InputError, match='epochs +2 +1\n.*--accept-changes'):
+        script('main_deit', *again, '--epochs', 1)
 
 
 @pytest.mark.parametrize('saved, now', [('nearest', 'nearest'), (True, 'one'), (False, 'none')])

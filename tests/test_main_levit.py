@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import accuracy, free_port, launch, read_log
+from conftest import ROOT, accuracy, free_port, launch, read_log
 from golden import fill
 
 import engine
@@ -90,3 +90,7 @@ def test_a_missing_teacher_says_where_it_is(script, flags, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r'--teacher-path \./regnety_160-a5fe301d.pth: .*is not a file.*https://'):
         script('main_levit', *flags[:10], '--data-path', flags[-3])
+    command = ['torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', ROOT / 'main_levit.py']
+    printed, _ = launch(*command, '--teacher-path', 'no.pth').communicate(timeout=240)
+    assert printed.count('no.pth is not a file') >= 2 and 'losses.py' not in printed, printed
+    assert '--distillation-type none trains without a teacher' in printed
