@@ -1,8 +1,10 @@
 """The state of a run: saved, to go on exactly from, and to evaluate."""
 
 import argparse
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
@@ -28,7 +30,7 @@ ORDER_OF_IMAGES = {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug
 MOMENTS = {'exp_avg', 'exp_avg_sq', 'momentum_buffer'}
 # Flags of the model that an evaluation takes from the training, besides those of the images.
 SCHEDULE_FLAGS = 'stages', 'keep_ratio', 'representative', 'merge_r'  # of one method, and of no other
-MODEL_FLAGS = 'method', *SCHEDULE_FLAGS, 'model_kwargs'
+MODEL_FLAGS = 'model', 'method', *SCHEDULE_FLAGS, 'model_kwargs'
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -54,8 +56,8 @@ def check_arguments(args: argparse.Namespace):
     utils.check_source('--finetune', args.finetune)
     if args.auto_resume and not args.output_dir:
         raise InputError('--auto-resume looks for checkpoints in --output_dir, which is not given')
-    if args.eval and not args.resume:
-        raise InputError('--eval needs --resume with the checkpoint to evaluate')
+    if args.eval and not (args.resume or args.pretrained):
+        raise InputError("--eval needs --resume with the checkpoint to evaluate, or --pretrained for timm's weights")
     if args.results_file and not args.eval:
         raise InputError('--results-file needs --eval; training writes its results to log.txt in --output_dir')
     if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
@@ -94,7 +96,7 @@ class State:
             # Also in the state dict of the published networks, but timm's, evolved, have none there.
             'schedule': self.model.schedule() if hasattr(self.model, 'schedule') else None,
             'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': self._plateau().state_dict(),
+            'lr_scheduler': self._plateau().state_dict() | {'restore_lr': getattr(self.scheduler, 'restore_lr', None)},
             'scaler': self.scaler.state_dict(),
             'epoch': self.epoch - 1,
             'step': self.step,
@@ -132,7 +134,10 @@ class State:
         else:
             self._load_optimizer(content['optimizer'], source)
             if self._plateau() is not self.scheduler and 'sched' not in changed:
-                self._plateau().load_state_dict(content['lr_scheduler'])
+                saved = dict(content['lr_scheduler'])
+                # The rates without this epoch's noise, to which timm's schedule goes back before the next.
+                self.scheduler.restore_lr = saved.pop('restore_lr', None)
+                self._plateau().load_state_dict(saved)
                 for i, group in enumerate(self.optimizer.param_groups):
                     group['lr'] = content['optimizer']['param_groups'][i]['lr']
         if self.scaler.is_enabled() and content.get('scaler'):
@@ -261,13 +266,16 @@ def compare_flags(content: dict, source: str, flags: dict, may_change: dict[str,
         return set()
     saved = NEWER_FLAGS | saved
     changed = [(name, old, flags[name]) for name, old in sorted(saved.items()) if name in flags and old != flags[name]]
-    if rows := [row for row in changed if row[0] not in may_change]:
+    longer = {'epochs'} if flags.get('epochs', 0) > saved.get('epochs', math.inf) else set()
+    if rows := [row for row in changed if row[0] not in may_change.keys() | longer]:
         rows = [('', 'then', 'now'), *rows]
         table = '\n'.join(f'  {name:24} {old!s:>20} {new!s:>20}' for name, old, new in rows)
         _refuse_change(f'{source} was trained with other flags:\n{table}', 'flags', accept)
     for name, old, new in changed:
         if not may_change.get(name, True):
             print_rank0(f'{source}: {name} was {old}, now {new}: training goes on, but not exactly as it would have')
+        if name in longer:
+            print_rank0(f'{source}: epochs was {old}, now {new}: from here on the schedules are those of {new} epochs')
     return {name for name, _, _ in changed}
 
 
@@ -289,6 +297,13 @@ def saved_flags(content: dict) -> dict:
     if 'evolve' in flags:  # as it was before there was --method
         flags['method'] = 'evolve' if flags.pop('evolve') else None
     return flags
+
+
+def saved_model(content: dict) -> str | None:
+    """The name of the model of a checkpoint, where it has one: of ours, published, or of timm's train.py."""
+    args = content.get('args')
+    names = (saved_flags(content).get('model'), getattr(args, 'model', None), content.get('arch'))
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def saved_classes(content: dict) -> list[str] | None:
@@ -315,6 +330,8 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
     Where the model or the image size is given and differs, that is printed.
     """
     saved, restored = saved_flags(content), {}
+    if name := saved_model(content):
+        saved['model'] = name
     if args.method and args.method != saved.get('method'):
         saved = {name: value for name, value in saved.items() if name not in SCHEDULE_FLAGS}
     for name in (*MODEL_FLAGS, *datasets.DataConfig._fields):
@@ -328,6 +345,42 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
     trained = saved.get('precision') or 'fp32'
     restored['precision'] = getattr(args, 'precision', None) or (None if trained == 'tf32' else trained)
     return argparse.Namespace(**vars(args) | restored | {'amp': False})
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gives to those that run its model."""
+
+    model: nn.Module  # with the weights and the schedule, in evaluation mode
+    config: datasets.DataConfig  # what the model expects of images
+    classes: list[str] | None  # names in the order of the outputs, where the checkpoint has them
+    args: argparse.Namespace  # the flags that hold
+
+
+def load_model(args: argparse.Namespace, default_model: str = '', use_ema: bool = False) -> Restored:
+    """The model of --resume as it was trained, but for flags that are given; for evaluation, pictures and export.
+
+    Without --resume the model is as --model, --pretrained and the rest create it. `default_model` is for checkpoints
+    that do not say their model. InputError where nothing says it, and where the weights do not fit.
+    """
+    source = args.resume
+    content = weights.read_checkpoint(source, print_rank0) if source else {}
+    args = restore_model_args(args, content)
+    if not args.model:
+        if not default_model:
+            said = f'{source} does not say of which model it is; ' if source else ''
+            raise InputError(f'{said}expected --model with the name of a model')
+        if source:
+            print_rank0(f'{source} does not say of which model it is; --model {default_model} is taken')
+        args.model = default_model
+    classes, count = find_classes(content, args.model, use_ema) if source else (None, None)
+    if not source:
+        count = models.published_cfg(args.model).num_classes
+    args.pretrained = args.pretrained and not source  # the weights are those of the file
+    config = datasets.data_config(args, args.model)
+    model = models.build(args, count or 0, config.input_size)
+    if source:
+        load_for_evaluation(model, content, source, use_ema)
+    return Restored(model.eval(), config, classes, args)
 
 
 def load_for_evaluation(model: nn.Module, content: dict, source: str, use_ema: bool = False):

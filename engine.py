@@ -31,7 +31,6 @@ import optim
 import output
 import utils
 from checkpoint import State
-from models import weights
 from optim import global_batch, learning_rate, memory_format
 from output import RunFolder
 from stopping import StepCheck
@@ -93,10 +92,12 @@ def get_parser(description: str, recipe: dict) -> utils.Parser:
 
 def parse_args(description: str, recipe: dict) -> argparse.Namespace:
     """The flags of this process; InputError for missing files and useless flags, before anything is read or built."""
-    args = get_parser(description, recipe).parse_args()
+    parser = get_parser(description, recipe)
+    args = parser.parse_args(namespace=argparse.Namespace(model=None))
     checkpoint.check_arguments(args)
     if args.eval:
-        return args
+        return args  # a model that is not given is the checkpoint's
+    args.model = args.model or parser.get_default('model')
     losses.check_arguments(args)
     if args.fuse:
         raise InputError('--fuse needs --eval: a model that was folded cannot be trained')
@@ -143,6 +144,8 @@ def train_step(
         accept(total)
     if clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
+        # AGC too clips all parameters, the heads among them, as LeViT and Evo-LeViT were trained (facebookresearch/LeViT,
+        # engine.py). Its paper and timm's train.py leave the head out.
         dispatch_clip_grad(state.model.parameters(), clip_grad, clip_mode)
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -289,13 +292,17 @@ def prepare_batches(
 # --- evaluation
 
 
+PROGRESS_SECONDS = 10  # between two lines of an evaluation
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable, name: str = 'Test') -> dict[str, float]:
     """Top-1, top-5 (percent) and loss over the images of all processes, each image counted once."""
     model.eval()
     device = next(model.parameters()).device
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
-    for images, targets in loader:
+    started = reported = time.perf_counter()
+    for step, (images, targets) in enumerate(loader, 1):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with autocast():
             logits = model(images)
@@ -303,6 +310,14 @@ def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable, name: str
         correct = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
         sums += torch.stack([correct[:, :1].sum(), correct.sum(), loss])
         count += len(targets)
+        # By the clock: most evaluations between epochs need no line, and a slow one on a CPU needs several.
+        if (now := time.perf_counter()) - reported > PROGRESS_SECONDS:
+            done, reported = step / len(loader), now
+            left, speed = timedelta(seconds=max(round((now - started) * (1 / done - 1)), 0)), count / (now - started)
+            print_rank0(
+                f'{name}: [{step:>{len(str(len(loader)))}}/{len(loader)}]  '
+                f'{speed * utils.world_size():.1f} img/s  eta: {left}'
+            )
     top1, top5, loss, count = utils.all_sum(torch.cat([sums, sums.new_tensor([count])])).tolist()
     results = {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count}
     print_rank0(
@@ -312,22 +327,24 @@ def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable, name: str
     return results
 
 
-def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Evaluate the checkpoint of --resume as it was trained, but for flags that are given."""
-    source, use_ema = args.resume, args.eval_ema
-    content = weights.read_checkpoint(source, print_rank0)
-    args = checkpoint.restore_model_args(args, content)
+def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, default_model: str = '') -> dict[str, float]:
+    """Evaluate the checkpoint of --resume as it was trained, but for flags that are given; or timm's --pretrained."""
+    use_ema = args.eval_ema
+    model, config, classes, args = checkpoint.load_model(args, default_model, use_ema)
+    source = args.resume or f'{args.model} --pretrained'
+    if not model.num_classes:
+        raise InputError(f'{source} has no classifier that could be evaluated')
     precision = pick_precision(args.precision, device, args.amp)
     set_backends(precision, device)
-    config = datasets.data_config(args, args.model)
-    classes, count = checkpoint.find_classes(content, args.model, use_ema)
-    _, loader = datasets.build_loaders(args, config, utils.rank(), utils.world_size(), classes, count, train=False)
-    model = models.build(args, len(loader.dataset.classes), config.input_size).to(device)
-    print_rank0(f'{datasets.describe(config)}\n{describe(args.model, model, precision)}')
-    checkpoint.load_for_evaluation(model, content, source, use_ema)
-    print_rank0(f'{source}: {describe_schedule(model)}')
+    data = utils.rank(), utils.world_size(), classes, model.num_classes
+    _, loader = datasets.build_loaders(args, config, *data, train=False)
+    model = model.to(device)
     if args.fuse:
         fuse(model)
+    print_rank0(
+        f'{datasets.describe(config)}\n{describe(args.model, model, precision)}\n'
+        f'{describe_model(args.model, model, config.input_size)}'
+    )
     gmacs = count_gmacs(model, config.input_size) if args.results_file else None
     if args.compile:
         model.compile()
@@ -344,7 +361,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> dict[
 @torch.no_grad()
 def count_gmacs(model: nn.Module, input_size: int) -> float | None:
     """GMACs of an image, or None where the model has an operator that cannot be counted."""
-    images = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
+    weight = next(model.parameters())
+    images = torch.zeros(1, 3, input_size, input_size, device=weight.device, dtype=weight.dtype)
     try:
         return costs.count_gmacs(model.eval(), [images])
     except InputError:
@@ -371,6 +389,33 @@ def describe(name: str, model: nn.Module, precision: str) -> str:
 def count_parameters(model: nn.Module) -> int:
     """Numbers that training changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def describe_model(name: str, model: nn.Module, input_size: int) -> str:
+    """A line about what a model computes: who is kept where, GMACs beside those of the same model with all patches."""
+    evolves, gmacs = hasattr(model, 'set_schedule'), [count_gmacs(model, input_size)]
+    if evolves and model.evolving:
+        model.evolving = False
+        gmacs.append(count_gmacs(model, input_size))
+        model.evolving = True
+    counts = ' of '.join(f'{count:.2f}' if count >= 0.1 else f'{count:.2g}' for count in gmacs if count)
+    parts = [name, *(describe_evolution(model) if evolves else ['dense'])]
+    return ', '.join([*parts, *([f'{counts} GMACs'] if counts else []), f'{input_size} px'])
+
+
+def describe_evolution(model: nn.Module) -> list[str]:
+    """How a model evolves, in words: representative or method, and which share of patches it keeps from which block."""
+    if not model.evolving:
+        return ['all patches']
+    schedule = model.schedule()
+    method, stages = schedule.get('method'), zip(schedule['keep_ratio'], schedule['stages'], strict=True)
+    if method == 'merge':
+        return [f'merge, {schedule["merge_r"]} patches fewer after each block']
+    representatives = {'none': 'no representative', 'one': 'one representative', 'nearest': 'nearest'}
+    words = [method or representatives[schedule['representative']]]
+    *most, last = [f'{ratio:.3g} from block {block}' for ratio, block in stages] or ['all patches']
+    words.append(f'keeps {" and ".join([", ".join(most), last] if most else [last])}')
+    return words if model.stage_wise else [*words, 'layer-wise']
 
 
 def describe_schedule(model: nn.Module) -> str:
@@ -440,7 +485,7 @@ def describe_plan(plan: Plan, first: int, batches: int, selects: bool) -> str:
         raise InputError(f'--grad-accum-steps {count}: an epoch has only {batches} batches')
     text = f'{batches // count} steps an epoch, '
     if first >= epochs:
-        return f'{text}all {epochs} epochs are done already; to train on, give a larger --epochs and --accept-changes'
+        return f'{text}all {epochs} epochs are done already; to train on, give a larger --epochs'
     return f'{text}epochs {first} to {epochs - 1}' + (f', stage-wise from epoch {plan.stage_epoch}' if selects else '')
 
 

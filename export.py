@@ -34,7 +34,7 @@ import models
 import utils
 from costs import keep_freed_memory
 from image_files import load_image
-from models import hub, weights
+from models import hub
 from utils import InputError, at_least, print_rank0
 
 EXPORT_BATCH = 2  # not the 10 of `check_images`, or the check would not see a batch that became a constant
@@ -68,6 +68,7 @@ def main():
     args = get_parser().parse_args()
     check_arguments(args)
     model, config, classes, args = load_model(args)
+    check_model(args)
     path = Path(args.output or f'output/{args.model}.{args.format}')
     check_output(path, args.format, args.overwrite)
     about = config._asdict() | {'input_size': (3, config.input_size, config.input_size), 'classes': classes}
@@ -84,19 +85,26 @@ def main():
 
 def check_arguments(args: argparse.Namespace):
     """InputError, before anything is built, for what cannot work: files, packages, combinations of flags."""
-    if not args.model:
-        raise InputError('--model: expected the name of a model, found none')
     if bool(args.resume) == args.pretrained:
-        raise InputError('expected the weights to export: either --resume with a checkpoint, or --pretrained')
+        found = 'both' if args.resume else 'neither'
+        raise InputError(f"expected --resume with a checkpoint, or --pretrained for timm's weights; found {found}")
+    if not (args.model or args.resume):
+        raise InputError('--model: expected the name of a model, found none')
     utils.check_source('--resume', args.resume)
     if args.eval_ema and not args.resume:
         raise InputError('--eval-ema needs --resume with a checkpoint that holds averaged weights')
     needed = ['onnx', 'onnxscript', *(['onnxruntime'] if args.bench else [])] if args.format == 'onnx' else []
     if missing := [name for name in needed if not installed(name)]:
         raise InputError(f'--format onnx needs what is not installed: pip install {" ".join(missing)}')
-    ours = models.dense_twin(args.model) is not None
     if args.format == 'hub' and args.bench:
         raise InputError('--bench times a program: expected --format onnx or pt2, found hub')
+    if args.model:
+        check_model(args)
+
+
+def check_model(args: argparse.Namespace):
+    """InputError for what cannot work with the model, which the checkpoint may say."""
+    ours = models.dense_twin(args.model) is not None
     if args.format == 'hub' and args.fuse and not ours:
         raise InputError(f'--fuse: timm does not load a folded {args.model} from a folder; leave --fuse out')
     if args.bench and not (ours or args.method):
@@ -121,27 +129,14 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def load_model(
-    args: argparse.Namespace,
-) -> tuple[nn.Module, datasets.DataConfig, list[str] | None, argparse.Namespace]:
-    """The model for inference, as its checkpoint was trained, what it expects of images, its classes, and the flags
-    that hold with those of the checkpoint.
-    """
-    classes, count = None, models.published_cfg(args.model).num_classes
-    if args.resume:
-        content = weights.read_checkpoint(args.resume, print_rank0)
-        args = checkpoint.restore_model_args(args, content)
-        classes, count = checkpoint.find_classes(content, args.model, args.eval_ema)
-    config = datasets.data_config(args, args.model)
-    model = models.build(args, count or 0, config.input_size)
-    if args.resume:
-        checkpoint.load_for_evaluation(model, content, args.resume, args.eval_ema)
-    else:
-        print_rank0('without --resume the weights are those that the model was created with')
+def load_model(args: argparse.Namespace) -> checkpoint.Restored:
+    """The model of the flags for inference, folded and in its precision, and what it came with."""
+    precision = DTYPES[args.precision]
+    model, config, classes, args = checkpoint.load_model(args, use_ema=args.eval_ema)
     if args.fuse:
         engine.fuse(model)
-    print_rank0(f'{args.model}: {engine.describe_schedule(model)}\n{datasets.describe(config)}')
-    return model.eval().to(DTYPES[args.precision]), config, classes, args
+    print_rank0(f'{engine.describe_model(args.model, model, config.input_size)}\n{datasets.describe(config)}')
+    return checkpoint.Restored(model.to(precision), config, classes, args)
 
 
 # --- writing

@@ -38,7 +38,10 @@ def check_arguments(args: argparse.Namespace):
     """InputError where a teacher is asked for whose file is not given or does not exist."""
     if args.distillation_type == 'none':
         return
-    advice = f'; the published teacher, for ImageNet, is at {PUBLISHED_TEACHER}'
+    advice = (
+        f'; the published teacher, for ImageNet, is at {PUBLISHED_TEACHER}. '
+        '--distillation-type none trains without a teacher'
+    )
     if not args.teacher_path:
         weights_of = f'--teacher-path, the weights of --teacher-model {args.teacher_model}'
         raise InputError(f'--distillation-type {args.distillation_type} needs {weights_of}{advice}')

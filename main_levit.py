@@ -40,7 +40,7 @@ def main() -> dict[str, float]:
     folder = output.prepare_output_dir(args)
     device = utils.set_up_processes(args)
     if args.eval:
-        return engine.evaluate_checkpoint(args, device)
+        return engine.evaluate_checkpoint(args, device, RECIPE['model'])
     precision = utils.pick_precision(args.precision, device, args.amp)
     utils.set_backends(precision, device)
     config = datasets.data_config(args, args.model)

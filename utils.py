@@ -37,6 +37,8 @@ def run_script(main: Callable[[], object]):
     def recorded():
         try:
             main()
+        except InputError as error:
+            raise error.with_traceback(None) from None  # where it came from would bury what it says in the summary
         except RuntimeError as error:
             if dist.is_initialized() and re.search(r'timed? ?out|closed by peer|reset by peer', str(error), re.I):
                 error.add_note(

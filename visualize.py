@@ -52,12 +52,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import checkpoint
 import curves
 import datasets
+import engine
 import models
 import shapes
 import utils
 from drawing import Prediction, describe, draw_contact, draw_frames, draw_shares, draw_sheet, label, mean_percent, views
 from image_files import FORMATS, load_image
-from models import weights
 from models.evolution import Selection
 from models.vit import Evolving
 from utils import InputError, print_rank0
@@ -83,7 +83,8 @@ def get_parser() -> utils.Parser:
 
 @torch.inference_mode()
 def main():
-    args = get_parser().parse_args()
+    parser = get_parser()
+    args = parser.parse_args(namespace=argparse.Namespace(model=None))
     check_arguments(args)
     prefix = f'{args.save_name}_' if args.save_name else ''
     runs = curves.read_logs(args.log)
@@ -93,15 +94,13 @@ def main():
         write_figure(output, f'{prefix}curves', curves.draw_curves(runs), args.format)
         return
     device = utils.set_up_processes(args)
-    content = weights.read_checkpoint(args.resume, print_rank0)
-    args = checkpoint.restore_model_args(args, content)
-    config = datasets.data_config(args, args.model)
-    names, num_classes = checkpoint.find_classes(content, args.model)
-    model = load_model(args, content, num_classes or 0, config.input_size).to(device)
-    print_rank0(f'{datasets.describe(config)}\n{args.model}: computed in fp32, whatever the precision of its training')
+    model, config, names, args = load_model(args, parser.get_default('model'))
+    model.to(device)
+    print_rank0(f'{datasets.describe(config)}\n{engine.describe_model(args.model, model, config.input_size)}')
+    print_rank0(f'{args.model}: computed in fp32, whatever the precision of its training')
 
     from_dataset = args.data_path or args.data_set == 'SHAPES'
-    dataset = datasets.build_dataset(args, config, False, names, num_classes) if from_dataset else None
+    dataset = datasets.build_dataset(args, config, False, names, model.num_classes or None) if from_dataset else None
     classes = class_names(dataset.classes if dataset else names, model.num_classes)
     if args.score:
         shares = object_shares(model, dataset, args.batch_size)
@@ -175,19 +174,19 @@ def prepare_output_dir(output: Path, images: Sequence[Path]) -> Path:
     return output
 
 
-def load_model(args: argparse.Namespace, content: dict, num_classes: int, input_size: int) -> nn.Module:
-    """The model with the checkpoint's weights and schedule; InputError if it does not fit or never selects."""
-    model = models.build(args, num_classes, input_size)
+def load_model(args: argparse.Namespace, default_model: str) -> checkpoint.Restored:
+    """The model of --resume with what its pictures need; InputError if it does not fit or never selects."""
+    restored = checkpoint.load_model(args, default_model)
+    model, args = restored.model, restored.args
     if not isinstance(model, Evolving):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT, an Evo-LeViT, or --evolve')
     if model.method == 'merge':
         raise InputError('--method merge: it selects no patches that could be shown; expected another method')
-    checkpoint.load_for_evaluation(model, content, args.resume)
     if args.layer_wise_prune:
         model.set_schedule(stage_wise=False)
     if all(group.keep_ratio == 1 for group in model.groups()):
         raise InputError(f'{args.resume}: nothing to show, every patch is informative in every block')
-    return model.eval()
+    return restored
 
 
 def class_names(names: list[str] | None, count: int) -> list[str]:

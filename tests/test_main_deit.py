@@ -504,7 +504,8 @@ def test_an_evolved_vit_is_finetuned_resumed_and_evaluated(script, flags, tmp_pa
         assert (saved['stages'], saved['keep_ratio'], saved['stage_wise']) == ([3, 9], [0.5, 0.25], name == 'a')
         # Neither --evolve nor the rest of the schedule has to be given again.
         printed = script('main_deit', *small, '--eval', '--resume', path)
-        assert f'{schedule}\n' in printed and 'plain' not in printed
+        assert 'nearest, keeps 0.5 from block 3 and 0.25 from block 9' in printed and 'plain' not in printed
+        assert (', layer-wise, ' in printed) == (schedule == 'layer-wise')
         assert results[-1]['loss'] == log[1]['test_loss'] and results[-1]['acc1'] == log[1]['test_acc1']
         script('main_deit', *small, '--eval', '--resume', path, '--keep-ratio', 1)
         assert results[-1]['loss'] != log[1]['test_loss']
@@ -518,15 +519,20 @@ def test_a_plain_vit_is_evaluated_evolved(script, flags, tmp_path):
     printed = script('main_deit', *evaluate, '--evolve', '--keep-ratio', 1)
     assert 'weights of a plain ViT' in printed and plain in printed
     printed = script('main_deit', *evaluate, '--evolve')
-    assert 'stage-wise' in printed and plain not in printed
+    assert 'nearest, keeps 0.7 from block 4 and 0.3 from block 8' in printed and plain not in printed
 
 
 def test_results_say_which_method_they_are_of(script, flags, tmp_path):
     torch.save(timm.create_model('test_vit', img_size=32, num_classes=4).state_dict(), tmp_path / 'w.pth')
     evaluate = [*flags, '--model', 'test_vit', '--eval', '--resume', tmp_path / 'w.pth']
     evaluate += ['--results-file', tmp_path / 'results.json']
+    said = {
+        'drop': 'test_vit, drop, keeps 0.7 from block 1, 0.49 from block 3 and 0.343 from block 4, 0.00095 of 0.0014 ',
+        'merge': 'test_vit, merge, 8 patches fewer after each block, ',
+        None: 'test_vit, dense, 0.0014 GMACs, 32 px\n',
+    }
     for method, words in (('drop', 'drop, stage-wise'), ('merge', 'merge'), (None, 'no selection')):
-        assert f'w.pth: {words}\n' in script('main_deit', *evaluate, *(['--method', method] if method else []))
+        assert said[method] in script('main_deit', *evaluate, *(['--method', method] if method else []))
         results = json.loads((tmp_path / 'results.json').read_text())
         assert (results['method'], results['selection']) == (method, words)
     assert results['schedule'] is None
@@ -545,8 +551,12 @@ def test_the_advice_at_the_end_of_a_run_works(script, flags, tmp_path):
     flags = [*flags, '--output_dir', tmp_path]
     script('main_deit', *flags, '--epochs', 1)
     again = [*flags, '--resume', tmp_path / 'checkpoint.pth']
-    assert 'to train on, give a larger --epochs and --accept-changes' in script('main_deit', *again, '--epochs', 1)
-    assert 'Epoch 1 done' in script('main_deit', *again, '--epochs', 2, '--accept-changes')
+    assert 'to train on, give a larger --epochs\n' in script('main_deit', *again, '--epochs', 1)
+    printed = script('main_deit', *again, '--epochs', 2)
+    assert 'epochs was 1, now 2: from here on the schedules are those of 2 epochs' in printed
+    assert 'Epoch 1 done' in printed
+    with pytest.raises(InputError, match='epochs +2 +1\n.*--accept-changes'):
+        script('main_deit', *again, '--epochs', 1)
 
 
 @pytest.mark.parametrize('saved, now', [('nearest', 'nearest'), (True, 'one'), (False, 'none')])
@@ -625,6 +635,46 @@ def test_evaluation_recalls_the_model_that_was_trained(script, flags, tmp_path):
     printed = script('main_deit', *evaluate, '--keep-ratio', 1)
     assert 'trained with keep_ratio [0.1], and is evaluated with [1.0]' in printed
     assert f'loss {log["test_loss"]:.6f}' != re.findall(r'loss (\S+)', printed)[-1]
+
+
+@pytest.mark.parametrize('args', ['dict', 'Namespace', 'arch'])
+def test_a_checkpoint_says_its_model(script, flags, tmp_path, args):
+    """Ours, one with published flags, and one of timm's train.py: no --model, whatever the script's own default."""
+    torch.manual_seed(0)
+    name = 'vit_tiny_patch16_224'
+    state = timm.create_model(name, img_size=48, num_classes=4, depth=3).state_dict()
+    more = {'dict': {'args': {'model': name}}, 'Namespace': {'args': Namespace(model=name)}, 'arch': {'arch': name}}
+    torch.save({'state_dict': state} | more[args], tmp_path / 'c.pth')
+    data = flags[flags.index('--num_workers') :]
+    evaluate = [*data, '--eval', '--resume', tmp_path / 'c.pth', '--input-size', 48, '--model-kwargs', 'depth=3']
+    printed = script('main_deit', *evaluate)
+    assert f'{name}, dense, ' in printed and '(30 images)' in printed
+    assert accuracy(printed) == accuracy(script('main_levit', *evaluate, '--model', name))
+    torch.save(state, tmp_path / 'c.pth')
+    with pytest.raises(InputError, match='missing'):
+        script('main_deit', *evaluate[:-2], '--model-kwargs', 'embed_dim=192')
+
+
+def test_an_evaluation_says_what_runs_and_how_far_it_is(script, flags, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('deit_tiny_patch16_224', num_classes=4).state_dict(), tmp_path / 'w.pth')
+    monkeypatch.setattr(engine, 'PROGRESS_SECONDS', 0)
+    model = ['--model', 'deit_tiny_patch16_224', '--input-size', 224, '--batch-size', 16]
+    evaluate = [*flags, *model, '--eval', '--resume', tmp_path / 'w.pth', '--evolve']
+    printed = script('main_deit', *evaluate)
+    line = 'deit_tiny_patch16_224, nearest, keeps 0.7 from block 4 and 0.3 from block 8, 0.83 of 1.25 GMACs, 224 px\n'
+    assert line in printed
+    assert re.search(r'Test: \[1/2\]  [\d.]+ img/s  eta: 0:00:\d\d\nTest: \[2/2\]', printed)
+
+
+def test_weights_of_timm_are_evaluated_without_a_file(script, flags, monkeypatch):
+    """--pretrained: the weights that timm downloads; here none are, and the model is built as it is."""
+    monkeypatch.setattr(models, 'create', lambda *args, pretrained, **kwargs: timm.create_model(args[0], img_size=32))
+    data = [*flags, '--model', 'test_vit.r160_in1k', '--eval', '--pretrained']
+    with pytest.raises(InputError, match='1000 classes and does not name them'):
+        script('main_deit', *data)  # these are four folders of other names
+    with pytest.raises(InputError, match='--eval needs --resume with .*, or --pretrained'):
+        script('main_deit', *data[:-1])
 
 
 def test_a_transformer_teaches_at_any_size(script, flags, tmp_path):

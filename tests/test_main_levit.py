@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import accuracy, free_port, launch, read_log
+from conftest import ROOT, accuracy, free_port, launch, read_log
 from golden import fill
 
 import engine
@@ -65,13 +65,13 @@ def test_distributed_training_resumes_and_evaluates_to_the_logged_accuracy(scrip
     evaluate = ['--eval', '--resume', tmp_path / 'checkpoint.pth']
     for fuse in ([], ['--fuse']):
         printed = script('main_levit', *flags, *evaluate, *fuse)
-        assert 'stage-wise' in printed and accuracy(printed) == f'{log[1]["test_acc1"]:.3f}'
+        assert ', layer-wise, ' not in printed and accuracy(printed) == f'{log[1]["test_acc1"]:.3f}'
 
     # The checkpoint before the stage-wise epoch, which is still there.
     first = tmp_path / 'checkpoint-0001-000000.pth'
     for fuse in ([], ['--fuse']):
         printed = script('main_levit', *flags, '--eval', '--resume', first, *fuse)
-        assert 'layer-wise' in printed and accuracy(printed) == f'{log[0]["test_acc1"]:.3f}'
+        assert ', layer-wise, ' in printed and accuracy(printed) == f'{log[0]["test_acc1"]:.3f}'
     printed = script('main_levit', *flags, '--resume', first)
     assert 'world_size was 2, now 1' in printed
     assert [line['epoch'] for line in read_log(tmp_path)] == [0, 1]
@@ -90,3 +90,7 @@ def test_a_missing_teacher_says_where_it_is(script, flags, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r'--teacher-path \./regnety_160-a5fe301d.pth: .*is not a file.*https://'):
         script('main_levit', *flags[:10], '--data-path', flags[-3])
+    command = ['torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', ROOT / 'main_levit.py']
+    printed, _ = launch(*command, '--teacher-path', 'no.pth').communicate(timeout=240)
+    assert printed.count('no.pth is not a file') >= 2 and 'losses.py' not in printed, printed
+    assert '--distillation-type none trains without a teacher' in printed

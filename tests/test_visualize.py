@@ -20,7 +20,6 @@ import drawing
 import models
 import shapes
 import visualize
-from checkpoint import find_classes, restore_model_args
 from models import weights
 from models.evolution import Selection
 from utils import InputError
@@ -74,10 +73,7 @@ def checkpoint(tmp_path_factory):
 def load_model(*flags) -> nn.Module:
     """The model that the script would draw."""
     args = visualize.get_parser().parse_args([str(flag) for flag in flags])
-    content = weights.read_checkpoint(args.resume)
-    args = restore_model_args(args, content)
-    size = datasets.data_config(args, args.model).input_size
-    return visualize.load_model(args, content, find_classes(content, args.model)[1], size)
+    return visualize.load_model(args, 'evo_deit_small_vis_patch16_224').model
 
 
 @pytest.mark.parametrize('schedule', ['stage', 'layer'])
@@ -378,6 +374,15 @@ def test_a_plain_vit_is_shown_from_its_class_token(script, tmp_path):
     with torch.no_grad():
         predictions, expected = visualize.predict(model, x, [None, None]), plain(x).softmax(1)
     np.testing.assert_allclose([p.probabilities for p in predictions], expected, atol=1e-6)
+
+
+def test_pictures_are_of_the_model_that_the_checkpoint_says(script, checkpoint, tmp_path):
+    name = 'evo_deit_nano_patch4_32'
+    torch.save(torch.load(checkpoint(name)) | {'args': {'model': name}}, tmp_path / 'c.pth')
+    photograph(40, 32).save(tmp_path / 'a.png')
+    flags = ['--resume', tmp_path / 'c.pth', '--output_dir', tmp_path / 'out', '--img-path', tmp_path / 'a.png']
+    said = f'{name}, no representative, keeps 0.5 from block 4 and 0.5 from block 8, '
+    assert said in script('visualize', *flags) and (tmp_path / 'out' / 'a_block4.png').exists()
 
 
 def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
