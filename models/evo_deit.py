@@ -21,8 +21,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import published
+from .evolving import SavedEvolution, register_variants
 from .published import check_tokens, copy_class_head, drop_distillation, fold_layer_scale, match_class_position
-from .vit import EvolvingViT, SavedEvolution, register_variants, why_not_layers
+from .vit import EvolvingViT, evolve_blocks, why_not_layers
 from .weights import resize_weights
 
 # Poolings that need no weights of their own. The extra state holds an index into this list: append, never reorder.
@@ -75,6 +76,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         kwargs = {'global_pool': 'avg', 'fc_norm': False, 'norm_layer': partial(nn.LayerNorm, eps=1e-6)} | kwargs
         super().__init__(*args, **kwargs)
         self.check_arguments()
+        evolve_blocks(self)
         self.init_evolution(keep_ratio, range(4, len(self.blocks), 4) if stages is None else stages, representative)
         self.norm_cls = copy.deepcopy(self.norm if isinstance(self.fc_norm, nn.Identity) else self.fc_norm)
         self.head_cls = nn.Identity()
@@ -123,6 +125,11 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         if not self.fused:
             self.head_cls = copy.deepcopy(self.head)
             self._init_weights(self.head_cls)
+
+    def tradeoffs(self) -> list[float]:
+        # A moving average that begins with the last block before the first selection.
+        first = min(self.first_blocks, default=len(self.blocks))
+        return [1.0 if i < first else 0.5 for i in range(len(self.blocks))]
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
         """Nothing: the published network normalises after pooling."""

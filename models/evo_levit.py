@@ -22,8 +22,8 @@ from timm.models.levit import ConvNorm, LevitMlp, LinearNorm, NormLinear, Stem16
 from torch import Tensor, nn
 
 from . import evolution, published
-from .evolution import Slow, Tradeoff
-from .vit import SavedEvolution, register_variants
+from .evolution import Tradeoff
+from .evolving import SavedEvolution, register_variants
 
 FIRST_EVOLVING = 2  # as published, and as the second copies of layers in published files have it
 HEADS = ('head', 'head_dist', 'head_cls', 'head_cls_dist')
@@ -42,20 +42,20 @@ class Heads(NamedTuple):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, need_attention: bool, key_bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, need_attention: bool, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of q (B, H, n, D) to k (B, H, m, D) and v (B, H, m, E); key_bias (B, 1, 1, m) is added to its logits.
+    """Attention of q (B, H, n, D) to k (B, H, m, D) and v (B, H, m, E); attn_mask (B, 1, 1, m) is added to the logits.
 
     Returns values (B, n, H * E), and the class token's attention (B, m - 1) to the others, a mean over heads, at least
     in float32. A fused kernel has no map, so that row is computed beside it; on a CPU none fits values wider than keys.
     """
     scale = q.shape[-1] ** -0.5
     if q.is_cuda or q.dtype in (torch.float16, torch.bfloat16):
-        x = F.scaled_dot_product_attention(q, k, v, None if key_bias is None else key_bias.to(q.dtype))
-        row = evolution.class_attention(q[:, :, :1], k, scale, key_bias) if need_attention else None
+        x = F.scaled_dot_product_attention(q, k, v, None if attn_mask is None else attn_mask.to(q.dtype))
+        row = evolution.class_attention(q[:, :, :1], k, scale, attn_mask) if need_attention else None
     else:
-        logits = (q * scale) @ k.mT
-        attention = (logits if key_bias is None else logits + key_bias).softmax(-1)
+        logits = (q * scale) @ k.transpose(-2, -1)
+        attention = (logits if attn_mask is None else logits + attn_mask).softmax(-1)
         x, row = attention @ v, attention[:, :, 0, 1:]
     return x.transpose(1, 2).flatten(2), row.mean(1) if need_attention else None
 
@@ -71,7 +71,10 @@ def subsample(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """timm's levit.Attention without biases; also returns the class token's attention (B, N), a mean over heads."""
+    """timm's levit.Attention without biases.
+
+    With `need_attention` it also returns the class token's attention (B, n), a mean over heads.
+    """
 
     def __init__(self, dim: int, key_dim: int, num_heads: int):
         super().__init__()
@@ -81,14 +84,17 @@ class Attention(nn.Module):
         self.qkv = LinearNorm(dim, num_heads * sum(self.split))
         self.proj = LinearNorm(num_heads * self.split[2], dim, bn_weight_init=0)
 
-    def forward(self, x: Tensor, need_attention: bool, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, need_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = split_heads(self.qkv(x), self.num_heads).split(self.split, -1)
-        x, attention = attend(q, k, v, need_attention, key_bias)
-        return self.proj(F.hardswish(x)), attention
+        x, attention = attend(q, k, v, need_attention, attn_mask)
+        x = self.proj(F.hardswish(x))
+        return (x, attention) if need_attention else x
 
 
 class Block(nn.Module):
-    """One layer: residual attention, then a residual MLP."""
+    """One layer: residual attention, then a residual MLP; called as the blocks in vit.py are."""
 
     def __init__(self, dim: int, key_dim: int, num_heads: int, drop_path: float):
         super().__init__()
@@ -96,10 +102,15 @@ class Block(nn.Module):
         self.mlp = LevitMlp(dim, 2 * dim, act_layer=nn.Hardswish)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, slow: Slow, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
-        update, attention = self.attn(slow.tokens, need_attention, slow.key_bias)
-        x = slow.tokens + self.drop_path(update)
-        return x + self.drop_path(self.mlp(x)), attention
+    def forward(
+        self, x: Tensor, places: Tensor | None = None, attn_mask: Tensor | None = None, need_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        update = self.attn(x, attn_mask, need_attention)
+        if need_attention:
+            update, attention = update
+        x = x + self.drop_path(update)
+        x = x + self.drop_path(self.mlp(x))
+        return (x, attention) if need_attention else x
 
 
 class Downsample(nn.Module):
@@ -323,7 +334,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         if self.training:
             # A tradeoff that nothing reads gets a gradient of zero, so that no schedule leaves a parameter without one.
             cls_token = cls_token + 0 * torch.cat([a.learn_tradeoff for a in self.attentions()]).sum()
-        x = self.patch_embed(x).flatten(2).mT
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:

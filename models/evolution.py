@@ -1,29 +1,28 @@
 """Slow-fast token evolution: the method of Evo-ViT (https://arxiv.org/abs/2108.01390) as pure functions.
 
-A group of blocks selects the patches to which the class token attended most so far (*informative*) and updates these
-slowly, that is through every block. The others (*placeholders*) are updated fast: each receives what the group added to
-the token that represents it. Who represents a placeholder is a choice:
+A group of blocks selects its *informative* patches by the attention that the class token pays to them. These go through
+every block of the group. The others, the *placeholders*, follow a representative: each receives what the group added to
+the token that stands for it. Who stands for a placeholder is a choice:
 
-    'none'      nobody; placeholders stay as they are (the published Evo-DeiT).
-    'one'       one token for all placeholders, their mean weighted by score (the paper, the published Evo-LeViT).
-    'nearest'   the informative patch with the most similar features; its token is the mean of those it stands for, and
-                counts in attention as often as there are of them. Informative are then the patches that are attended
-                and resemble none that is more attended. This works without any training.
+    'none'      nobody: placeholders stay as they are (the original Evo-DeiT).
+    'one'       one token for all placeholders, their mean weighted by score (the paper, the original Evo-LeViT).
+    'nearest'   the informative patch with the most similar features. Each informative patch becomes the mean of its
+                cluster, and counts in attention as often as the cluster has members. This needs no training.
 
-Informative patches are gathered before the group and scattered back after it. So patches stay in raster order, nothing
-is sorted, the grid is whole after every group, and the score is the only thing that goes from one group to the next.
+Patches are gathered before the group and put back after it. So they stay in raster order, nothing is sorted, the grid
+is whole after every group, and only the score goes from one group to the next.
 
-Shapes: B batch, P prefix tokens (class token first), N patches, K informative patches, C channels, H heads, D channels
-of a head.
+Shapes: B batch, P prefix tokens (class token first), N patches, K informative patches, n patches of a sequence,
+C channels, H heads, D channels of a head.
     tokens      (B, P + N, C)
-    score       (B, N)          global class attention, float32
+    score       (B, N)          class attention so far, at least float32
     kept        (B, K)          raster indices of the informative patches, int64, in no particular order
-    cluster     (B, N)          for each patch, which of the K informative ones represents it, int64
-    size        (B, K)          how many patches an informative one represents, itself included
+    cluster     (B, N)          for each patch, which of the K informative patches represents it, int64
+    size        (B, K)          how many patches an informative patch represents, itself included
+    attn_mask   (B, 1, 1, P + n)    added to the attention logits: the log of the sizes
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,27 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 REPRESENTATIVES = ('none', 'one', 'nearest')
-COMPARED = 64  # channels in which patches are compared for novelty
 
-# How much of a block's class attention enters the score: a constant, or a learned scalar.
-Tradeoff = float | Tensor
+# How much of a block's class attention enters the score: a constant, a learned scalar, or None where nobody reads it.
+Tradeoff = float | Tensor | None
 
-
-class Slow(NamedTuple):
-    """What a block gets: tokens (B, P + n, C), of which n are patches.
-
-    places (B, n): their raster indices, for positions that rotate queries and keys; None where all N stand in order.
-    key_bias (B, 1, 1, P + n): added to the attention logits; None for nothing.
-    """
-
-    tokens: Tensor
-    places: Tensor | None = None
-    key_bias: Tensor | None = None
-
-
-# A block maps slow tokens to tokens (B, P + n, C) and, if its second argument is true, to the attention (B, n) that the
-# class token pays to the n patches; else to None.
-Block = Callable[[Slow, bool], tuple[Tensor, Tensor | None]]
+# block(tokens, places=..., attn_mask=..., need_attention=...) maps tokens (B, P + n, C) to tokens of the same shape.
+#   places (B, m), m <= n: raster indices of the first m patches, for positions that rotate queries and keys; None where
+#   all patches stand in order. attn_mask: see above, or None. With need_attention it returns tokens and the attention
+#   (B, n) that the class token pays to the patches.
+Block = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 class Group(NamedTuple):
@@ -64,11 +51,15 @@ class Group(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What one selection chose: kept (B, K), the score (B, N) that it chose by, and cluster (B, N) for 'nearest'."""
+    """What one selection chose: kept (B, K), the score (B, N) that it chose by, and cluster (B, N) for 'nearest'.
+
+    tokens (B, K, C): what stands for the clusters after the group, for the next group if the selection goes on there.
+    """
 
     kept: Tensor
     score: Tensor
     cluster: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 def check_keep_ratio(keep_ratio: float | Sequence[float], stages: int) -> tuple[float, ...]:
@@ -97,12 +88,14 @@ def check_representative(representative: str | bool) -> str:
     return name
 
 
-def informative(n: int, keep_ratio: float) -> int:
-    """How many of n patches are informative; ValueError if that is none of several."""
-    # Rounded down from a product of floats, so int(100 * 0.29) is 28: the published code counts like this, and another
+def num_informative(n: int, keep_ratio: float) -> int:
+    """How many of n patches are informative: int(n * keep_ratio). ValueError if that is 0 and n > 1."""
+    # Rounded down from a product of floats, so int(100 * 0.29) is 28: the original code counts like this, and another
     # rounding would select other patches with its checkpoints.
     if not 0 < keep_ratio <= 1:
         raise ValueError(f'keep_ratio: expected a value in (0, 1], found {keep_ratio}')
+    if isinstance(n, torch.SymInt):  # an exported program computes K from the image that it gets
+        return n if keep_ratio == 1 else torch.sym_int(n * keep_ratio)
     k = int(n * keep_ratio)
     if k == 0 and n > 1:
         raise ValueError(
@@ -127,7 +120,7 @@ def partition(
 
     Args:
         stages: the first block of each stage that evolves, ascending; the blocks before see every patch.
-        keep_ratio: the share of informative patches in each of these stages.
+        keep_ratio: the fraction of informative patches in each of these stages.
         stage_wise: one selection for a stage, or one for each of its blocks.
         new_grids: blocks before which the grid changes; a selection cannot go on there.
         cuts: blocks after which a group ends because somebody wants the whole grid. The selection goes on in the next
@@ -143,26 +136,44 @@ def partition(
     return groups
 
 
+def drop_unread(tradeoffs: Sequence[Tradeoff], groups: Sequence[Group]) -> list[Tradeoff]:
+    """The tradeoff of each block, None where no selection reads its attention, which then need not be computed.
+
+    That is so after the last selection, and before a constant tradeoff of 1, which overwrites the score.
+    """
+    tradeoffs, read = list(tradeoffs), False
+    for start, stop, ratio, select in reversed(groups):
+        for i in reversed(range(start, stop)):
+            overwrites = isinstance(tradeoffs[i], float) and tradeoffs[i] == 1
+            if not read:
+                tradeoffs[i] = None
+            elif overwrites:
+                read = False
+        read = read or (select and ratio < 1)
+    return tradeoffs
+
+
 # --- select
 
 
-def class_attention(q: Tensor, k: Tensor, scale: float, key_bias: Tensor | None = None, prefix: int = 1) -> Tensor:
+def class_attention(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None = None, prefix: int = 1) -> Tensor:
     """Attention of the class token to the patches, for each head.
 
-    q (B, H, 1, D) its query, k (B, H, P + n, D) all keys, key_bias (B, 1, 1, P + n); returns (B, H, n). At least in
-    float32: in half precision equal scores would be common, and a selection between equals is arbitrary.
+    q (B, H, 1, D) is its query, k (B, H, P + n, D) are all keys; returns (B, H, n). At least in float32: in half
+    precision equal scores would be common, and a selection between equals is arbitrary.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        logits = (q.to(dtype) * scale) @ k.to(dtype).mT
-        if key_bias is not None:
-            logits = logits + key_bias.to(dtype)
-        return logits.softmax(-1)[:, :, 0, prefix:]
+    # A sum of products, not a matrix product: autocast leaves it alone, and a compiler never writes keys in float32.
+    logits = ((q.to(torch.promote_types(q.dtype, torch.float32)) * scale) * k).sum(-1)
+    if attn_mask is not None:
+        logits = logits + attn_mask[:, :, 0]
+    return logits.softmax(-1)[..., prefix:]
 
 
-def update_score(score: Tensor | None, attention: Tensor, tradeoff: Tradeoff) -> Tensor:
+def update_score(score: Tensor | None, attention: Tensor, tradeoff: float | Tensor) -> Tensor:
     """Moving average of class attentions; the first attention of a network is the score."""
-    return attention if score is None else (1 - tradeoff) * score + tradeoff * attention
+    if score is None or (isinstance(tradeoff, float) and tradeoff == 1):
+        return attention
+    return (1 - tradeoff) * score + tradeoff * attention
 
 
 def select(score: Tensor, k: int) -> Tensor:
@@ -170,23 +181,35 @@ def select(score: Tensor, k: int) -> Tensor:
     return score.topk(k, dim=1, sorted=False).indices
 
 
-def novelty(patches: Tensor, score: Tensor) -> Tensor:
-    """How little a patch resembles those that are more attended: (B, N), from 0 (one is the same) to 2.
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, n, C) of x (B, N, C) at index (B, n)."""
+    return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), index]
 
-    It is 1 minus the highest cosine between a patch of (B, N, C) and one with a higher score (B, N). A patch that
-    resembles a more attended one is well represented by it. So score * novelty chooses patches of which each
-    placeholder finds one that is near: the peaks of density peak clustering (Rodriguez and Laio, 2014), with the class
-    attention as density. COMPARED channels are enough to tell, and keep the N x N product cheap.
+
+def in_chunks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """`function` of tensors (B, N, ...) that returns (B, N), on so many of the N rows at once that an (N, N) matrix
+    takes no more memory than the hidden layer of an MLP, (N, 4 * C); the first tensor is (B, N, C).
     """
-    # Members of a cluster have one score, and sorts differ in how they order equals: here the first counts as higher.
-    n = score.shape[1]
-    order = (score * torch.linspace(1, 1 - n * 2.0**-22, n, device=score.device)).argsort(1)
-    compared = patches.detach()[..., :: max(1, patches.shape[-1] // COMPARED)].contiguous()
-    compared = F.normalize(take(compared, order), dim=-1)
-    # In order of attention the more attended are those behind; nobody is as far as cosine -1.
-    others = torch.full((n, n), -4.0, dtype=compared.dtype, device=compared.device).tril_()
-    closest = torch.baddbmm(others, compared, compared.mT).amax(-1).clamp_(min=-1.0)
-    return torch.empty_like(score).scatter_(1, order, (1 - closest).to(score.dtype))
+    most = 4 * rows[0].shape[-1]
+    if torch.compiler.is_exporting() or rows[0].shape[1] <= most:  # a program for free sizes cannot loop over chunks
+        return function(*rows)
+    return torch.cat([function(*chunk) for chunk in zip(*(x.split(most, 1) for x in rows), strict=True)], 1)
+
+
+def novelty(unit: Tensor, weight: Tensor) -> Tensor:
+    """How little a patch resembles those of higher weight: (B, N), from 0 (one is the same) to 1 (none is similar).
+
+    unit (B, N, C): patches of length 1. weight (B, N). Novelty is 1 minus the highest cosine, at least 0, to a patch of
+    higher weight: that one can represent it. Peaks of weight * novelty are the cluster centers of density peak
+    clustering (Rodriguez and Laio, 2014), with `weight` as the density.
+    """
+
+    def highest_cosine(unit_i: Tensor, weight_i: Tensor) -> Tensor:
+        # 1 where j has the higher weight, else 0. Differences and signs are several times faster than booleans on CPUs.
+        higher = (weight.unsqueeze(1) - weight_i.unsqueeze(2)).sign_().relu_()
+        return (unit_i @ unit.transpose(1, 2)).mul_(higher).amax(2)
+
+    return 1 - in_chunks(highest_cosine, unit, weight)
 
 
 # --- represent
@@ -211,71 +234,72 @@ def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
     return weight.unsqueeze(1).to(patches.dtype) @ patches
 
 
-def nearest(tokens: Tensor, order: Tensor, k: int, prefix: int = 1) -> Tensor:
-    """For each patch its cluster (B, N): the informative one with the most similar features (cosine).
+def nearest(unit: Tensor, kept: Tensor) -> Tensor:
+    """For each patch its cluster (B, N): the informative patch with the highest cosine; these are in their own.
 
-    tokens (B, P + N, C); order (B, N): the patches, the k informative ones first, each of which represents itself.
+    unit (B, N, C): patches of length 1. kept (B, K).
     """
-    ordered = take(tokens.detach(), order + prefix)
-    informative = F.normalize(ordered[:, :k], dim=-1)  # the length of the other one changes no argmax
-    closest = torch.bmm(ordered[:, k:], informative.mT).argmax(-1)
-    own = torch.arange(k, device=order.device).expand(order.shape[0], -1)
-    return torch.empty_like(order).scatter_(1, order, torch.cat([own, closest], 1))
+    informative = gather_tokens(unit, kept).transpose(1, 2)
+    # On CPUs `max` is faster than `argmax`.
+    closest = in_chunks(lambda unit_i: (unit_i @ informative).max(2).indices, unit)
+    return closest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
 
 
-def cluster_sizes(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """How many belong to each of k clusters: (B, N) to (B, k)."""
-    ones = torch.ones_like(cluster, dtype=dtype)
-    return ones.new_zeros(cluster.shape[0], k).scatter_add_(1, cluster, ones)
+def select_clusters(patches: Tensor, score: Tensor, k: int) -> Selection:
+    """Selection of k patches (B, N, C) that are attended and novel, and for each patch the nearest of these.
+
+    Selected by score * length * novelty^3, where the weight in `novelty` is score * length. Members of a cluster have
+    one score, so their length orders them, and the order of patches does not matter.
+    """
+    patches = patches.detach()
+    length = torch.linalg.vector_norm(patches, dim=2, keepdim=True, dtype=score.dtype)
+    unit = (patches / length.clamp(min=torch.finfo(length.dtype).tiny)).to(patches.dtype)
+    weight = score.detach() * length.squeeze(2)
+    kept = select(weight * novelty(unit, weight).to(weight.dtype) ** 3, k)
+    return Selection(kept, score, nearest(unit, kept))
 
 
-def cluster_means(tokens: Tensor, cluster: Tensor, size: Tensor) -> Tensor:
-    """Means (B, K, C) of the tokens (B, N, C) of each cluster."""
-    return _means(tokens, _flat(cluster, size.shape[1]), size)
+def memberships(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Clusters (B, N) as a matrix (B, K, N): 1 where a patch is a member, else 0. Its row sums are the sizes."""
+    zeros = torch.zeros(cluster.shape[0], k, cluster.shape[1], dtype=dtype, device=cluster.device)
+    return zeros.scatter(1, cluster.unsqueeze(1), 1)
 
 
-def _means(tokens: Tensor, rows: Tensor, size: Tensor) -> Tensor:
-    dtype = torch.promote_types(tokens.dtype, torch.float32)  # sums of many members overflow in half precision
-    sums = torch.zeros(size.numel(), tokens.shape[2], dtype=dtype, device=tokens.device)
-    sums = sums.index_add_(0, rows, tokens.flatten(0, 1).to(dtype)).view(*size.shape, -1)
-    return (sums / size.unsqueeze(-1)).to(tokens.dtype)
+def cluster_means(patches: Tensor, member: Tensor, size: Tensor) -> Tensor:
+    """Means (B, K, C) of the patches (B, N, C) of each cluster, as long as its members are on average.
 
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, n, C) of x (B, N, C) at index (B, n); several times as fast on a CPU as gather with an index of C."""
-    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[2])
-
-
-def with_prefix(index: Tensor, prefix: int) -> Tensor:
-    """Indices (B, m) of patches, or of anything that stands behind P prefix tokens, to those of all (B, P + m)."""
-    return torch.cat([torch.arange(prefix, device=index.device).expand(index.shape[0], -1), index + prefix], 1)
-
-
-def _flat(index: Tensor, n: int) -> Tensor:
-    """Indices (B, m) into rows of n each to indices (B * m) into all rows."""
-    return (index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)).flatten()
+    member (B, K, N), size (B, K). A plain mean is shorter than its members, and the blocks were trained on tokens of
+    full length. Source: ToFu (https://arxiv.org/abs/2312.01026).
+    """
+    # Weights that add up to 1, in place of sums, which could overflow in half precision.
+    share = member / size.unsqueeze(2)
+    mean = share.to(patches.dtype) @ patches
+    length = torch.linalg.vector_norm(patches, dim=2, keepdim=True, dtype=share.dtype)
+    scale = share @ length / torch.linalg.vector_norm(mean, dim=2, keepdim=True, dtype=share.dtype).clamp(min=1e-12)
+    return mean * scale.to(mean.dtype)
 
 
 # --- update
 
 
-def run(
-    slow: Slow,
+def run_blocks(
+    tokens: Tensor,
     score: Tensor | None,
     blocks: Sequence[Block],
     tradeoffs: Sequence[Tradeoff],
-    need_score: bool = True,
+    places: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Send tokens through blocks, and update the score (B, m) of the first m <= n patches among them."""
-    for i, (block, tradeoff) in enumerate(zip(blocks, tradeoffs, strict=True)):
-        # A later constant tradeoff of 1 overwrites everything before it: those attentions need not be computed.
-        overwritten = any([isinstance(t, float) and t == 1 for t in tradeoffs[i + 1 :]])
-        tokens, attention = block(slow, need_score and not overwritten)
-        slow = slow._replace(tokens=tokens)
-        if attention is not None:
-            attention = attention if score is None else attention[:, : score.shape[1]]
+    """Send tokens (B, P + n, C) through blocks, and update the score (B, m) of the first m <= n patches among them."""
+    for block, tradeoff in zip(blocks, tradeoffs, strict=True):
+        if tradeoff is None:  # nobody reads the attention of this block, so it is not computed
+            tokens = block(tokens, places=places, attn_mask=attn_mask)
+        else:
+            tokens, attention = block(tokens, places=places, attn_mask=attn_mask, need_attention=True)
+            if score is not None:
+                attention = attention[:, : score.shape[1]]
             score = update_score(score, attention, tradeoff)
-    return slow.tokens, score
+    return tokens, score
 
 
 def evolve(
@@ -287,79 +311,116 @@ def evolve(
     representative: str = 'none',
     selection: Selection | None = None,
     select_anew: bool = True,
-    need_score: bool = True,
     prefix: int = 1,
 ) -> tuple[Tensor, Tensor | None, Selection | None]:
-    """Update all tokens by one group of blocks: the informative patches slowly, the placeholders fast.
+    """Update all tokens by one group of blocks: informative patches go through them, the others follow.
 
     Args:
         tokens: (B, P + N, C).
         score: (B, N), or None before the first block of a network, where every patch is informative.
-        blocks, tradeoffs: the group's blocks, and for each how much of its class attention enters the score.
+        blocks, tradeoffs: the group's blocks, and for each how much of its class attention enters the score; None
+            where nobody reads it. Where all are None the score stays as it is.
         keep_ratio: int(N * keep_ratio) patches are informative; ValueError if that is none of several.
         representative: 'none', 'one' or 'nearest', see above.
         selection: that of the group before, None before the first; select_anew: let the score choose another one.
-        need_score: False after the last selection of a network: the attentions of the class token are not computed,
-            and the score stays as it is.
-        prefix: P, how many tokens stand before the patches; all of them are updated slowly.
+        prefix: P, how many tokens stand before the patches; all of them go through the blocks.
 
     Returns:
         tokens (B, P + N, C) in the order they came, score (B, N), and the selection, None where all patches are
         informative.
 
-    Source: paper, section 3.2 and figure 3. The published code sorts tokens; gathering them gives the same function.
+    Source: paper, section 3.2 and figure 3. The original code sorts tokens; gathering them gives the same function.
     """
     representative = check_representative(representative)
     n = tokens.shape[1] - prefix
-    k = informative(n, keep_ratio)
-    if k == n:
-        return *run(Slow(tokens), score, blocks, tradeoffs, need_score), None
+    if keep_ratio == 1:
+        return *run_blocks(tokens, score, blocks, tradeoffs), None
+    k = num_informative(n, keep_ratio)
     if select_anew or selection is None:
-        if representative == 'nearest' and k > 0:  # where no patch is informative there is none to represent another
-            order = (score * novelty(tokens[:, prefix:], score)).argsort(1, descending=True)
-            selection = Selection(order[:, :k], score, nearest(tokens, order, k, prefix))
+        if representative == 'nearest' and k != 0:  # where no patch is informative there is none to represent another
+            selection = select_clusters(tokens[:, prefix:], score, k)
         else:
             selection = Selection(select(score, k), score)
-    update = partial(run, blocks=blocks, tradeoffs=tradeoffs, need_score=need_score)
     if selection.cluster is not None:
-        tokens, score = _evolve_clusters(tokens, score, selection, update, need_score, prefix)
+        tokens, score, selection = _evolve_clusters(tokens, score, selection, blocks, tradeoffs, prefix)
     else:
-        tokens, score = _evolve_kept(tokens, score, selection.kept, update, prefix, representative == 'one')
+        represent = representative == 'one'
+        tokens, score = _evolve_kept(tokens, score, selection.kept, blocks, tradeoffs, prefix, represent)
     return tokens, score, selection
 
 
 def _evolve_kept(
-    tokens: Tensor, score: Tensor, kept: Tensor, update: Callable, prefix: int, represent: bool
+    tokens: Tensor,
+    score: Tensor,
+    kept: Tensor,
+    blocks: Sequence[Block],
+    tradeoffs: Sequence[Tradeoff],
+    prefix: int,
+    represent: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Update the kept patches slowly; the others wait or, with `represent`, move as their one representative does."""
+    """Update the kept patches; the others wait or, with `represent`, move as their one representative does."""
     k = kept.shape[1]
     # The prefix tokens travel with the informative patches, so one gather and one scatter move them all.
     index = with_prefix(kept, prefix).unsqueeze(-1).expand(-1, -1, tokens.shape[2])
-    slow = tokens.gather(1, index)
+    informative = tokens.gather(1, index)
     if represent:
         before = weighted_mean(tokens[:, prefix:], score, kept)
-        slow = torch.cat([slow, before], 1)
-    slow, kept_score = update(Slow(slow, kept), score.gather(1, kept))
+        informative = torch.cat([informative, before], 1)
+    informative, kept_score = run_blocks(informative, score.gather(1, kept), blocks, tradeoffs, kept)
     if represent:
-        tokens = tokens + (slow[:, prefix + k :] - before)
-        slow = slow[:, : prefix + k]
-    return tokens.scatter(1, index, slow.to(tokens.dtype)), score.scatter(1, kept, kept_score)
+        tokens = tokens + (informative[:, prefix + k :] - before)
+        informative = informative[:, : prefix + k]
+    return tokens.scatter(1, index, informative.to(tokens.dtype)), score.scatter(1, kept, kept_score)
 
 
 def _evolve_clusters(
-    tokens: Tensor, score: Tensor, selection: Selection, update: Callable, need_score: bool, prefix: int
-) -> tuple[Tensor, Tensor]:
-    """Update the mean of each cluster slowly; every token moves as the mean of its cluster does."""
-    kept, _, cluster = selection
-    # Each prefix token is a cluster of its own, so all tokens are treated alike.
-    cluster_of_token = with_prefix(cluster, prefix)
-    sizes = cluster_sizes(cluster_of_token, prefix + kept.shape[1], score.dtype)
-    rows = _flat(cluster_of_token, sizes.shape[1])
-    before = _means(tokens, rows, sizes)
-    # The class token attends to a cluster as to all members together, so the blocks update the sum of their scores.
-    total = score.new_zeros(kept.shape).scatter_add_(1, cluster, score) if need_score else None
-    slow, total = update(Slow(before, kept, sizes.log()[:, None, None]), total)
-    if need_score:
-        score = (total / sizes[:, prefix:]).gather(1, cluster)
-    change = (slow - before).to(tokens.dtype).flatten(0, 1).index_select(0, rows)
-    return tokens + change.view_as(tokens), score
+    tokens: Tensor,
+    score: Tensor,
+    selection: Selection,
+    blocks: Sequence[Block],
+    tradeoffs: Sequence[Tradeoff],
+    prefix: int,
+) -> tuple[Tensor, Tensor, Selection]:
+    """Update the mean of each cluster; every patch moves as the mean of its cluster does."""
+    kept, _, cluster, means = selection
+    patches, read = tokens[:, prefix:], [t for t in tradeoffs if t is not None]
+    member = memberships(cluster, kept.shape[1], score.dtype)
+    size = member.sum(2)
+    if means is None:
+        means = cluster_means(patches, member, size)
+    before = torch.cat([tokens[:, :prefix], means], 1)
+    # The class token attends to a cluster as to all its members together, so the blocks update the sum of their scores;
+    # but not where the first attention that enters overwrites it.
+    total = None
+    if read and not (isinstance(read[0], float) and read[0] == 1):
+        total = (member @ score.unsqueeze(2)).squeeze(2)
+    mask = log_size_mask(size, prefix, attention_dtype(tokens))
+    after, total = run_blocks(before, total, blocks, tradeoffs, kept, mask)
+    if read:
+        score = (total / size).gather(1, cluster)
+    change = gather_tokens(after[:, prefix:] - means, cluster)
+    tokens = torch.cat([after[:, :prefix], patches + change], 1).to(tokens.dtype)
+    return tokens, score, selection._replace(tokens=after[:, prefix:])
+
+
+def log_size_mask(size: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """The log of sizes (B, K) as an additive mask (B, 1, 1, P + K) with 0 for the prefix: a token that stands for s
+    patches is attended as s patches are. Source: proportional attention of ToMe (https://arxiv.org/abs/2210.09461).
+    """
+    # Fused kernels on GPUs want rows that begin at multiples of 8 numbers, and would copy the mask in each block.
+    n = prefix + size.shape[1]
+    mask = F.pad(size.log().to(dtype), (prefix, -n % 8))
+    return mask[:, None, None, :n]
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of queries that a linear layer makes of x, which a mask should have: that of autocast if it is on."""
+    kind = x.device.type
+    if kind != 'meta' and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Indices (B, m) of patches, or of anything that stands behind P prefix tokens, to those of all (B, P + m)."""
+    return torch.cat([torch.arange(prefix, device=index.device).expand(index.shape[0], -1), index + prefix], 1)

@@ -15,7 +15,8 @@ from timm.models import parse_model_name, save_for_hf
 from timm.models._hub import download_from_hf
 from torch import nn
 
-from .vit import EvolvingViT, SavedEvolution, evolve
+from .evolving import SavedEvolution
+from .vit import EvolvingViT, evolve
 
 FILES = 'model.safetensors', 'config.json'
 

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import evolution
-from .evolution import Block, Selection, Slow, Tradeoff
-from .vit import evolve, to_floats
+from .evolution import Block, Selection, Tradeoff
+from .evolving import to_floats
+from .vit import evolve
 
 
 class Reduced(NamedTuple):
@@ -41,7 +42,6 @@ def drop(
     representative: str,
     selection: Reduced | None = None,
     select_anew: bool = True,
-    need_score: bool = True,
     prefix: int = 1,
     fusing: bool = False,
 ):
@@ -51,28 +51,37 @@ def drop(
     (https://arxiv.org/abs/2202.07800) without its fused token; numbers of patches are rounded down here, there up.
     """
     x, kept, n = tokens, None, tokens.shape[1] - prefix
-    k = evolution.informative(n, keep_ratio)
+    k, fused = evolution.num_informative(n, keep_ratio), []
     if selection is not None:
         kept, fused = selection.kept, [] if selection.fused is None else [selection.fused]
-        x, n = torch.cat([evolution.take(tokens, evolution.with_prefix(kept, prefix)), *fused], 1), kept.shape[1]
+        x = torch.cat([evolution.gather_tokens(tokens, evolution.with_prefix(kept, prefix)), *fused], 1)
+        n = kept.shape[1]
+
     if select_anew and k < n:
-        x, attention, keys = blocks[0].attend(Slow(x, kept), True)
-        tokens = _put_back(x, tokens, kept, prefix)  # the last that is seen of those that leave
-        best = evolution.select(attention[:, :n], k)
+        found = []  # state goes out by here, as checkpointing runs `leave` again in the backward pass
+
+        def leave(x: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
+            """The tokens between attention and MLP to those that go on: prefix, k patches, and perhaps a fused one."""
+            best = evolution.select(attention[:, :n], k)
+            found[:] = x, attention, best
+            fused = []
+            if fusing:
+                leaving = (attention / keys.shape[1]).scatter(1, best, 0.0)  # mean over heads; the fused one leaves too
+                fused = [leaving.unsqueeze(1).to(x.dtype) @ x[:, prefix:]]
+            return torch.cat([evolution.gather_tokens(x, evolution.with_prefix(best, prefix)), *fused], 1)
+
+        x, _ = blocks[0](x, places=kept, need_attention=True, reduce=leave)
+        last_seen, attention, best = found
+        tokens = _put_back(last_seen, tokens, kept, prefix)  # those that leave keep these values
         if kept is None:
             kept, score = best, attention
         else:
             gone = attention.new_zeros(tokens.shape[0], tokens.shape[1] - prefix)
             kept, score = kept.gather(1, best), gone.scatter(1, kept, attention[:, :n])
-        fused = []
-        if fusing:
-            leaving = (attention / keys.shape[1]).scatter(1, best, 0.0)  # a mean over heads; the fused token leaves too
-            fused = [leaving.unsqueeze(1).to(x.dtype) @ x[:, prefix:]]
-        x = torch.cat([evolution.take(x, evolution.with_prefix(best, prefix)), *fused], 1)
-        x, selection, blocks = blocks[0].feed_forward(x), Reduced(kept, score, None, *fused), blocks[1:]
+        selection, blocks = Reduced(kept, score), blocks[1:]
     for block in blocks:
-        x, _ = block(Slow(x, kept), False)
-    if selection is not None and selection.fused is not None:
+        x = block(x, places=kept)
+    if fusing and selection is not None:
         selection = selection._replace(fused=x[:, -1:])
     return _put_back(x, tokens, kept, prefix), score, selection
 
@@ -103,7 +112,6 @@ def merge(
     representative: str,
     selection: Selection | None = None,
     select_anew: bool = True,
-    need_score: bool = True,
     prefix: int = 1,
     r: int = 8,
 ):
@@ -112,33 +120,42 @@ def merge(
     The keys, a mean over heads, say what is similar; a token that stands for s patches counts s times in attention.
     Source: https://arxiv.org/abs/2210.09461.
     """
-    patches = tokens[:, prefix:]
-    cluster = (
-        selection.cluster
-        if selection
-        else torch.arange(patches.shape[1], device=tokens.device).expand(patches.shape[0], -1)
-    )
-    count = patches.shape[1] if selection is None else selection.kept.shape[1]
-    size = evolution.cluster_sizes(cluster, count)
-    x = torch.cat([tokens[:, :prefix], evolution.cluster_means(patches, cluster, size)], 1)
+    cluster = selection.cluster if selection else places_of(tokens[:, prefix:, 0])
+    x, size = tokens, torch.ones_like(cluster, dtype=torch.float32)
     places = None if selection is None else selection.kept
+    if selection is not None:  # the tokens of a cluster are equal, and their mean is the merged token
+        member = evolution.memberships(cluster, places.shape[1])
+        size = member.sum(2)
+        x = torch.cat([tokens[:, :prefix], evolution.cluster_means(tokens[:, prefix:], member, size)], 1)
+
     for block in blocks:
-        x, _, keys = block.attend(Slow(x, places, F.pad(size.log(), (prefix, 0))[:, None, None]), False)
-        target = match(keys[:, :, prefix:].mean(1), r)
-        count = size.shape[1] - min(r, size.shape[1] // 2)
-        merged = size.new_zeros(size.shape[0], count).scatter_add(1, target, size)
-        index = target.unsqueeze(-1).expand(-1, -1, x.shape[2])
-        weighted = (x[:, prefix:] * size.unsqueeze(-1)).to(x.dtype)
-        sums = x.new_zeros(x.shape[0], count, x.shape[2]).scatter_add(1, index, weighted)
-        x = torch.cat([x[:, :prefix], (sums / merged.unsqueeze(-1)).to(x.dtype)], 1)
+        found = []  # state goes out by here, as checkpointing runs `merge_pairs` again in the backward pass
+
+        def merge_pairs(x: Tensor, attention: None, keys: Tensor, size: Tensor = size, found: list = found) -> Tensor:
+            """Tokens (B, P + n, C) between attention and MLP to the P + n - r that remain."""
+            target = match(keys[:, :, prefix:].mean(1), r)
+            merged = size.new_zeros(size.shape[0], size.shape[1] - min(r, size.shape[1] // 2))
+            merged = merged.scatter_add(1, target, size)
+            found[:] = target, merged
+            index = target.unsqueeze(-1).expand(-1, -1, x.shape[2])
+            weighted = (x[:, prefix:] * size.unsqueeze(-1)).to(x.dtype)
+            sums = x.new_zeros(*merged.shape, x.shape[2]).scatter_add(1, index, weighted)
+            return torch.cat([x[:, :prefix], (sums / merged.unsqueeze(-1)).to(x.dtype)], 1)
+
+        x = block(x, places=places, attn_mask=evolution.log_size_mask(size, prefix, x.dtype), reduce=merge_pairs)
+        target, size = found
         # A merged token keeps the place of the one that others were merged into.
-        old = torch.arange(size.shape[1], device=x.device).expand_as(target) if places is None else places
-        places = old.new_zeros(old.shape[0], count).scatter(1, target[:, ::2], old[:, ::2])
+        old = places_of(target) if places is None else places
+        places = torch.zeros_like(size, dtype=old.dtype).scatter(1, target[:, ::2], old[:, ::2])
         places = places.scatter(1, target[:, 1::2], old[:, 1::2])  # last, as these stay: see `match`
-        size, cluster = merged, target.gather(1, cluster)
-        x = block.feed_forward(x)
+        cluster = target.gather(1, cluster)
     patches = x[:, prefix:].gather(1, cluster.unsqueeze(-1).expand(-1, -1, x.shape[2]))
     return torch.cat([x[:, :prefix], patches], 1), score, Selection(places, size, cluster)
+
+
+def places_of(patches: Tensor) -> Tensor:
+    """Raster indices (B, N) of tensors (B, N)."""
+    return torch.arange(patches.shape[1], device=patches.device).expand_as(patches)
 
 
 def match(metric: Tensor, r: int) -> Tensor:
@@ -151,7 +168,7 @@ def match(metric: Tensor, r: int) -> Tensor:
     if r == 0:
         return torch.arange(n, device=metric.device).expand(metric.shape[0], -1)
     metric = F.normalize(metric, dim=-1)
-    similarity, nearest = (metric[:, ::2] @ metric[:, 1::2].mT).max(-1)
+    similarity, nearest = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
     order = similarity.argsort(1, descending=True)
     sources, others = order.shape[1], n - order.shape[1]
     rank = order.argsort(1)  # how many pairs are more similar

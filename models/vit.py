@@ -1,362 +1,134 @@
-"""Slow-fast evolution for networks: what every one of them shares, and `evolve`, which gives it to any ViT of timm.
+"""`evolve`, which gives slow-fast evolution to a pretrained ViT of timm, in place and without training.
 
     model = evolve(timm.create_model('deit_tiny_patch16_224', pretrained=True))
 
-`Evolving.evolve` is the forward pass: it cuts the list of blocks into groups and hands each to `update_group`. That is
-evolution.evolve, where tokens are selected; for another criterion, or another method such as ToMe, it is another
-function with the same signature (see rivals.py).
+The model, its blocks and its attentions become subclasses of timm's classes, with the same parameters, names and
+arguments. A block that is called with tokens alone computes what timm's computes. The forward pass is in evolving.py.
 
 Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H heads, D channels of a head.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
-from operator import index
-from typing import NamedTuple
+from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, PatchEmbed, apply_rot_embed_cat
-from timm.models import Eva, VisionTransformer, register_model
-from timm.models._features import feature_take_indices
+from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
+from timm.models import Eva, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import evolution
-from .evolution import Group, Selection, Slow
+from .evolving import Evolving, SavedEvolution
+
+# What a method that reduces tokens inside a block does between its attention and its MLP: tokens (B, P + n, C), the
+# class token's attention (B, n) or None, and keys (B, H, P + n, D) to fewer tokens.
+Reduce = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
-def to_floats(name: str, value: float | Sequence[float] | np.ndarray | Tensor) -> list[float]:
-    """One number or several, Python's, NumPy's or torch's, as a list; ValueError with `name` for anything else.
+# --- attention
 
-    In single precision a number counts as it prints: 0.7 is 0.7, not 0.69999999, which could keep one patch less.
+
+class EvolvedAttention(Attention):
+    """timm's Attention that can also return the class token's attention and the keys; see `attend`."""
+
+    def forward(self, x, attn_mask=None, is_causal=False, need_attention=False, need_keys=False):
+        return attend(self, x, None, attn_mask, is_causal, need_attention, need_keys)
+
+
+class EvolvedAttentionRope(AttentionRope):
+    """timm's AttentionRope that can also return the class token's attention and the keys; see `attend`."""
+
+    def forward(self, x, rope=None, attn_mask=None, is_causal=False, need_attention=False, need_keys=False):
+        return attend(self, x, rope, attn_mask, is_causal, need_attention, need_keys)
+
+
+class EvolvedEvaAttention(EvaAttention):
+    """timm's EvaAttention that can also return the class token's attention and the keys; see `attend`."""
+
+    def forward(self, x, rope=None, attn_mask=None, is_causal=False, need_attention=False, need_keys=False):
+        return attend(self, x, rope, attn_mask, is_causal, need_attention, need_keys)
+
+
+def attend(
+    attn: nn.Module,
+    x: Tensor,
+    rope: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    need_attention: bool,
+    need_keys: bool,
+) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+    """The forward pass of an evolved attention: x (B, P + n, C) to the same shape.
+
+    Args:
+        rope: rotations of queries and keys, (n, R), or for each image and head (B, 1 or H, n, R).
+        attn_mask: additive or boolean, broadcast to (B, H, P + n, P + n).
+        need_attention, need_keys: with one of these it returns a tuple: the output; the attention (B, n) that the class
+            token pays to the patches, a sum over heads (without a class token, that of the mean of all queries); the
+            keys (B, H, P + n, D). What was not asked for is None.
+
+    Source: timm's Attention, AttentionRope and EvaAttention, of which `attn` has the layers.
     """
-    try:
-        return [float(str(np.asarray(x))) for x in (value if np.ndim(value) else [value])]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'{name}: expected numbers, found {value!r}') from error
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in project(attn, x))
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        q, k = (rotate(part, rope, attn.num_prefix_tokens, attn.rotate_half).type_as(v) for part in (q, k))
+    repeats = getattr(attn, 'num_kv_groups', 1)
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(q.dtype)  # some kernels would read float32 as if it were half precision
+
+    # A hook on `attn_drop` wants the attention map, which a fused kernel never makes.
+    hooked = attn.attn_drop._forward_hooks or attn.attn_drop._forward_pre_hooks
+    if attn.fused_attn and not hooked:
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+    else:
+        logits = (q * attn.scale) @ k.transpose(-2, -1)
+        logits = maybe_add_mask(logits, resolve_self_attn_mask(x.shape[1], logits, attn_mask, is_causal))
+        out = attn.attn_drop(logits.softmax(-1)) @ v
+    out = attn.norm(out.transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    out = attn.proj_drop(attn.proj(out))
+    if not need_attention and not need_keys:
+        return out
+    attention = None
+    if need_attention:
+        # A fused kernel returns no map. The one row that a selection reads costs 1 / (P + n) of it.
+        query = q[:, :, :1] if attn.class_token else q[:, :, attn.num_prefix_tokens :].mean(2, keepdim=True)
+        attention = evolution.class_attention(query, k, attn.scale, attn_mask, attn.num_prefix_tokens).sum(1)
+    return out, attention, k if need_keys else None
 
 
-class Evolving:
-    """A network whose blocks evolve tokens: its schedule, and the loop over its groups of blocks.
-
-    Attributes; all but `first_blocks` may be changed at any time:
-        first_blocks: the first block of each stage, counted over the network; the blocks before see every patch.
-        keep_ratio: share of informative patches, a tuple with one number for each stage.
-        representative: who represents placeholders: 'none', 'one' or 'nearest'.
-        stage_wise: select before each stage, or before each of its blocks.
-        evolving: False makes every block see every patch.
-        update_group: what happens to a group of blocks; evolution.evolve, or another function with its signature.
-
-    A network calls `init_evolution` once it has its blocks, and has `prepare` and `tradeoffs`. One whose grid changes
-    on the way has `block_names`, `new_grids` and `change_grid` too.
-    """
-
-    update_group: Callable = staticmethod(evolution.evolve)
-
-    def init_evolution(self, keep_ratio: float | Sequence[float], stages: Sequence[int], representative: str | bool):
-        """Set the schedule; ValueError for one that cannot be."""
-        depth = len(self.block_names())
-        try:
-            stages = tuple(index(block) for block in stages)
-        except TypeError as error:
-            raise ValueError(f'stages: expected indices of blocks, such as (4, 8), found {stages}') from error
-        if list(stages) != sorted(set(stages)) or not all(0 < block < depth for block in stages):
-            raise ValueError(
-                f'stages: expected ascending indices of blocks, from 1 (the first selection needs a score) to '
-                f'{depth - 1}, found {stages}'
-            )
-        self.first_blocks = stages
-        self.representative, self.keep_ratio = representative, keep_ratio
-        self.stage_wise, self.evolving = True, True
-
-    @property
-    def representative(self) -> str:
-        return self._representative
-
-    @representative.setter
-    def representative(self, value: str | bool):
-        self._representative = evolution.check_representative(value)
-
-    @property
-    def keep_ratio(self) -> tuple[float, ...]:
-        return self._keep_ratio
-
-    @keep_ratio.setter
-    def keep_ratio(self, value: float | Sequence[float]):
-        ratios = evolution.check_keep_ratio(to_floats('keep_ratio', value), len(self.first_blocks))
-        for block, ratio in zip(self.first_blocks, ratios, strict=True):
-            evolution.informative(self.num_patches(block), ratio)
-        self._keep_ratio = ratios
-
-    @property
-    def method(self) -> str:
-        """What `update_group` is called: 'evolve', or a rival."""
-        update = getattr(self.update_group, 'func', self.update_group)  # arguments may be bound to it
-        return getattr(update, '__name__', type(update).__name__)
-
-    def load_schedule(self, schedule: dict):
-        """Take over what `schedule` gave of another model; ValueError for one that cannot be."""
-        self.init_evolution(schedule['keep_ratio'], schedule['stages'], schedule['representative'])
-        self.stage_wise, self.evolving = schedule['stage_wise'], schedule['evolving']
-
-    def set_schedule(self, stage_wise: bool, evolving: bool = True):
-        """Choose when to select."""
-        self.stage_wise, self.evolving = stage_wise, evolving
-
-    def schedule(self) -> dict:
-        """All that says when, how much and how the model evolves, as plain data; `method` where it is another one."""
-        schedule = {
-            'stage_wise': self.stage_wise,
-            'evolving': self.evolving,
-            'stages': list(self.first_blocks),
-            'keep_ratio': list(self.keep_ratio),
-            'representative': self.representative,
-        }
-        if self.method == 'evolve':
-            return schedule
-        merge_r = getattr(self.update_group, 'keywords', {}).get('r')
-        return schedule | {'method': self.method} | ({} if merge_r is None else {'merge_r': merge_r})
-
-    def block_names(self) -> list[str]:
-        """The names of all blocks, in order."""
-        return [f'blocks.{i}' for i in range(len(self.blocks))]
-
-    def num_patches(self, block: int) -> int:
-        """How many patches a block sees in images of the size that the model was made for."""
-        return self.patch_embed.num_patches
-
-    def new_grids(self) -> list[int]:
-        """The blocks before which the grid changes."""
-        return []
-
-    def recomputed(self, function: Callable) -> Callable:
-        """The function, run again in the backward pass where gradient checkpointing is on; so are parts of a block."""
-        if not self.grad_checkpointing or not torch.is_grad_enabled():
-            return function
-        again = partial(checkpoint, function, use_reentrant=False)
-        for part in ('attend', 'feed_forward'):  # some rivals work between these
-            if hasattr(function, part):
-                setattr(again, part, partial(checkpoint, getattr(function, part), use_reentrant=False))
-        return again
-
-    def groups(self, cuts: Sequence[int] = ()) -> list[Group]:
-        """The blocks as groups that share a selection; a group also ends after each of the blocks `cuts`."""
-        depth = len(self.block_names())
-        stages = [block for block in self.first_blocks if block < depth] if self.evolving else []  # timm may cut blocks
-        ratios = self.keep_ratio[: len(stages)]
-        return evolution.partition(depth, stages, ratios, self.stage_wise, self.new_grids(), cuts)
-
-    def evolve(
-        self, images: Tensor, out_indices: Sequence[int] = (), stop_early: bool = False
-    ) -> tuple[Tensor, dict[str, Selection], list[Tensor]]:
-        """Embed images (B, channels, height, width) and run all blocks.
-
-        Returns tokens (B, P + N, C), the selections by the name of the group's first block, and the tokens after each
-        of the blocks `out_indices`; with `stop_early`, blocks after the last of these are left out.
-        """
-        tokens, blocks = self.prepare(images)
-        blocks = [self.recomputed(block) for block in blocks]
-        names, tradeoffs, groups = self.block_names(), self.tradeoffs(), self.groups(out_indices)
-        last_selection = max([g.start for g in groups if g.select and g.keep_ratio < 1], default=0)
-        update_group = self.update_group if self.evolving else evolution.evolve  # merging has no stages to leave out
-        score, selection, selections, outputs = None, None, {}, []
-        for start, stop, ratio, select in groups:
-            if stop_early and start > max(out_indices):
-                break
-            if start in self.new_grids():
-                tokens, score = self.change_grid(start, tokens, score if start <= last_selection else None)
-            tokens, score, selection = update_group(
-                tokens,
-                score,
-                blocks[start:stop],
-                tradeoffs[start:stop],
-                ratio,
-                self.representative,
-                selection,
-                select,
-                need_score=start < last_selection,
-                prefix=self.num_prefix_tokens,
-            )
-            if select and selection is not None:
-                selections[names[start]] = Selection(*selection[:3])  # a method may keep more in its own
-            if stop - 1 in out_indices:
-                outputs.append(tokens)
-        return tokens, selections, outputs
-
-    def forward_with_selection(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The model's output, and for each selection {'blocks.4': kept (B, K)}: raster indices, int64, ascending."""
-        tokens, selections, _ = self.evolve(images)
-        output = self.forward_head(self.norm_tokens(tokens))
-        return output, {name: selection.kept.sort(1).values for name, selection in selections.items()}
-
-    def norm_tokens(self, tokens: Tensor) -> Tensor:
-        """What stands between the blocks and the head."""
-        return self.norm(tokens)
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images to all tokens, the whole grid in raster order: (B, P + N, C)."""
-        return self.norm_tokens(self.evolve(images)[0])
-
-    def feature_levels(self, images: Tensor) -> list[tuple[int, tuple[int, int]]]:
-        """What `forward_intermediates` can return: after which block, and its grid (rows, columns)."""
-        grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
-        return [(block, grid) for block in range(len(self.blocks))]
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: None = None,
-    ):
-        """timm's interface: the whole grids after the chosen blocks, in Evo-LeViT after the chosen stages.
-
-        Returns what timm's VisionTransformer does: (features, intermediates), the intermediates alone, or a dictionary;
-        each (B, C, rows, columns) or (B, N, C). ValueError for an attention mask.
-        """
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')
-        if attn_mask is not None:
-            raise ValueError('attn_mask: expected none, as it would not be computed')
-        levels = self.feature_levels(x)
-        chosen = [levels[i] for i in sorted(feature_take_indices(len(levels), indices, as_set=True)[0])]
-        x, _, outputs = self.evolve(x, [block for block, _ in chosen], stop_early)
-        outputs = [self.norm(tokens) if norm else tokens for tokens in outputs]
-        prefix, patches = zip(*(t.tensor_split([self.num_prefix_tokens], 1) for t in outputs), strict=True)
-        if output_fmt == 'NCHW':
-            patches = [t.mT.unflatten(-1, grid).contiguous() for t, (_, grid) in zip(patches, chosen, strict=True)]
-        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            out = {'image_intermediates': list(patches)}
-            out |= {'image_intermediates_prefix': list(prefix)} if return_prefix_tokens else {}
-            return out if intermediates_only else out | {'image_features': self.norm_tokens(x)}
-        intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else list(patches)
-        return intermediates if intermediates_only else (self.norm_tokens(x), intermediates)
-
-    def forward(self, images: Tensor):
-        """Images (B, channels, height, width) to what the head makes of them, logits (B, classes) in evaluation."""
-        return self.forward_head(self.forward_features(images))
-
-
-class SavedEvolution(Evolving):
-    """A published network: its schedule is saved with its weights, and `fuse` makes it ready for inference."""
-
-    saved_attributes = 'stage_wise', 'evolving'
-    fused = False
-
-    def get_extra_state(self) -> Tensor:
-        """The schedule as a tensor: it goes wherever a state dict goes, and is read without unpickling."""
-        return torch.tensor([getattr(self, name) for name in self.saved_attributes])
-
-    def set_extra_state(self, state: Tensor):
-        for name, value in zip(self.saved_attributes, state.tolist(), strict=True):
-            setattr(self, name, value)
-
-    def train(self, mode: bool = True):
-        if mode and self.fused:
-            raise ValueError('a fused model cannot be trained, what training alone needs is gone: create one')
-        return super().train(mode)
-
-
-def register_variants(create: Callable, variants: Iterable[str]):
-    """Register `create(variant, pretrained=False, **kwargs)` with timm under the name of each variant."""
-    for variant in variants:
-        entry = partial(create, variant)
-        entry.__name__, entry.__module__ = variant, create.__module__
-        register_model(entry)
-
-
-# --- blocks and attention of timm
-
-
-class TimmBlock(NamedTuple):
-    """timm's Block or EvaBlock as the method calls it: with a bias on keys, rotations that travel, and a class row.
-
-    rope (N, R) or (H, N, R): rotations of queries and keys at all places, or None. prefix: P. class_token: the first
-    token is one; otherwise the score is the attention that the mean of all queries pays. score_grad: False where the
-    score only selects, which needs no gradient.
-
-    Source: timm's Block, EvaBlock, Attention, AttentionRope and EvaAttention.
-    """
-
-    block: nn.Module
-    rope: Tensor | None = None
-    prefix: int = 1
-    class_token: bool = True
-    score_grad: bool = False
-
-    def __call__(self, slow: Slow, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Slow tokens (B, P + n, C) to tokens and, if asked for, the class token's attention (B, n)."""
-        tokens, attention = self.attend(slow, need_attention)[:2]  # the keys would keep all projections
-        return self.feed_forward(tokens), attention
-
-    def attend(self, slow: Slow, need_attention: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The residual attention; also returns the class token's attention (B, n), a sum over heads, and the keys.
-
-        A fused kernel returns no map; the one row that the method needs costs 1 / (P + n) of it.
-        """
-        attn, x = self.block.attn, self.block.norm1(slow.tokens)
-        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in _projections(attn, x))
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        if self.rope is not None:
-            rope = _rope_at(self.rope, slow.places, x.shape[1] - self.prefix)
-            q, k = (_rotate(t, rope, self.prefix, attn.rotate_half).type_as(v) for t in (q, k))
-        repeats = getattr(attn, 'num_kv_groups', 1)
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        bias = None if slow.key_bias is None else slow.key_bias.to(q.dtype)
-        update = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
-        update = attn.norm(update.transpose(1, 2).flatten(2))
-        if attn.gate is not None:
-            update = update * attn.gate(x).sigmoid()
-        update = attn.proj_drop(attn.proj(update))
-        tokens = slow.tokens + self.block.drop_path1(_layer_scale(self.block, 1, update))
-        return tokens, self.class_attention(q, k, slow.key_bias) if need_attention else None, k
-
-    def class_attention(self, q: Tensor, k: Tensor, key_bias: Tensor | None) -> Tensor:
-        """The class token's attention (B, n) from queries and keys (B, H, P + n, D), summed over heads."""
-        if not self.score_grad:
-            q, k = q.detach(), k.detach()
-        q = q[:, :, :1] if self.class_token else q[:, :, self.prefix :].mean(2, keepdim=True)
-        return evolution.class_attention(q, k, self.block.attn.scale, key_bias, self.prefix).sum(1)
-
-    def feed_forward(self, tokens: Tensor) -> Tensor:
-        """The residual MLP."""
-        return tokens + self.block.drop_path2(_layer_scale(self.block, 2, self.block.mlp(self.block.norm2(tokens))))
-
-
-def _projections(attn: nn.Module, x: Tensor) -> Sequence[Tensor]:
-    """Queries, keys and values (B, n, channels) of x (B, n, C)."""
+def project(attn: nn.Module, x: Tensor) -> Sequence[Tensor]:
+    """Queries, keys and values (B, n, channels) of x (B, n, C); whatever stands in place of a layer is called."""
     if attn.qkv is None:
         return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    qkv = attn.qkv(x)
     if getattr(attn, 'q_bias', None) is not None:
-        return F.linear(x, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])).chunk(3, -1)
-    return attn.qkv(x).chunk(3, -1)
+        qkv = qkv + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    return qkv.chunk(3, -1)
 
 
-def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
-    """Rotate queries or keys (B, H, P + n, D) of patches."""
+def rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    """Rotate the patches of queries or keys (B, H, P + n, D)."""
     return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)], 2)
 
 
-def _rope_at(rope: Tensor, places: Tensor | None, n: int) -> Tensor:
+def rope_at(rope: Tensor, places: Tensor, n: int) -> Tensor:
     """Rotations (N, R), or (H, N, R) for each head, to those of n patches at places (B, K): (B, 1 or H, n, R).
 
     A token without a place, the one representative of all placeholders, is not rotated.
     """
-    if places is None:
-        return rope
     rope = (rope if rope.ndim == 3 else rope.unsqueeze(0))[:, places].transpose(0, 1)
     missing = n - places.shape[1]
     if missing == 0:
@@ -365,11 +137,74 @@ def _rope_at(rope: Tensor, places: Tensor | None, n: int) -> Tensor:
     return torch.cat([rope, torch.cat([sin, cos + 1], -1).expand(-1, -1, missing, -1)], 2)
 
 
-def _layer_scale(block: nn.Module, branch: int, update: Tensor) -> Tensor:
+# --- blocks
+
+
+class EvolvedBlock(Block):
+    """timm's Block on all tokens, or on some of the patches; see `forward_block`."""
+
+    def forward(self, x, attn_mask=None, is_causal=False, places=None, need_attention=False, reduce=None):
+        # `places` is not needed: positions were added before the first block.
+        masks = dict(attn_mask=attn_mask, is_causal=is_causal)
+        return forward_block(self, x, masks, need_attention, reduce)
+
+
+class EvolvedEvaBlock(EvaBlock):
+    """timm's EvaBlock on all tokens, or on the patches at `places` (B, m), whose rotations it takes from `rope`."""
+
+    def forward(self, x, rope=None, attn_mask=None, is_causal=False, places=None, need_attention=False, reduce=None):
+        if rope is not None and places is not None:
+            rope = rope_at(rope, places, x.shape[1] - self.attn.num_prefix_tokens)
+        masks = dict(rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        return forward_block(self, x, masks, need_attention, reduce)
+
+
+def forward_block(
+    block: nn.Module, x: Tensor, masks: dict, need_attention: bool = False, reduce: Reduce | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The forward pass of an evolved block: x (B, P + n, C) to the same shape, or to fewer tokens with `reduce`.
+
+    With `need_attention` it returns a tuple: tokens, and the class token's attention (B, n) to the patches of x.
+    Source: timm's Block and EvaBlock, of which `block` has the layers.
+    """
+    attention = keys = None
+    if need_attention or reduce is not None:
+        needs = dict(need_attention=need_attention, need_keys=reduce is not None)
+        update, attention, keys = block.attn(block.norm1(x), **masks, **needs)
+    else:
+        update = block.attn(block.norm1(x), **masks)
+    x = x + block.drop_path1(layer_scale(block, 1, update))
+    if reduce is not None:
+        x = reduce(x, attention, keys)
+    del update, keys  # keys are a view of all projections, which would stay in memory through the MLP
+    x = x + block.drop_path2(layer_scale(block, 2, block.mlp(block.norm2(x))))
+    return (x, attention) if need_attention else x
+
+
+def layer_scale(block: nn.Module, branch: int, update: Tensor) -> Tensor:
+    """LayerScale of the attention (branch 1) or of the MLP (2), where a block has one."""
     if isinstance(block, EvaBlock):
         gamma = getattr(block, f'gamma_{branch}')
         return update if gamma is None else gamma * update
     return getattr(block, f'ls{branch}')(update)
+
+
+# timm's classes and ours, which have the same parameters. A block or an attention of another class is refused.
+EVOLVED_BLOCKS = {Block: EvolvedBlock, EvaBlock: EvolvedEvaBlock}
+EVOLVED_ATTENTIONS = {
+    Attention: EvolvedAttention,
+    AttentionRope: EvolvedAttentionRope,
+    EvaAttention: EvolvedEvaAttention,
+}
+
+
+def evolve_blocks(model: nn.Module):
+    """Make the blocks of a ViT of timm and their attentions ours, in place; `why_not_layers` says if that can be."""
+    for block in model.blocks:
+        block.__class__ = EVOLVED_BLOCKS.get(type(block), type(block))
+        block.attn.__class__ = EVOLVED_ATTENTIONS.get(type(block.attn), type(block.attn))
+        block.attn.num_prefix_tokens = model.num_prefix_tokens
+        block.attn.class_token = model.cls_token is not None
 
 
 # --- evolving a ViT of timm
@@ -379,17 +214,16 @@ class EvolvingViT(Evolving):
     """What the evolved classes of timm's ViTs share."""
 
     def tradeoffs(self) -> list[float]:
-        # Nothing accumulates in the dense blocks: the first score is the attention of the last of them.
-        first = min(self.first_blocks, default=len(self.blocks))
-        return [1.0 if i < first else 0.5 for i in range(len(self.blocks))]
+        # The attention of one block, the last before a selection, is the score.
+        return [1.0] * len(self.blocks)
 
     def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
-        """Images (B, channels, height, width) to tokens (B, P + N, C), and the blocks as functions of slow tokens."""
         self.check_images(images)
         tokens, rope = self.embed(images)
+        if rope is None:
+            return tokens, list(self.blocks)
         ropes = rope if getattr(self, 'rope_mixed', False) else [rope] * len(self.blocks)
-        common = self.num_prefix_tokens, self.cls_token is not None, self.representative == 'one'
-        return tokens, [TimmBlock(*pair, *common) for pair in zip(self.blocks, ropes, strict=False)]
+        return tokens, [partial(block, rope=rope) for block, rope in zip(self.blocks, ropes, strict=False)]
 
     def check_images(self, images: Tensor):
         """ValueError for images (B, channels, height, width) of a size that the model cannot take whole."""
@@ -439,13 +273,16 @@ def evolve(
 
     Weights and their names, heads, pooling and timm's interface stay as they are; `forward_features` still returns all
     tokens in order. With keep_ratio=1 the model computes what it did before. A model that was evolved already gets
-    the new schedule. Blocks and attentions are no longer called as modules, so hooks on them do not run; for features
-    on the way there is `forward_intermediates`.
+    the new schedule.
+
+    Blocks are called as modules. A hook on one, or on a layer inside, sees the tokens of the block: inside an evolving
+    stage the prefix tokens and the informative ones in no particular order, (B, P + K, C). Grad-CAM needs whole grids,
+    (B, C, rows, columns): `forward_intermediates` gives them, and `forward_with_selection` the raster indices.
 
     Args:
         model: an instance of timm's VisionTransformer (DeiT, AugReg, DINOv2, CLIP, SigLIP, ...), its distilled
             variant, or Eva (EVA-02, DINOv3, rotary ViTs).
-        keep_ratio: share of informative patches, one number or one for each stage.
+        keep_ratio: fraction of informative patches, one number or one for each stage.
         stages: the first block of each stage; the blocks before the first see every patch. By default a third and two
             thirds of the depth.
         representative: who represents placeholders: 'nearest' (their most similar informative patch), 'one' token for
@@ -454,6 +291,8 @@ def evolve(
 
     Raises ValueError, with the reason, for a model that cannot be evolved exactly.
     """
+    if isinstance(model, str):
+        raise ValueError(f'expected a model, found the name {model!r}; pass timm.create_model({model!r}, ...)')
     if reason := why_not(model):
         raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
     depth = len(model.blocks)
@@ -467,9 +306,13 @@ def evolve(
     evolved.__class__ = EVOLVED.get(type(model), type(model))
     evolved.init_evolution(keep_ratio, stages, representative)
     evolved.set_schedule(stage_wise)
+    if any(later > earlier for earlier, later in pairwise(evolved.keep_ratio)):
+        warnings.warn(f'keep_ratio rises, {evolved.keep_ratio}: expected fewer patches in later stages', stacklevel=2)
     model.__class__ = type(evolved)
-    vars(model).update(vars(evolved))
+    for name in ('first_blocks', '_keep_ratio', '_representative', 'stage_wise', 'evolving'):
+        setattr(model, name, getattr(evolved, name))
     vars(model).pop('update_group', None)  # of another method
+    evolve_blocks(model)
     return model
 
 
@@ -486,10 +329,10 @@ def why_not(model: nn.Module) -> str:
 def why_not_layers(model: nn.Module) -> str:
     """Why the layers of a ViT of timm cannot be computed exactly, '' if they can."""
     for i, block in enumerate(model.blocks):
-        if type(block) not in (Block, EvaBlock):
+        if type(block) not in (*EVOLVED_BLOCKS, *EVOLVED_BLOCKS.values()):
             found = type(block).__name__
             return f'block_fn: expected residual attention, then a residual MLP, found {found} in blocks.{i}'
-        if type(block.attn) not in (Attention, AttentionRope, EvaAttention):
+        if type(block.attn) not in (*EVOLVED_ATTENTIONS, *EVOLVED_ATTENTIONS.values()):
             found = type(block.attn).__name__
             return f'attn_layer: expected one softmax over all tokens, found {found} in blocks.{i}'
     if rate := getattr(model.patch_drop, 'prob', 0):

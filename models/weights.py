@@ -21,6 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from . import huggingface
+
 # Takes a message for the user. A script of several processes gives one that prints on the first of them.
 Report = Callable[[str], None]
 
@@ -150,7 +152,7 @@ class Loaded(NamedTuple):
     """What load_weights could not take over as it is: names of tensors.
 
     missing: the model's, not found in the file; they are as they were.
-    dropped: the file's, not used.
+    dropped: the file's, not used; `text_model.*` for all that begin so.
     filled: the model's, not found in the file; they are copies of others, as `head_cls` of `head`.
     pooling: the model's new `global_pool`, where that of the weights is another than the model had; else ''.
     """
@@ -162,7 +164,14 @@ class Loaded(NamedTuple):
 
 
 def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: the published layout's, timm's, this project's, or a bare one."""
+    """The state dict in a checkpoint: the published layout's, timm's, this project's, or a bare one.
+
+    One in the names of Hugging Face's transformers gets timm's.
+    """
+    return huggingface.to_timm(_find_state(checkpoint, use_ema))[0]
+
+
+def _find_state(checkpoint: dict, use_ema: bool) -> dict[str, Tensor]:
     keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict')
     state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
     if state is None and use_ema:
@@ -187,7 +196,8 @@ def load_weights(
     """Load weights into a model, strictly: every tensor is used, or named in what is returned, or an error.
 
     Args:
-        source: path, URL, or a checkpoint that was read already, in the published layout, timm's or this project's.
+        source: path, URL, or a checkpoint that was read already, in the published layout, timm's, this project's or
+            that of Hugging Face's transformers (see huggingface.py).
         use_ema: take the averaged weights.
         adapt: for fine-tuning: positions are resized to the model's resolution, heads for other classes are left out,
             and the file may lack a head. The pooling stays the model's, as the head is trained for it.
@@ -203,7 +213,10 @@ def load_weights(
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source, report)
     where = 'the checkpoint' if isinstance(source, dict) else str(source)
     expected, pooling = model.state_dict(), getattr(model, 'global_pool', '')
-    state, filled, dropped = find_weights(checkpoint, use_ema), [], []
+    state, filled, dropped = _find_state(checkpoint, use_ema), [], []
+    state, beside, note = huggingface.to_timm(state, model)
+    if note:
+        report(f'{where}: {note}')
     try:
         if hasattr(model, 'convert_state'):
             state, filled, dropped = model.convert_state(state, resize=adapt)
@@ -228,7 +241,7 @@ def load_weights(
     model.load_state_dict(state | {k: expected[k] for k in new})
     return Loaded(
         missing=sorted(new),
-        dropped=dropped + [k for k in unused if k not in filled],
+        dropped=beside + dropped + [k for k in unused if k not in filled],
         filled=[k for k in filled if k not in (*new, *unused)],
         pooling=_report_new_pooling(model, pooling, where, report),
     )
@@ -244,7 +257,7 @@ def _check_fit(
     expected = model.state_dict()
     missing = [k for k in expected if k not in state]
     differ = [k for k in state if k in expected and state[k].shape != expected[k].shape]
-    other_head = [k for k in differ if k.startswith(heads) and len(state[k]) != len(expected[k])]
+    other_head = [k for k in differ if k.startswith(heads) and state[k].ndim and len(state[k]) != len(expected[k])]
     if other_head and other_head == differ and not adapt:
         found, classes = len(state[other_head[0]]), len(expected[other_head[0]])
         raise InputError(f'{where} has {found} classes, the model {classes}')

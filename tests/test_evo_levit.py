@@ -20,7 +20,6 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from models.evo_levit import HEADS, EvoLeViT, Heads, attend
-from models.evolution import Slow
 
 SIZES = ('128S', '128', '192', '256', '384')
 NAMES = [f'EvoLeViT_{size}{pixels}' for pixels in ('', '_384') for size in SIZES]
@@ -335,7 +334,7 @@ def test_half_precision_keeps_scores_and_indices_exact():
     exact = model(x)
     with torch.autocast('cpu', torch.bfloat16):
         logits, selections = model.forward_with_selection(x)
-        _, attention = model.stages[0].blocks[0](Slow(model.embed(x)))
+        _, attention = model.stages[0].blocks[0](model.embed(x), need_attention=True)
     assert attention.dtype == torch.float32
     assert {len(kept[0].unique()) for kept in selections.values()} == {72, 18}
     assert (logits - exact).abs().max() < 0.2 * exact.std()

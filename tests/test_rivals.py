@@ -63,17 +63,14 @@ class Adds:
     def __init__(self, attention):
         self.attention = attention
 
-    def __call__(self, slow, need_attention):
-        return slow.tokens + 11, None
-
-    def attend(self, slow, need_attention):
-        attention = self.attention if slow.places is None else self.attention.gather(1, slow.places)
-        fused = slow.tokens.shape[1] - 1 - attention.shape[1]
-        attention = torch.nn.functional.pad(attention, (0, fused), value=attention.mean().item())
-        return slow.tokens + 1, attention, slow.tokens[:, None]  # keys of one head
-
-    def feed_forward(self, tokens):
-        return tokens + 10
+    def __call__(self, x, places=None, attn_mask=None, need_attention=False, reduce=None):
+        attention, keys = None, x[:, None]  # of one head
+        if need_attention:
+            attention = self.attention if places is None else self.attention.gather(1, places)
+            fused = x.shape[1] - 1 - attention.shape[1]
+            attention = torch.nn.functional.pad(attention, (0, fused), value=attention.mean().item())
+        x = x + 1 if reduce is None else reduce(x + 1, attention, keys)
+        return (x + 10, attention) if need_attention else x + 10
 
 
 @pytest.mark.parametrize('method', ['drop', 'fuse'])
@@ -112,10 +109,14 @@ def test_the_fused_token_is_the_sum_of_all_that_left():
     assert torch.equal(y[:, 1:][left], x[:, 1:][left])
 
 
-def test_only_the_weights_of_a_fused_token_need_gradients():
-    for method in ('drop', 'fuse'):
-        model = rivals.apply(dense(), method)
-        assert model.prepare(images(model))[1][0].score_grad == (method == 'fuse')
+def test_gradients_flow_through_the_weights_of_a_fused_token():
+    tokens = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for method in (rivals.drop, rivals.fuse):
+        attention = torch.linspace(0, 1, 10).expand(2, -1).clone().requires_grad_()
+        x, _, selection = method(tokens, None, [Adds(attention)] * 2, [0.5] * 2, 0.6, 'none')
+        left = torch.ones(2, 10, dtype=torch.bool).scatter(1, selection.kept, False)
+        (x.sum() if selection.fused is None else selection.fused.sum()).backward()
+        assert (attention.grad is not None and attention.grad[left].all()) == (method is rivals.fuse)
 
 
 @pytest.mark.parametrize('method', ['drop', 'fuse'])
@@ -152,7 +153,7 @@ def test_merging_counts_and_unmerges():
     with torch.no_grad():
         tokens, _, outputs = model.evolve(x, [2, 4])
     for selection, count in zip(seen, (25 - 3 * 4, 25 - 5 * 4), strict=True):  # merging goes on after a cut
-        size = evolution.cluster_sizes(selection.cluster, count)
+        size = evolution.memberships(selection.cluster, count).sum(2)
         assert torch.equal(size.sum(1), torch.full((2,), 25.0)) and (size >= 1).all()
     # Every patch has the value of its cluster.
     first = torch.stack(
@@ -240,12 +241,11 @@ def test_a_merged_token_keeps_the_place_of_the_one_that_it_was_merged_into():
     """Places go with rotary positions. The third token goes into the second, not the other way round."""
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0], [1.0, -1.0]]])
 
-    class Keys(Adds):
-        def attend(self, slow, need_attention):
-            return slow.tokens, None, torch.nn.functional.pad(keys, (0, 0, 1, 0))[:, None]
+    def block(x, places, attn_mask, reduce):
+        return reduce(x, None, torch.nn.functional.pad(keys, (0, 0, 1, 0))[:, None])
 
     tokens = torch.arange(6.0).view(1, 6, 1)
-    _, _, selection = rivals.merge(tokens, None, [Keys(None)], [1.0], 1.0, 'none', r=1)
+    _, _, selection = rivals.merge(tokens, None, [block], [1.0], 1.0, 'none', r=1)
     places, cluster = selection.kept[0], selection.cluster[0]
     assert cluster[2] == cluster[1] and places[cluster].tolist() == [0, 1, 1, 3, 4]
 

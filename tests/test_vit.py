@@ -200,26 +200,29 @@ def test_two_equal_images_of_a_batch_give_equal_results():
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'eva02_tiny_patch14_224'])
 def test_half_precision(name):
+    """Rounding changes logits a little, but may change which of two equally good patches is selected."""
     model = vit.evolve(dense(name), (0.7, 0.3))
-    x = images(model)
+    x = images(model, 8)
     with torch.no_grad():
-        expected = model(x)
+        expected, selected = model.forward_with_selection(x)
         with torch.autocast('cpu', torch.bfloat16):
-            mixed = model(x)
-        half = model.bfloat16()(x.bfloat16())
-    for found in (mixed, half):
+            mixed = model.forward_with_selection(x)
+        half = model.bfloat16().forward_with_selection(x.bfloat16())
+    for found, selection in (mixed, half):
         assert found.isfinite().all()
-        assert (found.float() - expected).abs().max() < 0.3 * expected.std()
+        same = torch.stack([(selection[block] == kept).all(1) for block, kept in selected.items()]).all(0)
+        assert same.sum() >= 4
+        assert (found.float() - expected)[same].abs().max() < 0.3 * expected.std()
 
 
 def test_rotations_travel_with_their_patches():
     rope = torch.arange(12.0).view(6, 2)
     places = torch.tensor([[4, 0, 2], [1, 5, 3]])
-    assert torch.equal(vit._rope_at(rope, places, 3)[:, 0], rope[places])
-    more = vit._rope_at(rope, places, 4)
+    assert torch.equal(vit.rope_at(rope, places, 3)[:, 0], rope[places])
+    more = vit.rope_at(rope, places, 4)
     assert torch.equal(more[:, 0, 3], torch.tensor([[0.0, 1.0]] * 2))  # sine and cosine of no rotation
     heads = torch.stack([rope, rope + 100])
-    assert torch.equal(vit._rope_at(heads, places, 3)[:, 1], rope[places] + 100)
+    assert torch.equal(vit.rope_at(heads, places, 3)[:, 1], rope[places] + 100)
 
 
 @pytest.mark.parametrize(
