@@ -134,7 +134,7 @@ def views(prediction: Prediction, names: Sequence[str]) -> list[View]:
     """The image, and for each of the selections `names` what it keeps, and its clusters if there are any."""
     image, result = prediction.image, [View('', 'image', prediction.image)]
     for name in names:
-        kept, _, cluster = prediction.selections[name]
+        kept, cluster = prediction.selections[name].kept, prediction.selections[name].cluster
         title = f'{label(name)}:\n{kept.sum()} of {kept.size}\ninformative'
         result.append(View(f'_{slug(name)}', title, fade(image, kept), kept))
         if cluster is not None:

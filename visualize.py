@@ -273,13 +273,14 @@ def predict(
     mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     pixels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     predictions = [Prediction(*parts, {}) for parts in zip(pixels, labels, probabilities, strict=True)]
-    for name, (kept, score, cluster) in selections.items():
+    for name, selection in selections.items():
+        score = selection.score
         grid = grid_shape(score.shape[1], *images.shape[2:])
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, kept, True)
-        parts = kept, score / score.mean(1, keepdim=True), cluster
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, selection.kept, True)
+        parts = kept, score / score.mean(1, keepdim=True), selection.cluster
         parts = [[None] * len(kept) if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
-        for prediction, *selection in zip(predictions, *parts, strict=True):
-            prediction.selections[name] = Selection(*selection)
+        for prediction, *own in zip(predictions, *parts, strict=True):
+            prediction.selections[name] = Selection(*own)
     return predictions
 
 
@@ -298,7 +299,8 @@ def object_shares(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -> 
         indices = range(start, min(start + batch_size, len(dataset)))
         images = torch.stack([dataset[i][0] for i in indices]).to(device)
         masks = torch.stack([torch.from_numpy(dataset.mask(i)) for i in indices]).to(device)
-        for name, (kept, score, _) in model.evolve(images)[1].items():
+        for name, selection in model.evolve(images)[1].items():
+            kept, score = selection.kept, selection.score
             grid = grid_shape(score.shape[1], *images.shape[2:])
             covered = F.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)
             shares.setdefault(name, []).append(covered.gather(1, kept).sum(1) / covered.sum(1))

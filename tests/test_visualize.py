@@ -114,7 +114,7 @@ def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
     for i, prediction in enumerate(predictions):
         np.testing.assert_allclose(prediction.probabilities, logits[i].softmax(0), atol=1e-6)
         for (selection, kept), rows in zip(selections.items(), grids, strict=True):
-            shown, score, _ = prediction.selections[selection]
+            shown, score, *_ = prediction.selections[selection]
             assert unfaded(prediction.image, drawing.fade(prediction.image, shown), rows) == kept[i].tolist()
             assert score[shown].min(initial=np.inf) >= score[~shown].max() and score.mean() == pytest.approx(
                 1, abs=1e-3
@@ -171,7 +171,8 @@ def test_clusters_are_those_of_the_model(name):
         expected = model(images).softmax(1)
     for i, prediction in enumerate(predictions):
         np.testing.assert_allclose(prediction.probabilities, expected[i], atol=1e-6)
-        for selection, (kept, _, cluster) in selections.items():
+        for selection, chosen in selections.items():
+            kept, cluster = chosen.kept, chosen.cluster
             shown = prediction.selections[selection]
             rows, columns = shown.kept.shape
             assert np.flatnonzero(shown.kept).tolist() == kept[i].sort().values.tolist()
