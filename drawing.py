@@ -23,7 +23,7 @@ LINE = 0.45  # share of black or white in the outline of a cluster
 BLUE, ORANGE = '#0072B2', '#D55E00'  # told apart by colour-blind eyes
 MARKS, COLOURS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
 MAX_COLUMNS = 5  # selections side by side in a sheet
-HATCHED = 'Hatched patches skip the blocks; none is lost. What is informative is what the class token attends to.'
+HATCHED = 'Hatched patches skip the blocks; none is lost. The class attention selects: not always the object.'
 
 
 class Prediction(NamedTuple):
