@@ -12,11 +12,13 @@ EPOCHS ?= 2
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(VENV)/installed ## set up .venv with the tested versions
+# INDEX is the address that pytorch.org shows behind --index-url for the CPU build, which needs no CUDA.
+install: $(VENV)/installed ## set up .venv with the tested versions (INDEX=... takes torch from there: a CPU build)
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
-	@echo "Installing torch and the rest into $(VENV): some 5 GB, a few minutes."
+	@echo "Installing torch and the rest into $(VENV): some 5 GB with CUDA, a few minutes. Less without: make install INDEX=..."
 	$(PYTHON) -m venv $(VENV)
+	$(if $(INDEX),$(BIN)/python -m pip install --quiet torch torchvision -c constraints.txt --index-url $(INDEX))
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
@@ -30,7 +32,8 @@ demo: install ## train, evaluate and draw on a data set that is drawn by the pro
 	$(BIN)/python visualize.py $(SHAPES) --resume $(OUTPUT)/checkpoint.pth --output_dir $(OUTPUT)/pictures \
 		--batch-size 12 --score
 	$(BIN)/python visualize.py --log $(OUTPUT) --output_dir $(OUTPUT)/pictures
-	@echo "Learning curves: $(OUTPUT)/pictures/curves.png; what the model keeps of 12 images: $(OUTPUT)/pictures/seed0_contact.png"
+	@echo "Learning curves: $(OUTPUT)/pictures/curves.png; what it selects in 12 images: $(OUTPUT)/pictures/seed0_contact.png"
+	@echo "(It selects what the class token attends to: this small network may tell a ring or a cross by what is around it.)"
 	@echo "Next, a pretrained ViT on a photo of yours: $(BIN)/python visualize.py --model deit_tiny_patch16_224 --evolve --resume WEIGHTS.pth --img-path PHOTO.jpg --output_dir $(OUTPUT)/photo"
 
 # Two halves at the same time, as two cores allow. Each prints when it is done, where make can do that.

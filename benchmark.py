@@ -1,6 +1,6 @@
 """Measure speed, memory and arithmetic of any model beside its dense twin, the same network without evolution.
 
-With defaults for the machine, about a minute on a CPU; then all of our models in every mode:
+With defaults for the machine, some minutes on a CPU (it says how many); then all of our models in every mode:
 
     python3 benchmark.py
     python3 benchmark.py --model 'evo_deit_*_patch16_224' 'EvoLeViT_???' EvoLeViT_128S --compile \\
@@ -17,7 +17,8 @@ Flags of the model, the training step and the loader are those of main_deit.py a
 the model's recipe: --stages, --representative, --opt, --weight_decay, --drop_path, --data-set, --num_workers ...
 
 A model and its twin take turns, call by call, so that whatever else the machine does slows both alike. The speed-up is
-the median ratio of neighbouring calls. The ratio of the arithmetic beside it is the speed-up that MACs alone allow.
+the median ratio of neighbouring calls. The table shows what matters most; --results_file gets all columns, such as
+percentiles, and the ratio of MACs, which is the speed-up that arithmetic alone allows.
 """
 
 import gc
@@ -29,7 +30,7 @@ import traceback
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -127,10 +128,12 @@ def main():
     ]
     if args.keep_ratio and not any(case.twin for case in cases):
         raise InputError('--keep-ratio: none of these models evolves; add --evolve for ViTs of timm')
+    plan = describe_plan(cases)
     common = results.circumstances(args.precision, device)
     print_rank0(', '.join(f'{key} {value}' for key, value in common.items()))
     for warning in results.warn_if_busy(load, torch.get_num_threads() if device.type == 'cpu' else 1):
         print_rank0(warning)
+    print_rank0(plan)
     width = max(len(label) for case in cases for label, _ in list_models(case))
     print_rank0(results.table_line(results.COLUMNS, width))
     rows = []
@@ -147,7 +150,7 @@ def main():
         results.plot(rows, x, args.plot)
     failed = sum(row.get('error', OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows)
     if failed:
-        print(f'{failed} of {len(rows)} rows could not be measured: the end of each says why', file=sys.stderr)
+        print(f'{failed} of {len(rows)} rows could not be measured: the line below each says why', file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -258,6 +261,40 @@ def list_models(case: Namespace) -> list[tuple[str, Callable[..., nn.Module]]]:
     return listed
 
 
+def describe_plan(cases: list[Namespace]) -> str:
+    """What will be measured, and about how long it takes; InputError for a model that cannot be built or evolved."""
+    rows, gmacs, case = 0, 0.0, cases[0]
+    for case in cases:
+        listed, count = list_models(case), 0.0
+        for _, build in listed:
+            # Of what has no formula or does not run without data, the dense twin is counted.
+            with torch.device('meta'), suppress(RuntimeError):
+                model = build(num_classes=1000).eval()
+                with suppress(InputError):
+                    count = max(count, count_gmacs(model, [torch.empty(1, 3, *to_2tuple(case.input_size))]))
+        # Forward and backward are three forward passes.
+        count *= 3 if case.mode == 'train' else 1
+        gmacs += len(listed) * count * case.batch_size * (case.num_warm_iter + count_turns(case))
+        rows += len(listed)
+    what = f'{" and ".join(dict.fromkeys(case.mode for case in cases))} of {len({case.model for case in cases})} models'
+    what = f'to measure: {rows} rows, {what}{" and their dense twins" if case.compare else ""}'
+    if case.data_path:
+        return f'{what}; how long that takes depends on the loader'
+    minutes = gmacs / measure_gmacs_per_second(case.tensors) / 60 + rows / 20  # to build and to count takes seconds
+    return f'{what}, about {minutes:.0f} minutes' if minutes >= 1.5 else f'{what}, about a minute'
+
+
+def measure_gmacs_per_second(tensors: dict) -> float:
+    """About what a network reaches: half of the speed of a large product of matrices. `tensors` are their options."""
+    x = torch.randn(1024, 1024).to(tensors['device'], tensors['dtype'])
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return 0.5 * 1024**3 / 1e9 / min(seconds)
+
+
 # --- measuring
 
 
@@ -287,8 +324,7 @@ def measure(case: Namespace) -> list[dict]:
         candidates.append(Candidate(row | {'model': label}))
         run_or_record_error(prepare, candidates[-1], case, build, num_classes)
         candidates[-1].batches = load or candidates[-1].batches
-    repeats = PASSES if load else case.num_bench_iter * (LATENCY_CALLS if case.mode == 'latency' else 1)
-    for candidate in repeats * candidates:
+    for candidate in count_turns(case) * candidates:
         run_or_record_error(time_batches, candidate, case.device)
     last = candidates[-1]
     twin = (last.row, last.seconds) if case.twin and case.compare and 'error' not in last.row else ()
@@ -297,6 +333,13 @@ def measure(case: Namespace) -> list[dict]:
             compared = () if candidate is last else twin
             candidate.row |= results.summarise(candidate.row, candidate.seconds, *compared)
     return [candidate.row for candidate in candidates]
+
+
+def count_turns(case: Namespace) -> int:
+    """How often each model of a case is timed."""
+    if case.data_path:
+        return PASSES
+    return case.num_bench_iter * (LATENCY_CALLS if case.mode == 'latency' else 1)
 
 
 def build_loader(case: Namespace) -> tuple[Callable[[], Iterable], int]:

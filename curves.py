@@ -62,7 +62,10 @@ def draw_curves(runs: dict[str, list[dict]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
-    top1.set_ylim(top=min(top1.get_ylim()[1], 100.5))
+    # At least ten points: the noise of a run that has converged must not look like progress.
+    bottom, top = top1.get_ylim()
+    top = min(top, 100.5)
+    top1.set_ylim(min(bottom, top - 10), top)
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
     add_legend(loss, {'train_loss': ('training', '-'), 'test_loss': ('validation', '--')}, runs)

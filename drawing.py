@@ -23,6 +23,7 @@ LINE = 0.45  # share of black or white in the outline of a cluster
 BLUE, ORANGE = '#0072B2', '#D55E00'  # told apart by colour-blind eyes
 MARKS, COLOURS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
 MAX_COLUMNS = 5  # selections side by side in a sheet
+HATCHED = 'Hatched patches skip the blocks; none is lost. The class attention selects: not always the object.'
 
 
 class Prediction(NamedTuple):
@@ -133,8 +134,8 @@ def views(prediction: Prediction, names: Sequence[str]) -> list[View]:
     """The image, and for each of the selections `names` what it keeps, and its clusters if there are any."""
     image, result = prediction.image, [View('', 'image', prediction.image)]
     for name in names:
-        kept, _, cluster = prediction.selections[name]
-        title = f'{label(name)}\nkeeps {kept.sum()}\nof {kept.size}'
+        kept, cluster = prediction.selections[name].kept, prediction.selections[name].cluster
+        title = f'{label(name)}:\n{kept.sum()} of {kept.size}\ninformative'
         result.append(View(f'_{slug(name)}', title, fade(image, kept), kept))
         if cluster is not None:
             title = f'{kept.sum()} patches\nrepresent\nall {kept.size}'
@@ -218,6 +219,7 @@ def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figur
         verdict, text = describe(prediction, classes)
         style = dict(color=COLOURS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
         cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 20), transform=cells[-1].transAxes, **style)
+    figure.supxlabel(fill(HATCHED, 16 * width + 12), fontsize=8)
     return figure
 
 
@@ -241,7 +243,7 @@ def draw_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
     axes = figure.subplots()
     axes.errorbar(names, means, intervals, color=BLUE, marker='o', capsize=3, label='of the object')
     axes.plot(names, [100 * chance for _, chance in shares.values()], '--s', color=ORANGE, label='by chance')
-    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='share kept (%)')
+    axes.set(ylim=(0, 100), xlabel='selection before', ylabel='in informative patches (%)')
     axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
     axes.legend(frameon=False)
     return figure

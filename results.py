@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import timm
@@ -18,17 +19,17 @@ from matplotlib.ticker import LogLocator
 
 from utils import InputError, atomic_write
 
-# The columns of a file, each with its heading in the table, if it is shown there.
+# The columns of a file, each with its heading in the table, if it is shown there: few enough for a terminal.
 COLUMNS = {
     'mode': 'mode', 'input': '', 'model': 'model', 'architecture': '', 'keep_ratio': 'keep', 'stages': '',
     'representative': '', 'selection': '', 'image_size': 'px', 'batch': 'batch', 'images_per_second': 'img/s',
-    'images_per_second_p10': 'img/s p10', 'images_per_second_p90': 'img/s p90', 'ms': 'ms', 'ms_p90': 'ms p90',
-    'ms_p99': 'ms p99', 'n': 'calls', 'peak_mib': 'peak MiB', 'parameters': 'parameters', 'gmacs': 'GMACs/img',
-    'speedup': 'speed-up', 'speedup_p10': 'speed-up p10', 'speedup_p90': 'speed-up p90',
-    'arithmetic_ratio': 'MACs ratio', 'error': 'error', 'device': '', 'precision': '', 'autocast': '', 'compile': '',
-    'channels_last': '', 'fused': '', 'threads': '', 'torch': '', 'timm': '', 'date': '', 'commit': '',
+    'images_per_second_p10': '', 'images_per_second_p90': '', 'ms': 'ms', 'ms_p90': '', 'ms_p99': '', 'n': '',
+    'peak_mib': 'peak MiB', 'parameters': '', 'gmacs': 'GMACs', 'speedup': 'speed-up', 'speedup_p10': '',
+    'speedup_p90': '', 'arithmetic_ratio': '', 'error': '', 'device': '', 'precision': '', 'autocast': '',
+    'compile': '', 'channels_last': '', 'fused': '', 'threads': '', 'torch': '', 'timm': '', 'date': '', 'commit': '',
 }  # fmt: skip
 AXES = {'image_size': 'side of the images, px', 'batch': 'images a call', 'gmacs': 'GMACs an image'}
+MODEL_WIDTH = 33  # longer names are cut off in the table
 P99_CALLS = 100  # with fewer, the 99th percentile is hardly more than the slowest call
 BUSY_LOAD = 0.5  # processes of others that may run before a measurement is called disturbed
 DISTURBED = 1.5  # ratio of a row's img/s, 90th to 10th percentile, from which on it needs a warning
@@ -104,16 +105,19 @@ def warn_of_spread(rows: list[dict]) -> Iterable[str]:
 
 
 def table_line(row: dict, model_width: int) -> str:
-    """A line of the table for a row, or for the headings; the names of models have at most `model_width` letters."""
+    """A line of the table for a row, or for the headings, of up to 120 letters; an error has lines of its own."""
     cells = []
     for name, heading in COLUMNS.items():
         value = row.get(name, '')
         if isinstance(value, float):
             value = f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
-        side = '<' if name in ('mode', 'model', 'error') else '>'
+        width = {'mode': 9, 'model': min(model_width, MODEL_WIDTH)}.get(name, 7)
+        if name == 'model' and len(value) > width:
+            value = f'{value[: width - 1]}…'
         if heading:
-            cells.append(f'{value:{side}{max(9, len(heading), model_width if name == "model" else 0)}}')
-    return '  '.join(cells).rstrip()
+            cells.append(f'{value:{"<" if name in ("mode", "model") else ">"}{max(width, len(heading))}}')
+    error = fill(row.get('error', ''), 120, initial_indent='  ', subsequent_indent='  ')
+    return '\n'.join(['  '.join(cells).rstrip(), *([error] if error else [])])
 
 
 def write_row(row: dict, path: str | None):

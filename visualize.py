@@ -1,4 +1,4 @@
-"""Pictures of the selection: which patches a model updates slowly, and which of them represent the others.
+"""Pictures of the selection: which patches go through every block, and which of them represent the others.
 
 A batch of validation images, chosen at random by --seed:
 
@@ -25,15 +25,18 @@ Learning curves of one or several runs:
     python3 visualize.py --log output/first output/second --output_dir pictures
 
 NAME.png is what the model sees, and NAME_block4.png the selection before block 4 (NAME_stage1_block0.png in Evo-LeViT):
-placeholders are faded and hatched. With --representative nearest, NAME_block4_clusters.png fills them with the mean
-colour of the patches that share one informative patch. NAME_sheet.png has all of these, the scores and the prediction;
---animate writes them as NAME.gif. Each batch of several images has a contact sheet. --score writes score.png.
+patches that are not informative are faded and hatched; they skip the blocks, and none is lost. With --representative
+nearest, NAME_block4_clusters.png fills them with the mean colour of the patches that share one informative patch.
+NAME_sheet.png has all of these, the scores and the prediction; --animate writes them as NAME.gif. Each batch of several
+images has a contact sheet. --score writes score.png.
 """
 
 import argparse
 import math
 import re
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -76,7 +79,11 @@ def get_parser() -> utils.Parser:
     add('--layer-wise-prune', action='store_true', help='select before each layer, whatever the model was trained for')
     add('--format', default='png', choices=['png', 'jpg', 'pdf'], help='of sheets; copies are always png')
     add('--animate', action='store_true', help='also write the pictures of an image as a GIF')
-    add('--score', action='store_true', help='measure how much of the objects is kept in all of val (SHAPES only)')
+    add(
+        '--score',
+        action='store_true',
+        help='measure how much of the objects informative patches cover in all of val (SHAPES only)',
+    )
     parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='')
     return parser
 
@@ -91,13 +98,14 @@ def main():
     files = find_images(args.img_path)
     output = prepare_output_dir(Path(args.output_dir).expanduser(), files)
     if runs:
-        write_figure(output, f'{prefix}curves', curves.draw_curves(runs), args.format)
+        print_rank0(f'written: {write_figure(output, f"{prefix}curves", curves.draw_curves(runs), args.format)}')
         return
     device = utils.set_up_processes(args)
     model, config, names, args = load_model(args, parser.get_default('model'))
     model.to(device)
     print_rank0(f'{datasets.describe(config)}\n{engine.describe_model(args.model, model, config.input_size)}')
-    print_rank0(f'{args.model}: computed in fp32, whatever the precision of its training')
+    if args.precision not in (None, 'fp32'):
+        print_rank0(f'trained in {args.precision}, computed in fp32')
 
     from_dataset = args.data_path or args.data_set == 'SHAPES'
     dataset = datasets.build_dataset(args, config, False, names, model.num_classes or None) if from_dataset else None
@@ -106,10 +114,11 @@ def main():
         shares = object_shares(model, dataset, args.batch_size)
         print_shares(shares)
         write_figure(output, f'{prefix}score', draw_shares(shares), args.format)
+    broken = []
     if files:
         names = picture_names(files, prefix) if len(files) > 1 else [args.save_name or files[0].stem]
         transform = datasets.build_transform(config)
-        samples = ((name, transform(load_upright(f)), None) for name, f in zip(names, files, strict=True))
+        samples = load_samples(names, files, transform, broken)
     else:
         samples = random_samples(dataset, classes, args.batch_size, args.seed, prefix)
     number = 0
@@ -121,6 +130,9 @@ def main():
         if len(predictions) > 1:
             name = f'{prefix}contact{number}' if files else f'{prefix}seed{args.seed}_contact'
             write_figure(output, name, draw_contact(predictions, classes), args.format)
+    if broken:
+        print(f'{len(broken)} of {len(files)} images could not be drawn:', *broken, sep='\n  ', file=sys.stderr)
+        raise SystemExit(1)
 
 
 # --- input
@@ -204,6 +216,21 @@ def random_samples(dataset: Dataset, classes: list[str], count: int, seed: int, 
         yield f'{prefix}{name}_seed{seed}_{index}', image, label
 
 
+def load_samples(
+    names: Sequence[str], files: Sequence[Path], transform: Callable, broken: list[str]
+) -> Iterator[tuple]:
+    """Images of files, as `random_samples` has them, without labels; why one of several is missing goes to `broken`."""
+    for name, file in zip(names, files, strict=True):
+        try:
+            image = load_upright(file)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            broken.append(str(error))
+            continue
+        yield name, transform(image), None
+
+
 def picture_names(files: Sequence[Path], prefix: str) -> list[str]:
     """Names for the pictures of several images, all different, also from what is written beside them.
 
@@ -246,13 +273,14 @@ def predict(
     mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     pixels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     predictions = [Prediction(*parts, {}) for parts in zip(pixels, labels, probabilities, strict=True)]
-    for name, (kept, score, cluster) in selections.items():
+    for name, selection in selections.items():
+        score = selection.score
         grid = grid_shape(score.shape[1], *images.shape[2:])
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, kept, True)
-        parts = kept, score / score.mean(1, keepdim=True), cluster
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, selection.kept, True)
+        parts = kept, score / score.mean(1, keepdim=True), selection.cluster
         parts = [[None] * len(kept) if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
-        for prediction, *selection in zip(predictions, *parts, strict=True):
-            prediction.selections[name] = Selection(*selection)
+        for prediction, *own in zip(predictions, *parts, strict=True):
+            prediction.selections[name] = Selection(*own)
     return predictions
 
 
@@ -265,28 +293,30 @@ def grid_shape(patches: int, height: int, width: int) -> tuple[int, int]:
 
 def object_shares(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -> dict[str, tuple[np.ndarray, float]]:
     """For each selection, the share of each image's object (its area) in kept patches, and the share kept by chance."""
-    device = next(model.parameters()).device
+    device, reported = next(model.parameters()).device, time.perf_counter()
     shares, chance = {}, {}
     for start in range(0, len(dataset), batch_size):
         indices = range(start, min(start + batch_size, len(dataset)))
         images = torch.stack([dataset[i][0] for i in indices]).to(device)
         masks = torch.stack([torch.from_numpy(dataset.mask(i)) for i in indices]).to(device)
-        for name, (kept, score, _) in model.evolve(images)[1].items():
+        for name, selection in model.evolve(images)[1].items():
+            kept, score = selection.kept, selection.score
             grid = grid_shape(score.shape[1], *images.shape[2:])
             covered = F.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)
             shares.setdefault(name, []).append(covered.gather(1, kept).sum(1) / covered.sum(1))
             chance[name] = kept.shape[1] / score.shape[1]
-        if start % (10 * batch_size) == 0:
+        if (now := time.perf_counter()) - reported > engine.PROGRESS_SECONDS:
             print_rank0(f'scored {indices.stop} of {len(dataset)} images')
+            reported = now
     return {name: (torch.cat(share).cpu().numpy(), chance[name]) for name, share in shares.items()}
 
 
 def print_shares(shares: dict[str, tuple[np.ndarray, float]]):
-    """Print how much of the object each selection keeps beside what chance would keep."""
+    """Print how much of the object the informative patches of each selection cover, beside chance."""
     for name, (share, chance) in shares.items():
         mean, interval = mean_percent(share)
         print_rank0(
-            f'{label(name):<16} keeps {mean:.1f} +- {interval:.1f} % of the object, '
+            f'{label(name):<16} informative patches cover {mean:.1f} +- {interval:.1f} % of the object, '
             f'chance {100 * chance:.1f} %, more in {(share > chance).mean():.0%} of the images'
         )
     print_rank0(f'(mean share of its area over {len(share)} images, with the 95 % interval of the mean)')
@@ -326,10 +356,11 @@ def write_gif(output: Path, name: str, figures: Sequence[Figure]):
     utils.atomic_write(output / f'{name}.gif', partial(frames[0].save, format='GIF', **options))
 
 
-def write_figure(output: Path, name: str, figure: Figure, kind: str):
-    """Write NAME.png, NAME.jpg or NAME.pdf."""
+def write_figure(output: Path, name: str, figure: Figure, kind: str) -> Path:
+    """Write NAME.png, NAME.jpg or NAME.pdf; returns its path."""
     options, path = {'pil_kwargs': {'quality': 85}} if kind == 'jpg' else {}, output / f'{name}.{kind}'
     utils.atomic_write(path, partial(figure.savefig, format=kind, dpi=150, **options))
+    return path
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from golden import fill
 from matplotlib.figure import Figure
 from PIL import Image
@@ -113,7 +114,7 @@ def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
     for i, prediction in enumerate(predictions):
         np.testing.assert_allclose(prediction.probabilities, logits[i].softmax(0), atol=1e-6)
         for (selection, kept), rows in zip(selections.items(), grids, strict=True):
-            shown, score, _ = prediction.selections[selection]
+            shown, score, *_ = prediction.selections[selection]
             assert unfaded(prediction.image, drawing.fade(prediction.image, shown), rows) == kept[i].tolist()
             assert score[shown].min(initial=np.inf) >= score[~shown].max() and score.mean() == pytest.approx(
                 1, abs=1e-3
@@ -170,7 +171,8 @@ def test_clusters_are_those_of_the_model(name):
         expected = model(images).softmax(1)
     for i, prediction in enumerate(predictions):
         np.testing.assert_allclose(prediction.probabilities, expected[i], atol=1e-6)
-        for selection, (kept, _, cluster) in selections.items():
+        for selection, chosen in selections.items():
+            kept, cluster = chosen.kept, chosen.cluster
             shown = prediction.selections[selection]
             rows, columns = shown.kept.shape
             assert np.flatnonzero(shown.kept).tolist() == kept[i].sort().values.tolist()
@@ -287,7 +289,7 @@ def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
     texts = [text.get_text() for axes in drawn for text in axes.texts]
     assert len(drawn) == 7 * 5 and texts.count('bee 80%') == 7
     bands = texts.count('image')
-    titles = ['block 0\nkeeps 8\nof 16', 'block 2\nkeeps 8\nof 16', 'block 3\nkeeps 8\nof 16']
+    titles = [f'block {block}:\n8 of 16\ninformative' for block in (0, 2, 3)]
     assert bands >= 1 and [texts.count(title) for title in (*titles, '8 patches\nrepresent\nall 16')] == [bands] * 4
 
 
@@ -298,9 +300,8 @@ def test_the_commands_of_the_readme(script, checkpoint, tmp_path):
         folder = tmp_path / 'imagenet/val' / kind
         folder.mkdir(parents=True)
         photograph(300, 250).save(folder / 'x.jpeg')
-    photograph(320, 260).save(tmp_path / 'a.jpg')
     script('visualize', *common, '--data-path', tmp_path / 'imagenet', '--batch-size', 64)
-    script('visualize', *common, '--img-path', tmp_path / 'a.jpg', '--save-name', 'evo_test')
+    script('visualize', *common, '--img-path', ROOT / 'imgs/a.jpg', '--save-name', 'evo_test')
     names = {p.name for p in (tmp_path / 'save').iterdir()}
     assert {'evo_test.png', 'evo_test_block4.png', 'evo_test_block8.png', 'evo_test_sheet.png'} < names
     assert {'seed0_contact.png'} < names and len(names) == 4 + 2 * 4 + 1
@@ -349,7 +350,9 @@ def test_predictions_have_the_names_of_the_checkpoint(script, checkpoint, tmp_pa
     photograph(40, 32).save(tmp_path / 'a.png')
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth', '--output_dir', tmp_path / 'out']
     printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png')
-    assert any(f'a: {name} ' in printed for name in names) and 'computed in fp32' in printed
+    assert any(f'a: {name} ' in printed for name in names) and 'computed in fp32' not in printed
+    torch.save(torch.load(tmp_path / 'a.pth') | {'args': {'precision': 'bf16'}}, tmp_path / 'a.pth')
+    assert 'trained in bf16, computed in fp32' in script('visualize', *flags, '--img-path', tmp_path / 'a.png')
 
 
 def test_pictures_show_the_image_whatever_its_normalisation(script, checkpoint, tmp_path):
@@ -408,7 +411,7 @@ def test_frames_go_through_the_selections():
     with torch.inference_mode():
         (prediction,) = visualize.predict(model, torch.randn(1, 3, 32, 32), [None])
     frames, views = drawing.draw_frames(prediction), drawing.views(prediction, prediction.selections)
-    titles = ['image', *['block 4 keeps 32 of 64', '32 patches represent all 64', 'block 8 keeps 32 of 64']]
+    titles = ['image', 'block 4: 32 of 64 informative', '32 patches represent all 64', 'block 8: 32 of 64 informative']
     assert [frame.axes[0].get_title() for frame in frames[:4]] == titles
     for frame, view in zip(frames, views, strict=True):
         np.testing.assert_array_equal(frame.axes[0].images[0].get_array(), view.pixels)
@@ -517,7 +520,7 @@ def test_score_is_printed_and_drawn(script, checkpoint, tmp_path, monkeypatch):
     flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32', 10)]
     flags += ['--data-set', 'SHAPES', '--score', '--batch-size', 1, '--layer-wise-prune', '--output_dir', tmp_path]
     printed = script('visualize', *flags)
-    assert printed.count('% of the object, chance 50.0 %') == 8 and '20 images' in printed
+    assert printed.count('% of the object, chance 50.0 %') == 8 and '20 images' in printed and 'scored' not in printed
     assert (tmp_path / 'score.png').exists()
 
 
@@ -531,6 +534,28 @@ def test_the_figure_of_the_score_has_its_numbers():
     assert ends[0] == pytest.approx((75 - 1.96 * 25 / 2**0.5, 75 + 1.96 * 25 / 2**0.5)) and ends[1] == (25, 25)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ['block 4', 'block 8']
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {'of the object', 'by chance'}
+
+
+def test_a_broken_image_does_not_stop_the_others(script, checkpoint, tmp_path, capfd):
+    (tmp_path / 'in').mkdir()
+    for name in 'bd':
+        photograph(40, 40).save(tmp_path / 'in' / f'{name}.png')
+    for name in ('a.jpg', 'c.png'):
+        (tmp_path / 'in' / name).write_bytes(b'no photograph')
+    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
+    with pytest.raises(SystemExit) as end:
+        script('visualize', *flags, '--img-path', tmp_path / 'in', '--output_dir', tmp_path / 'out')
+    assert end.value.code == 1
+    names = [path.name for path in (tmp_path / 'out').iterdir()]
+    assert sorted(name for name in names if 'sheet' in name) == ['b_sheet.png', 'd_sheet.png']
+    errors = capfd.readouterr().err
+    assert '2 of 4 images could not be drawn' in errors and 'a.jpg' in errors and 'c.png' in errors
+
+
+def test_the_noise_of_a_run_that_converged_does_not_fill_its_panel():
+    lines = [{'epoch': epoch, 'test_acc1': top1} for epoch, top1 in enumerate((99.65, 99.95))]
+    bottom, top = curves.draw_curves({'run': lines}).axes[1].get_ylim()
+    assert top <= 100.5 and top - bottom >= 10
 
 
 def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, image_folder):
@@ -639,7 +664,9 @@ def test_learning_curves_are_the_numbers_of_the_log(tmp_path, script):
     # Without colour too, runs differ by their markers, and training from validation by the line.
     assert len({line.get_marker() for line in rate.lines}) == 2
     assert [line.get_linestyle() for line in loss.lines] == ['-', '--'] * 2
-    script('visualize', '--log', tmp_path / 'a', tmp_path / 'b' / 'log.txt', '--output_dir', tmp_path / 'out')
+    out = tmp_path / 'out'
+    said = script('visualize', '--log', tmp_path / 'a', tmp_path / 'b' / 'log.txt', '--output_dir', out)
+    assert f'written: {out / "curves.png"}' in said
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['curves.png']
 
 
