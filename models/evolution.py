@@ -166,7 +166,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None
         # Autocast leaves a sum of products alone, and a compiler fuses it: no copy of all keys in float32.
         logits = (q.float() * scale * k).sum(-1)
     else:
-        logits = ((q * scale) @ k.transpose(-2, -1)).squeeze(2)
+        logits = ((q * scale) @ k.transpose(-2, -1))[:, :, 0]
     if attn_mask is not None:
         logits = logits + attn_mask[:, :, 0]
     return logits.softmax(-1)[..., prefix:]
@@ -213,20 +213,21 @@ def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> t
 
     # In large grids a matrix (N, N) would be the peak of memory. In chunks of rows it takes no more than the hidden
     # layer of an MLP, (N, 4 * C). A program for free sizes cannot loop over chunks.
-    rows = patches.shape[1] if torch.compiler.is_exporting() else 4 * patches.shape[2]
-    if patches.shape[1] <= rows:
+    rows, exporting = 4 * patches.shape[2], torch.compiler.is_exporting()
+    if not exporting and patches.shape[1] <= rows:
         cosine = unit @ unit.transpose(1, 2)
         kept = select(weight * novelty(cosine, weight, weight).to(weight.dtype) ** 3, k)
         cosine.diagonal(dim1=1, dim2=2).fill_(2)
         columns = kept.unsqueeze(1).expand(-1, cosine.shape[1], -1)
         return kept, cosine.gather(2, columns).max(2).indices  # on CPUs `max` is faster than `argmax`
-    chunks, others = unit.split(rows, 1), unit.transpose(1, 2)
-    new = [novelty(u @ others, w, weight) for u, w in zip(chunks, weight.split(rows, 1), strict=True)]
-    kept = select(weight * torch.cat(new, 1).to(weight.dtype) ** 3, k)
+    chunks = [(unit, weight)]
+    if not exporting:
+        chunks = list(zip(unit.split(rows, 1), weight.split(rows, 1), strict=True))
+    new = torch.cat([novelty(u @ unit.transpose(1, 2), w, weight) for u, w in chunks], 1)
+    kept = select(weight * new.to(weight.dtype) ** 3, k)
     informative = gather_tokens(unit, kept).transpose(1, 2)
-    cluster = torch.cat([(u @ informative).max(2).indices for u in chunks], 1)
-    own = torch.arange(k, device=kept.device).expand_as(kept)
-    return kept, cluster.scatter(1, kept, own)
+    cluster = torch.cat([(u @ informative).max(2).indices for u, _ in chunks], 1)
+    return kept, cluster.scatter(1, kept, torch.arange(k, device=kept.device).expand_as(kept))
 
 
 def vector_length(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,7 +251,8 @@ def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
 
     It is their mean weighted by score (B, N), or their plain mean if these scores are all 0.
     """
-    placeholder = torch.ones_like(score).scatter(1, kept, 0.0)
+    # Not `ones_like`: the older ONNX exporter takes its batch size for a constant.
+    placeholder = (0 * score + 1).scatter(1, kept, 0.0)
     weight = replace_zeros(score.scatter(1, kept, 0.0), placeholder)
     weight = weight / weight.sum(1, keepdim=True)
     return weight.unsqueeze(1).to(patches.dtype) @ patches
@@ -424,4 +426,5 @@ def attention_dtype(x: Tensor) -> torch.dtype:
 
 def with_prefix(index: Tensor, prefix: int) -> Tensor:
     """Indices (B, m) of patches, or of anything that stands behind P prefix tokens, to those of all (B, P + m)."""
-    return torch.cat([torch.arange(prefix, device=index.device).expand(index.shape[0], -1), index + prefix], 1)
+    first = torch.arange(prefix + index.shape[1], device=index.device).clamp(max=prefix)  # 0 to P - 1, then P
+    return F.pad(index, (prefix, 0)) + first
