@@ -161,8 +161,8 @@ def test_matching_is_that_of_tome(n):
 
 def test_means_that_keep_the_norm_are_as_long_as_their_members():
     patches, size = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [5.0, 0.0]]]), torch.tensor([[1.0, 3.0, 1.0]])
-    target = torch.tensor([[0, 0, 1]])
-    plain, kept = (rivals._merged_means(patches, size, target, 2, keep) for keep in (False, True))
+    target, merged = torch.tensor([[0, 0, 1]]), torch.tensor([[4.0, 1.0]])
+    plain, kept = (rivals._merged_means(patches, size, target, merged, keep) for keep in (False, True))
     torch.testing.assert_close(plain, torch.tensor([[[0.75, 0.75], [5.0, 0.0]]]))
     # The lengths 3, once, and 1, three times.
     torch.testing.assert_close(kept, torch.tensor([[[0.75 * 2**0.5] * 2, [5.0, 0.0]]]))
