@@ -473,5 +473,5 @@ def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float,
 
 
 def verdict(difference: float, half: float) -> str:
-    """The rule of all experiments: where the interval holds 0, the data do not tell two methods apart."""
-    return 'not told apart' if abs(difference) <= half else 'better' if difference > 0 else 'worse'
+    """The rule of all experiments: where the interval holds 0, two methods do not differ significantly."""
+    return 'no significant difference' if abs(difference) <= half else 'better' if difference > 0 else 'worse'

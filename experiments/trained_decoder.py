@@ -157,7 +157,7 @@ def report(rows: list[dict], reference: str = 'nearest'):
         for name, sign in MEASURES.items():
             off, half = paired_interval(*(unpack(each[f'{name}_images'], each['n']) for each in (mine, row)))
             what.append(f'{name} {off:+.4f} ± {half:.4f}, {verdict(sign * off, half)}')
-        print(f'{reference} at {row["budget"]} of the GMACs, to {row["method"]}: {"; ".join(what)}')
+        print(f'{reference} at budget {row["budget"]}, to {row["method"]}: {"; ".join(what)}')
 
 
 def main():

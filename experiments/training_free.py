@@ -158,7 +158,7 @@ def report(rows: list[dict], reference: str):
         for (unit, scale, digits), pair in zip(MEASURES, pairs, strict=True):
             off, half = paired_interval(*(scale * each for each in pair))
             what.append(f'{off:+.{digits}f} ± {half:.{digits}f} {unit}, {verdict(-off if unit == "KL" else off, half)}')
-        print(f'{reference} at {row["budget"]} of the GMACs, to {row["method"]}: {"; ".join(what)}')
+        print(f'{reference} at budget {row["budget"]}, to {row["method"]}: {"; ".join(what)}')
 
 
 def main():

@@ -82,7 +82,7 @@ def test_training_free(run, tmp_path, capsys):
             assert (2 * parts[0] + 4 * parts[1]) / 6 == pytest.approx(parts[2], rel=2e-3)
     assert float(rows[0]['kl']) == 0 < float(rows[1]['kl']) < 1
     printed = capsys.readouterr().out
-    assert printed.count('\nnearest at 0.6 of the GMACs, to merge: ') == 6 and 'all, 6 images' in printed
+    assert printed.count('\nnearest at budget 0.6, to merge: ') == 6 and 'all, 6 images' in printed
     assert (tmp_path / 'out' / 'training_free_headline.png').stat().st_size > 10_000
     # A trial with fewer images is not taken for the whole.
     rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', '--limit', 1)
@@ -129,7 +129,7 @@ def test_trained_decoder(run, tmp_path, capsys):
     assert [float(rows[0][name]) for name in ('correlation', 'error', 'iou')] == [1, 0, 1]
     assert all(0 < float(row['error']) < 1 and float(row['correlation']) < 1 for row in rows[1:])
     assert all(float(row['gmacs']) < float(row['gmacs_whole']) and row['speedup'] for row in rows)
-    assert 'nearest at 0.6 of the GMACs, to late, merge_norm: correlation ' in capsys.readouterr().out
+    assert 'nearest at budget 0.6, to late, merge_norm: correlation ' in capsys.readouterr().out
 
 
 def test_maps_are_compared_image_by_image(common):
@@ -302,7 +302,7 @@ def test_methods_are_compared_over_pairs_of_one_seed_and_device(common):
     off, half, n = common.compare_seeds(rows, 'a', 'b')
     # Differences 1 and 2: mean 1.5, deviation 0.71, t of one degree of freedom 12.7.
     assert (off, n) == (1.5, 2) and half == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert common.verdict(off, half) == 'not told apart' and common.verdict(-7, half) == 'worse'
+    assert common.verdict(off, half) == 'no significant difference' and common.verdict(-7, half) == 'worse'
 
 
 def test_which_images_were_right_comes_back_from_its_digits(monkeypatch):
