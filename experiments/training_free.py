@@ -216,15 +216,13 @@ def draw(rows: list[dict], path: Path):
             axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
             draw_methods(axes, [row for row in shown if row['off'] >= LOWEST], x, y, 'off')
         else:
-            draw_methods(axes, [row for row in shown if row[y] != ''], x, y)
-        if y == 'kl':
-            axes.set_yscale('log')
+            draw_methods(axes, [row for row in shown if row[y] != '' and row['off'] >= LOWEST], x, y)
         axes.set(xlabel=names[x], ylabel=labels[y])
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     hidden = any(row['off'] < LOWEST for row in shown)
     figure.suptitle(
         f'without training, {rows[0]["n"]} ImageNet validation images, 95 % intervals of the paired difference'
-        + (f'; differences below {LOWEST} are not drawn' if hidden else ''),
+        + (f'; methods that lose more than {-LOWEST} points are not drawn' if hidden else ''),
         fontsize=10,
     )
     figure.savefig(path, dpi=150)
