@@ -192,8 +192,8 @@ def load_model(args: argparse.Namespace, default_model: str) -> checkpoint.Resto
     model, args = restored.model, restored.args
     if not isinstance(model, Evolving):
         raise InputError(f'--model {args.model} selects no patches; expected an Evo-DeiT, an Evo-LeViT, or --evolve')
-    if model.method == 'merge':
-        raise InputError('--method merge: it selects no patches that could be shown; expected another method')
+    if model.method in ('merge', 'merge_norm'):
+        raise InputError(f'--method {model.method}: it selects no patches that could be shown; expected another method')
     if args.layer_wise_prune:
         model.set_schedule(stage_wise=False)
     if all(group.keep_ratio == 1 for group in model.groups()):

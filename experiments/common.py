@@ -1,6 +1,8 @@
 """What the experiments share: methods at equal arithmetic, a CSV that resumes, training, intervals, speed."""
 
 import argparse
+import base64
+import copy
 import csv
 import json
 import math
@@ -8,14 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # experiments are run as scripts
 
+import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
-from timm.data import ImageNetInfo, create_transform  # noqa: E402
+from PIL import Image  # noqa: E402
+from timm.data import ImageNetInfo, create_transform, resolve_data_config  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torchvision.transforms import Compose  # noqa: E402
 
@@ -23,7 +28,8 @@ import models  # noqa: E402
 from costs import count_gmacs, keep_freed_memory  # noqa: E402
 from results import circumstances  # noqa: E402
 
-IMAGES = ROOT / 'experiments' / 'imagenet_500.txt'
+# Validation images: the first list is for choices, the second one judges. No choice was made on it.
+IMAGES = [ROOT / 'experiments' / f'imagenet_{n}.txt' for n in (500, 800)]
 BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # of the dense model's GMACs
 
 
@@ -34,7 +40,10 @@ def around(t: float) -> tuple[float, float]:
     return round(min(t + distance, 1.0), 4), round(max(t - distance, 0.02), 4)
 
 
-METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge', 'random'
+METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge', 'merge_norm', 'random'
+MERGING = 'merge', 'merge_norm'
+# Merging with other rates: ToMe's decreasing schedule, and from the block on at which evolving begins.
+SCHEDULED = tuple(f'{schedule}, {method}' for schedule in ('decreasing', 'late') for method in MERGING)
 # Methods whose images have shorter sides, and what is done besides: a method of models.apply and its arguments.
 SMALLER = {
     'smaller image': (None, {}),
@@ -43,12 +52,41 @@ SMALLER = {
 }
 
 
-def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
-    """The method of models.apply, if any, and its arguments, at t in (0, 1): the more, the more arithmetic."""
+# The schedules that the papers recommend, for networks of 12 blocks: ours, Evo-ViT's, EViT's.
+RECOMMENDED = {
+    'nearest': dict(keep_ratio=(0.7, 0.3), representative='nearest'),
+    'none': dict(keep_ratio=0.5, representative='none'),
+    'one': dict(keep_ratio=0.5, representative='one'),
+    'drop': dict(keep_ratio=0.7),
+    'fuse': dict(keep_ratio=0.7),
+}
+
+
+def merge_rates(method: str, total: float, depth: int) -> int | tuple[int, ...]:
+    """How many patches each of `depth` blocks merges away, `total` in all, by a method of MERGING or SCHEDULED."""
+    if method in MERGING:
+        return round(total / depth)
+    if method.startswith('decreasing'):  # linear, from twice the mean to none
+        return tuple(round(2 * total / depth * (1 - i / (depth - 1))) for i in range(depth))
+    dense = depth // 3
+    return (0,) * dense + (round(total / (depth - dense)),) * (depth - dense)
+
+
+def settings(method: str, t: float | str, model: nn.Module) -> tuple[str, dict]:
+    """The method of models.apply, if any, and its arguments, at t in (0, 1): the more, the more arithmetic.
+
+    t = 'recommended' is the schedule of the method's own paper.
+    """
     if method in SMALLER:
         return SMALLER[method]
-    if method == 'merge':  # so many in each block that none would be left after half of the blocks, at t = 0
-        return method, dict(merge_r=round(2 * (1 - t) * model.patch_embed.num_patches / len(model.blocks)))
+    name = method.rpartition(', ')[2]
+    if name in MERGING:
+        patches, depth = model.patch_embed.num_patches, len(model.blocks)
+        # At t = 0 so many that none would be left after half of the blocks; ToMe: 13 of 196 in each of 12 blocks.
+        total = 12 * 13 / 196 * patches if t == 'recommended' else 2 * (1 - t) * patches
+        return name, dict(merge_r=merge_rates(method, total, depth))
+    if t == 'recommended':
+        return method if method in ('drop', 'fuse') else 'evolve', RECOMMENDED[method]
     if method == 'random':
         return method, dict(keep_ratio=around(t))
     if method in ('drop', 'fuse'):
@@ -56,7 +94,7 @@ def settings(method: str, t: float, model: nn.Module) -> tuple[str, dict]:
     return 'evolve', dict(keep_ratio=around(t), representative=method)
 
 
-def schedule(method: str, t: float, model: nn.Module) -> str:
+def schedule(method: str, t: float | str, model: nn.Module) -> str:
     """What a method is called with at t, for the rows: 'keep_ratio 0.7 0.3, representative nearest'; '' if dense."""
     if method == 'dense':
         return ''
@@ -76,7 +114,12 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 def get_parser(
-    description: str, output: str, model: str = 'deit_tiny_patch16_224', pretrained: bool = True, speed: bool = True
+    description: str,
+    output: str,
+    model: str = 'deit_tiny_patch16_224',
+    pretrained: bool = True,
+    speed: bool = True,
+    several: bool = False,
 ) -> argparse.ArgumentParser:
     """The flags of every experiment; results go to OUTPUT.csv and OUTPUT.png."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
@@ -84,7 +127,12 @@ def get_parser(
     add('--model', default=model, metavar='NAME', help='a model of timm')
     if pretrained:
         add('--weights', required=True, metavar='PATH', help='its weights: .pth, .safetensors or URL')
-    add('--data-path', required=True, metavar='PATH', help='folder of the data, see above')
+    folders = (
+        dict(nargs='+', help='folders of the data, see above')
+        if several
+        else dict(help='folder of the data, see above')
+    )
+    add('--data-path', required=True, metavar='PATH', **folders)
     add('--output', default=f'experiments/{output}', metavar='PATH', help='of the rows and the picture, without ending')
     add('--device', default=device, help='cpu, cuda, ...')
     add('--batch-size', type=int, default=32, metavar='N', help='images at a time')
@@ -96,10 +144,19 @@ def get_parser(
     return parser
 
 
-def build(args: argparse.Namespace, method: str, t: float, img_size: int | tuple[int, int] | None = None) -> nn.Module:
+@lru_cache(maxsize=1)
+def pretrained(name: str, weights: str) -> nn.Module:
+    """A model of timm with its weights, not to be changed: a search builds it dozens of times."""
+    model = timm.create_model(name)
+    models.load_weights(model, weights)
+    return model
+
+
+def build(
+    args: argparse.Namespace, method: str, t: float | str, img_size: int | tuple[int, int] | None = None
+) -> nn.Module:
     """The pretrained model in evaluation, dense, with a method at t, or for images with sides t times as long."""
-    model = timm.create_model(args.model)
-    models.load_weights(model, args.weights)
+    model = copy.deepcopy(pretrained(args.model, args.weights))
     if img_size is not None:
         model.set_input_size(img_size)
     if method in SMALLER:
@@ -126,6 +183,12 @@ def find_setting(make: Callable[[float], nn.Module], target: float) -> float:
         found[middle] = gmacs(make(middle))
         low, high = (middle, high) if found[middle] <= target else (low, middle)
     return round(min(found, key=lambda t: abs(found[t] - target)), 4)
+
+
+def setting_finder(make: Callable[[str, float | str], nn.Module]) -> Callable[[str, float], float]:
+    """A function that finds, once for each, the setting of a method at a fraction of dense's GMACs."""
+    dense = gmacs(make('dense', 1.0))
+    return cache(lambda method, budget: find_setting(partial(make, method), budget * dense))
 
 
 class Rows:
@@ -203,39 +266,82 @@ def _number(column: str, text: str) -> float | int | str:
     return text
 
 
-def add_images(parser: argparse.ArgumentParser):
-    """The flags that say which images of ImageNet are used."""
+def add_images(parser: argparse.ArgumentParser, several: bool = False):
+    """The flags that say which images of ImageNet are used, of one folder or of several."""
+    kind, what = ({}, 'numbers') if not several else (dict(nargs='+'), 'for each folder numbers')
     parser.add_argument(
-        '--images', default=IMAGES, metavar='FILE',
-        help='numbers of the validation images to use; all: every image that is there',
+        '--images', default=IMAGES if several else IMAGES[0], metavar='FILE', **kind,
+        help=f'{what} of the validation images to use; all: every image that is there',
     )  # fmt: skip
     parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
 
 
-def find_images(args: argparse.Namespace) -> tuple[list[Path], Tensor]:
-    """Image files in folders named by ImageNet's synsets, and their labels."""
-    root = Path(args.data_path)
+def find_sets(args: argparse.Namespace) -> dict[str, tuple[list[Path], Tensor]]:
+    """For each folder of --data-path the name of its set, and its image files and labels."""
+    lists = args.images[: len(args.data_path)] if args.images is IMAGES else args.images
+    if len(lists) != len(args.data_path):
+        raise SystemExit(
+            f'--images: expected a list for each of {len(args.data_path)} folders of --data-path, found {len(lists)}'
+        )
+    sets = {}
+    for folder, images in zip(args.data_path, lists, strict=True):
+        name = Path(folder).name if images == 'all' else Path(images).stem
+        if name in sets:
+            raise SystemExit(f'--data-path, --images: expected sets of different names, found {name} twice')
+        sets[name] = find_images(folder, images, args.limit)
+    return sets
+
+
+def find_images(folder: str | Path, images: str | Path, limit: int | None = None) -> tuple[list[Path], Tensor]:
+    """Image files in folders named by ImageNet's synsets, and their labels: those of a list, or 'all'."""
+    root = Path(folder)
     root = root / 'val' if (root / 'val').is_dir() else root
     label = {synset: i for i, synset in enumerate(ImageNetInfo().label_names())}
     paths = sorted(path for path in root.glob('*/*') if path.parent.name in label)
     if not paths:
         raise SystemExit(f'{root}: expected folders named by synsets, such as n01440764, with images')
-    if args.images != 'all':
+    if images != 'all':
         try:
-            names = {f'ILSVRC2012_val_{int(number):08}' for number in Path(args.images).read_text().split()}
+            names = {f'ILSVRC2012_val_{int(number):08}' for number in Path(images).read_text().split()}
         except (OSError, ValueError) as error:
-            raise SystemExit(f'--images {args.images}: expected a file of numbers, or all: {error}') from error
+            raise SystemExit(f'--images {images}: expected a file of numbers, or all: {error}') from error
         found = [path for path in paths if path.stem in names]
         if missing := names - {path.stem for path in found}:
             raise SystemExit(
-                f'{root}: expected the images of {args.images}, found {len(found)} of {len(names)}, not '
+                f'{root}: expected the images of {images}, found {len(found)} of {len(names)}, not '
                 f'{min(missing)}.JPEG; --images all takes the {len(paths)} images that are there'
             )
         paths = found
-    paths = paths[: args.limit]
+    paths = paths[:limit]
     if not paths:
-        raise SystemExit(f'--images {args.images}, --limit {args.limit}: expected images, found none')
+        raise SystemExit(f'--images {images}, --limit {limit}: expected images, found none')
     return paths, torch.tensor([label[path.parent.name] for path in paths])
+
+
+def load_images(paths: list[Path], model: nn.Module) -> Tensor:
+    """Images (n, 3, rows, columns) as the model's own configuration wants them, at its size."""
+    size = 3, *model.patch_embed.img_size
+    transform = create_transform(**resolve_data_config({'input_size': size}, model=model), is_training=False)
+    return torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
+
+
+def pack(values: Tensor) -> str:
+    """A value for each image, (n,), as text: from it anybody can compute paired intervals.
+
+    True or false become hexadecimal digits, numbers float16 in base64.
+    """
+    if values.dtype == torch.bool:
+        return '0x' + np.packbits(values.cpu().numpy()).tobytes().hex()
+    return 'f16:' + base64.b64encode(values.cpu().numpy().astype('<f2').tobytes()).decode()
+
+
+def unpack(text: str, n: int) -> Tensor:
+    """What was packed, (n,), as float32."""
+    if text.startswith('0x'):
+        values = np.unpackbits(np.frombuffer(bytes.fromhex(text[2:]), dtype=np.uint8))[:n]
+    else:
+        values = np.frombuffer(base64.b64decode(text.removeprefix('f16:')), dtype='<f2')
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def image_transform(config: dict) -> tuple[int, Callable, Callable]:
@@ -367,5 +473,5 @@ def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float,
 
 
 def verdict(difference: float, half: float) -> str:
-    """The rule of all experiments: where the interval holds 0, the data do not tell two methods apart."""
-    return 'not told apart' if abs(difference) <= half else 'better' if difference > 0 else 'worse'
+    """The rule of all experiments: where the interval holds 0, two methods do not differ significantly."""
+    return 'no significant difference' if abs(difference) <= half else 'better' if difference > 0 else 'worse'

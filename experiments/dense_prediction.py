@@ -37,7 +37,7 @@ from torch import Tensor, nn
 CLASSES = 11
 VOID = 11
 EDGE = 8  # pixels: so near to another class is a boundary
-METHODS = 'nearest', 'none', 'drop', 'merge', 'smaller image'
+METHODS = 'nearest', 'none', 'drop', 'merge', 'merge_norm', 'smaller image'
 LOWEST = -5  # points; what is below is not drawn, but stands in the rows
 
 

@@ -12,6 +12,11 @@ LOOKS = {
     'nearest': ('evolve (nearest)', 'o-', '#0072B2'),
     'random': ('nearest, random scores', 'x:', 'grey'),
     'merge': ('merge (ToMe)', '^:', '#D55E00'),
+    'merge_norm': ('merge, keeping lengths', 'h:', '#882255'),
+    'decreasing, merge': ('merge, decreasing rates', '<:', '#D55E00'),
+    'decreasing, merge_norm': ('merge, keeping lengths, decreasing rates', '2:', '#882255'),
+    'late, merge': ('merge, from a third of the depth on', '^-.', '#999933'),
+    'late, merge_norm': ('merge, keeping lengths, from a third on', 'h-.', '#661100'),
     'drop': ('drop (top-k)', 'D-.', '#CC79A7'),
     'fuse': ('fuse (EViT)', 'v-.', '#56B4E9'),
     'none': ('evolve (none)', 's--', '#E69F00'),
@@ -42,13 +47,14 @@ def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str
     Of speeds a thin line goes from the 10th to the 90th percentile.
     """
     rows = [row for row in rows if row.get(x, '') != '']
-    for i, (method, (name, style, colour)) in enumerate(LOOKS.items()):
+    for method, (name, style, colour) in LOOKS.items():
         if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row['gmacs']):
             bars = [[row[y] - row[f'{interval}_low'], row[f'{interval}_high'] - row[y]] for row in own if interval]
             # At equal arithmetic the intervals would lie upon each other; smaller images have their own.
-            shift = 0.003 * (i - 3) if x == 'gmacs' and method in METHODS else 0
+            shift = 0.003 * (METHODS.index(method) - 3) if x == 'gmacs' and method in METHODS else 0
             places = [row[x] * (1 + shift) for row in own]
-            fill = colour if method in ('drop', 'fuse', 'merge') else 'none'  # other people's methods
+            others = method in ('drop', 'fuse') or method.endswith(('merge', 'merge_norm'))  # other people's
+            fill = colour if others else 'none'
             look = dict(fmt=style, color=colour, mfc=fill, label=name, linewidth=1.2, markersize=6)
             if x.endswith('speedup'):
                 ends = ([row[f'{x}_{end}'] for row in own] for end in ('p10', 'p90'))

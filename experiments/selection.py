@@ -106,7 +106,7 @@ def main():
     parser.add_argument('--boxes', metavar='PATH', help='boxes.json, or a folder of XML files (default: in the data)')
     args = parser.parse_args()
     output, boxes = Path(args.output), load_boxes(Path(args.boxes or Path(args.data_path) / 'boxes.json'))
-    paths = find_images(args)[0]
+    paths = find_images(args.data_path, args.images, args.limit)[0]
     if without := [path for path in paths if not boxes.get(path.name)]:
         print(f'left out, as they have no boxes: {len(without)} of {len(paths)} images, such as {without[0].name}')
     paths = [path for path in paths if boxes.get(path.name)]

@@ -1,28 +1,29 @@
-"""Which way to make a pretrained ViT faster, without training, loses least? Classification at equal arithmetic.
+"""Which way to make a pretrained ViT faster, without training, loses least? Classification at equal GMACs.
 
-    python3 experiments/training_free.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
+    python3 experiments/training_free.py --weights deit_tiny_patch16_224_in1k.pth \\
+        --data-path imagenet-val-500 imagenet-val-227
 
-Half an hour of two cores, seven minutes of it for speed. Result: no loss of nearest is found down to 0.55 of the
-arithmetic (there -1.0 ± 2.4 points), and none of merging or of a smaller image either; at 0.45 all three lose 6 to 7,
-but nearest and merging in a smaller image lose nothing that is found (+0.6 ± 2.6 and -0.6 ± 2.6 at 192 px); nearest at
-176 px, 0.39 of the arithmetic, -1.4 ± 3.1. Drop, fuse, none and one lose from 0.66 on; random scores are not told apart
-from attention.
+Two sets of ImageNet validation images (val/<synset>/*, or folders of synsets): those of imagenet_500.txt, on which the
+defaults were chosen, and those of imagenet_800.txt, on which nothing was chosen, and which judge. Each is reported, and
+both pooled. Pictures show the last set. (The 800 are a public copy of 227 x 227 px, resized to the model's crop.)
 
-500 validation images (those of imagenet_500.txt; val/<synset>/*, or folders of synsets) are seen by the dense model and
-by every method at five budgets of its GMACs. A row has top-1, the paired difference to dense with its 95 % interval,
-the share of predictions that are dense's, the mean cosine of the final patch tokens with dense's, GMACs, and images a
-second, alternating with dense. `smaller image` is the dense model for one with shorter sides; `smaller, nearest` the
-same evolved with the defaults, `smaller, merge` with 8 patches merged in each block. A method has no row where it
-cannot come within 9 % of a budget. (`--budgets 0.38 --methods 'smaller image' 'smaller, nearest' 'smaller, merge'`
-gave the lowest rows.)
+The dense model and every method at five budgets of its GMACs see all images. A row has top-1, the paired difference to
+dense, the fraction of predictions that are dense's, KL(dense || method) in nats an image, each with its 95 % interval,
+the mean cosine of the final patch tokens with dense's, GMACs, and images a second, alternating with dense. Columns
+`right`, `same_images` and `kl_images` have the value of each image. `smaller image` is the dense model for one with
+shorter sides; `smaller, nearest` the same evolved with the defaults, `smaller, merge` with 8 patches merged in each
+block; `decreasing, merge` merges most in the first blocks. Rows of budget `recommended` have the schedule of each
+method's own paper. A method has no row where it cannot come within 9 % of a budget.
 
 Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % interval of the paired
-difference in top-1 excludes 0; otherwise the data do not tell them apart. No loss is found where the interval of the
-difference to dense holds 0. (Smaller images were added after the first run.)
+difference in top-1 excludes 0, and closer to dense if that of the KL does; otherwise they do not differ significantly.
+No loss is found where the interval of the difference to dense holds 0. Verdicts are of the set that judges.
 """
 
+import argparse
 import math
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,56 +31,119 @@ import numpy as np
 import torch
 from common import (
     BUDGETS,
+    MERGING,
     METHODS,
+    RECOMMENDED,
+    SCHEDULED,
     SMALLER,
     Rows,
     add_images,
     build,
-    find_images,
-    find_setting,
+    find_sets,
     get_parser,
     gmacs,
+    load_images,
+    mean_interval,
+    pack,
     paired_interval,
     schedule,
+    setting_finder,
     smaller,
+    unpack,
     verdict,
 )
 from matplotlib.figure import Figure
-from PIL import Image
 from plots import GMACS_AXIS, draw_methods, speed_axes
-from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+MEASURES = ('points', 100, 1), ('% the same', 100, 1), ('KL', 1, 4)  # of an image: unit, scale, digits
+HEADLINE = 'nearest', 'smaller, nearest', 'smaller image', 'merge', 'fuse'
 LOWEST = -15  # points; what is below is not drawn, but stands in the rows
-
-
-def load_images(paths: list[Path], model: nn.Module) -> Tensor:
-    """Images (n, 3, rows, columns) as the model's own configuration wants them, at its size."""
-    size = 3, *model.patch_embed.img_size
-    transform = create_transform(**resolve_data_config({'input_size': size}, model=model), is_training=False)
-    return torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Predictions (n,) and final patch tokens (n, N, C)."""
-    predictions, grids = [], []
+    """Logits (n, classes) and final patch tokens (n, N, C)."""
+    logits, grids = [], []
     for batch in images.split(batch_size):
         tokens = model.forward_features(batch.to(next(model.parameters()).device))
-        predictions.append(model.forward_head(tokens).argmax(1).cpu())
+        logits.append(model.forward_head(tokens).float().cpu())
         grids.append(tokens[:, model.num_prefix_tokens :].float().cpu())
-    return torch.cat(predictions), torch.cat(grids)
+    return torch.cat(logits), torch.cat(grids)
 
 
-def pack(right: Tensor) -> str:
-    """Which images (n,) were right, as hexadecimal digits: from them anybody can compute paired intervals."""
-    return '0x' + np.packbits(right.numpy()).tobytes().hex()
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || other) of each image in nats, (n,), from logits (n, classes)."""
+    reference, logits = reference.double().log_softmax(1), logits.double().log_softmax(1)
+    return (reference.exp() * (reference - logits)).sum(1).clamp(min=0).float()
 
 
-def unpack(digits: str, n: int) -> Tensor:
-    return torch.from_numpy(
-        np.unpackbits(np.frombuffer(bytes.fromhex(digits[2:]), dtype=np.uint8))[:n].astype(np.float32)
-    )
+def judge(right: Tensor, dense_right: Tensor, same: Tensor, kl: Tensor) -> dict:
+    """Columns of a row, from a value for each image (n,): right, dense_right and same are true or false."""
+    off, interval = paired_interval(100 * right, 100 * dense_right)
+    agreement, same_interval = mean_interval(100 * same)
+    divergence, kl_interval = mean_interval(kl)
+    columns = dict(top1=100 * right.double().mean().item(), off=off, interval=interval)
+    columns |= dict(same=agreement, same_interval=same_interval, kl=divergence, kl_interval=kl_interval)
+    return columns | dict(right=pack(right), same_images=pack(same), kl_images=pack(kl))
+
+
+def images_of(row: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """For each image of a row, (n,): was it right, is the prediction dense's, and the KL."""
+    return tuple(unpack(row[name], row['n']) for name in ('right', 'same_images', 'kl_images'))
+
+
+def run(rows: Rows, args: argparse.Namespace, make: Callable, find: Callable, paths: list[Path], labels: Tensor):
+    """Add the rows of one set of images that are not there.
+
+    `make` builds a model from a method and its setting, `find` finds the setting of a method at a budget.
+    """
+    todo = [('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)]
+    todo = [(method, budget) for method, budget in todo if not rows.has(method=method, budget=budget)]
+    if not todo:
+        return
+    dense = make('dense', 1.0)
+    images, dense_gmacs = load_images(paths, dense), gmacs(dense)
+    reference, reference_grid = predict(dense, images, args.batch_size)
+    dense_right = reference.argmax(1) == labels
+    for method, budget in todo:
+        if budget == 'recommended' and method not in (*RECOMMENDED, *MERGING):
+            continue
+        torch.manual_seed(0)  # of the random selection
+        started, t = time.perf_counter(), budget
+        if method != 'dense' and budget != 'recommended':
+            t = find(method, budget)
+        model = make(method, t)
+        cost = gmacs(model)
+        whole = method in SMALLER and smaller(dense, t) == tuple(dense.patch_embed.img_size)
+        if whole or (budget != 'recommended' and abs(cost / (budget * dense_gmacs) - 1) > 0.09):
+            continue
+        own = load_images(paths, model) if method in SMALLER else images
+        logits, grid = predict(model, own, args.batch_size)
+        cosine = torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item() if own is images else ''
+        predictions = logits.argmax(1)
+        same, kl = predictions == reference.argmax(1), divergence(reference, logits)
+        rows.add(
+            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense), gmacs=cost, grid=cosine,
+            seconds=round(time.perf_counter() - started),
+            **judge(predictions == labels, dense_right, same, kl),
+        )  # fmt: skip
+
+
+def pool(rows: Rows, sets: Sequence[list[dict]]):
+    """Add the rows of all images together, computed from those of each set."""
+    sets = [{(row['method'], row['budget']): row for row in own} for own in sets]
+    dense_right = torch.cat([images_of(own['dense', 1.0])[0] for own in sets])
+    for key in sets[0]:
+        parts = [own[key] for own in sets if key in own]
+        first = {name: parts[0][name] for name in ('method', 'budget', 'setting', 'schedule', 'gmacs')}
+        if len(parts) < len(sets) or any(part | first != part for part in parts):
+            print(f'{key}: not pooled, the sets have other settings')
+        elif not rows.has(method=key[0], budget=key[1]):
+            right, same, kl = (torch.cat(each) for each in zip(*map(images_of, parts), strict=True))
+            counts = [part['n'] for part in parts]
+            grid = '' if parts[0]['grid'] == '' else np.average([part['grid'] for part in parts], weights=counts).item()
+            rows.add(**first, grid=grid, **judge(right.bool(), dense_right, same.bool(), kl))
 
 
 def report(rows: list[dict], reference: str):
@@ -89,84 +153,101 @@ def report(rows: list[dict], reference: str):
         mine = ours.get(row['budget'])
         if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > 0.08:
             continue
-        off, half = paired_interval(*(100 * unpack(each['right'], each['n']) for each in (mine, row)))
-        what = f'{off:+.1f} ± {half:.1f} to {row["method"]}, {verdict(off, half)}'
-        print(f'{reference} at {row["budget"]} of the GMACs: {what}')
+        what = []
+        pairs = zip(images_of(mine), images_of(row), strict=True)
+        for (unit, scale, digits), pair in zip(MEASURES, pairs, strict=True):
+            off, half = paired_interval(*(scale * each for each in pair))
+            what.append(f'{off:+.{digits}f} ± {half:.{digits}f} {unit}, {verdict(-off if unit == "KL" else off, half)}')
+        print(f'{reference} at budget {row["budget"]}, to {row["method"]}: {"; ".join(what)}')
 
 
 def main():
-    parser = get_parser(__doc__, 'training_free')
-    add_images(parser)
-    parser.add_argument('--budgets', type=float, nargs='+', default=BUDGETS, help="shares of dense's GMACs")
-    parser.add_argument('--methods', nargs='+', default=(*METHODS, *SMALLER), help='those to run')
+    parser = get_parser(__doc__, 'training_free', several=True)
+    add_images(parser, several=True)
+    parser.add_argument(
+        '--budgets', type=lambda word: word if word == 'recommended' else float(word), nargs='+',
+        default=(*BUDGETS, 'recommended'),
+        help="fractions of dense's GMACs; recommended: the schedule of each method's own paper",
+    )  # fmt: skip
+    parser.add_argument('--methods', nargs='+', default=(*METHODS, *SCHEDULED[:2], *SMALLER), help='those to run')
     args = parser.parse_args()
-    output = Path(args.output)
-    make = partial(build, args)
-    dense = make('dense', 1.0)
-    paths, labels = find_images(args)
-    setup = dict(model=args.model, weights=Path(args.weights).name, images=Path(args.images).stem, n=len(labels))
-    rows = Rows(output.with_suffix('.csv'), setup)
-    todo = [('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)]
-    todo = [(method, budget) for method, budget in todo if not rows.has(method=method, budget=budget)]
-    if todo:
-        images, dense_gmacs = load_images(paths, dense), gmacs(dense)
-        reference, reference_grid = predict(dense, images, args.batch_size)
-        right = (reference == labels).float()
-    for method, budget in todo:
-        torch.manual_seed(0)  # of the random selection
-        started, t = time.perf_counter(), 1.0
-        if method != 'dense':
-            t = find_setting(partial(make, method), budget * dense_gmacs)
-        model = make(method, t)
-        cost = gmacs(model)
-        whole = method in SMALLER and smaller(dense, t) == tuple(dense.patch_embed.img_size)
-        if whole or abs(cost / (budget * dense_gmacs) - 1) > 0.09:
-            continue
-        own = load_images(paths, model) if method in SMALLER else images
-        predictions, grid = predict(model, own, args.batch_size)
-        cosine = torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item() if own is images else ''
-        off, interval = paired_interval(100 * (predictions == labels).float(), 100 * right)
-        rows.add(
-            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense), gmacs=cost,
-            top1=100 * (predictions == labels).float().mean().item(),
-            off=off, interval=interval, same=100 * (predictions == reference).float().mean().item(),
-            grid=cosine, seconds=round(time.perf_counter() - started), right=pack(predictions == labels),
-        )  # fmt: skip
-    for reference in ('nearest', 'smaller, nearest'):
-        report(rows.ours(), reference)
+    output, make = Path(args.output), partial(build, args)
+    setup = dict(model=args.model, weights=Path(args.weights).name)
+    rows, sets = Rows(output.with_suffix('.csv'), setup), find_sets(args)
+    if any(not row.get('kl_images') for row in rows.ours()):
+        raise SystemExit(f'{rows.path}: expected the column kl_images; it is of an earlier version, move it away')
+    find, found = setting_finder(make), {}
+    for name, (paths, labels) in sets.items():
+        rows.setup = setup | dict(images=name, n=len(labels))
+        run(rows, args, make, find, paths, labels)
+        found[name] = rows.ours()
+    shown = name  # the last set judges
+    if len(sets) > 1:
+        rows.setup = setup | dict(images='+'.join(sets), n=sum(len(labels) for _, labels in sets.values()))
+        pool(rows, list(found.values()))
+        found['all'] = rows.ours()
+    for name, own in found.items():
+        print(f'\n{name}, {own[0]["n"]} images')
+        for reference in ('nearest', 'smaller, nearest'):
+            report(own, reference)
+    rows.setup = setup
     rows.measure(args.speed, args.device, make, args.batch_size)
     if args.speed != 'none':
-        draw(rows.ours(), output.with_suffix('.png'))
+        draw(found[shown], output.with_suffix('.png'))
+        draw_headline(found[shown], output.with_name(f'{output.name}_headline.png'))
 
 
 def draw(rows: list[dict], path: Path):
     """Difference to dense over GMACs and over time, and what needs no labels, a line for each method."""
-    dense = next(row for row in rows if row['method'] == 'dense')
     names = {'gmacs': GMACS_AXIS} | speed_axes(rows)
-    labels = {'off': 'top-1 minus dense, percentage points', 'grid': 'cosine of patch tokens with dense'}
-    panels = [*((x, 'off') for x in names), ('gmacs', 'grid')]
-    others = [
-        row | dict(off_low=row['off'] - row['interval'], off_high=row['off'] + row['interval'])
-        for row in rows
-        if row['method'] != 'dense'
-    ]
+    labels = {
+        'off': 'top-1 minus dense, percentage points',
+        'kl': 'KL(dense || method), nats an image',
+        'same': "predictions that are dense's, %",
+        'grid': 'cosine of patch tokens with dense',
+    }
+    panels = [*((x, 'off') for x in names), *(('gmacs', y) for y in ('kl', 'same', 'grid'))]
+    shown = with_bounds(rows)
     columns = math.ceil(len(panels) / 2)
     figure = Figure((5.5 * columns, 9), layout='constrained')
     for i, (x, y) in enumerate(panels, 1):
         axes = figure.add_subplot(2, columns, i)
-        axes.axhline(dense[y], color='black', linewidth=0.8, linestyle=':')
         if y == 'off':
-            draw_methods(axes, [row for row in others if row['off'] >= LOWEST], x, y, 'off')
+            axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
+            draw_methods(axes, [row for row in shown if row['off'] >= LOWEST], x, y, 'off')
         else:
-            draw_methods(axes, [row for row in others if row[y] != ''], x, y)
+            draw_methods(axes, [row for row in shown if row[y] != '' and row['off'] >= LOWEST], x, y)
         axes.set(xlabel=names[x], ylabel=labels[y])
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
-    hidden = any(row['off'] < LOWEST for row in rows)
+    hidden = any(row['off'] < LOWEST for row in shown)
     figure.suptitle(
-        f'without training, {dense["n"]} ImageNet validation images, 95 % intervals of the paired difference'
-        + (f'; points below {LOWEST} are not drawn' if hidden else ''),
+        f'without training, {rows[0]["n"]} ImageNet validation images, 95 % intervals of the paired difference'
+        + (f'; methods that lose more than {-LOWEST} points are not drawn' if hidden else ''),
         fontsize=10,
     )
+    figure.savefig(path, dpi=150)
+
+
+def with_bounds(rows: list[dict]) -> list[dict]:
+    """Rows at budgets, with the ends of the interval of `off`."""
+    return [
+        row | dict(off_low=row['off'] - row['interval'], off_high=row['off'] + row['interval'])
+        for row in rows
+        if row['method'] != 'dense' and row['budget'] != 'recommended'
+    ]
+
+
+def draw_headline(rows: list[dict], path: Path):
+    """What a user chooses from: top-1 minus dense over the measured speed of one device."""
+    (column, label), *_ = speed_axes(rows).items()
+    shown = [row for row in with_bounds(rows) if row['method'] in HEADLINE and row['off'] >= LOWEST]
+    figure = Figure((6.4, 4.2), layout='constrained')
+    axes = figure.subplots()
+    axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
+    draw_methods(axes, shown, column, 'off', 'off')
+    axes.set(xlabel=label, ylabel='top-1 minus dense, percentage points')
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f'{rows[0]["model"]} without training, {rows[0]["n"]} ImageNet images', fontsize=10)
     figure.savefig(path, dpi=150)
 
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         help='make a ViT of timm faster: evolve (models.evolve), or for comparison a rival (models.rivals)',
     )  # fmt: skip
     add('--evolve', dest='method', action='store_const', const='evolve', help='the same as --method evolve')
-    add('--merge-r', type=int, metavar='R', help='--method merge: patches that each block merges away (default: 8)')
+    add('--merge-r', type=int, metavar='R', help='merge, merge_norm: patches that each block merges away (default: 8)')
     add(
         '--keep-ratio', type=float, nargs='+', metavar='R',
         help='share of informative patches (drop, fuse: of those left), one or one a stage (default: 0.5 as published, '
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def build(args: argparse.Namespace, num_classes: int, input_size: int | None = None) -> nn.Module:
     """The model that the flags ask for; InputError with the nearest names where there is none."""
-    if args.merge_r is not None and args.method != 'merge':
+    if args.merge_r is not None and 'merge_r' not in rivals.ARGUMENTS.get(args.method, ()):
         raise InputError('--merge-r needs --method merge')
     flags = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}
     flags = {name: value for name, value in (flags | {'merge_r': args.merge_r}).items() if value is not None}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import evolution
-from .evolution import Block, Selection, Tradeoff
+from .evolution import Block, Tradeoff
 from .evolving import to_floats
 from .vit import evolve
 
@@ -103,6 +103,17 @@ def fuse(*args, **kwargs):
     return drop(*args, **kwargs, fusing=True)
 
 
+class Merged(NamedTuple):
+    """What is left: kept (B, n) its places, None for all, cluster (B, N) where each patch went, size (B, n), tokens."""
+
+    kept: Tensor | None
+    score: Tensor | None
+    cluster: Tensor
+    size: Tensor
+    tokens: Tensor  # (B, n, C)
+    blocks: int  # how many the tokens went through
+
+
 def merge(
     tokens: Tensor,
     score: Tensor | None,
@@ -110,48 +121,51 @@ def merge(
     tradeoffs: Sequence[Tradeoff],
     keep_ratio: float,
     representative: str,
-    selection: Selection | None = None,
+    selection: Merged | None = None,
     select_anew: bool = True,
     prefix: int = 1,
-    r: int = 8,
+    r: int | Sequence[int] = 8,
+    keep_norm: bool = False,
 ):
     """ToMe: each block merges the r most similar pairs of patches between attention and MLP; unmerged at the end.
 
     The keys, a mean over heads, say what is similar; a token that stands for s patches counts s times in attention.
+    r: one number, or one for each block of the network. keep_norm: a merged token is as long as its members on average.
     Source: https://arxiv.org/abs/2210.09461.
     """
-    cluster = selection.cluster if selection else places_of(tokens[:, prefix:, 0])
-    x, size = tokens, torch.ones_like(cluster, dtype=torch.float32)
-    places = None if selection is None else selection.kept
-    if selection is not None:  # the tokens of a cluster are equal, and their mean is the merged token
-        member = evolution.memberships(cluster, places.shape[1])
-        size = member.sum(2)
-        mean = (member / size.unsqueeze(2)).to(tokens.dtype) @ tokens[:, prefix:]
-        x = torch.cat([tokens[:, :prefix], mean], 1)
+    if selection is None:
+        cluster = places_of(tokens[:, prefix:, 0])
+        selection = Merged(None, score, cluster, torch.ones_like(cluster, dtype=torch.float32), tokens[:, prefix:], 0)
+    places, _, cluster, size, patches, done = selection
+    x = torch.cat([tokens[:, :prefix], patches], 1)
+    rates = (r,) * (done + len(blocks)) if isinstance(r, int) else r
 
-    for block in blocks:
+    for block, rate in zip(blocks, rates[done:], strict=False):
         found = []  # state goes out by here, as checkpointing runs `merge_pairs` again in the backward pass
 
-        def merge_pairs(x: Tensor, attention: None, keys: Tensor, size: Tensor = size, found: list = found) -> Tensor:
-            """Tokens (B, P + n, C) between attention and MLP to the P + n - r that remain."""
-            target = match(keys[:, :, prefix:].mean(1), r)
-            merged = size.new_zeros(size.shape[0], size.shape[1] - min(r, size.shape[1] // 2))
+        def merge_pairs(
+            x: Tensor, attention: None, keys: Tensor, size: Tensor = size, rate: int = rate, found: list = found
+        ) -> Tensor:
+            """Tokens (B, P + n, C) between attention and MLP to the P + n - rate that remain."""
+            target = match(keys[:, :, prefix:].mean(1), rate)
+            merged = size.new_zeros(size.shape[0], size.shape[1] - min(rate, size.shape[1] // 2))
             merged = merged.scatter_add(1, target, size)
             found[:] = target, merged
-            index = target.unsqueeze(-1).expand(-1, -1, x.shape[2])
-            weighted = (x[:, prefix:] * size.unsqueeze(-1)).to(x.dtype)
-            sums = x.new_zeros(*merged.shape, x.shape[2]).scatter_add(1, index, weighted)
-            return torch.cat([x[:, :prefix], (sums / merged.unsqueeze(-1)).to(x.dtype)], 1)
+            return torch.cat([x[:, :prefix], _merged_means(x[:, prefix:], size, target, merged, keep_norm)], 1)
 
-        x = block(x, places=places, attn_mask=evolution.log_size_mask(size, prefix, x.dtype), reduce=merge_pairs)
+        mask = None if places is None else evolution.log_size_mask(size, prefix, x.dtype)
+        x = block(x, places=places, attn_mask=mask, reduce=merge_pairs if rate else None)
+        if not rate:
+            continue
         target, size = found
         # A merged token keeps the place of the one that others were merged into.
         old = places_of(target) if places is None else places
-        places = torch.zeros_like(size, dtype=old.dtype).scatter(1, target[:, ::2], old[:, ::2])
-        places = places.scatter(1, target[:, 1::2], old[:, 1::2])  # last, as these stay: see `match`
+        places = torch.zeros_like(size, dtype=old.dtype).scatter(1, target[:, 1::2], old[:, 1::2])
+        places = places.scatter(1, target[:, ::2], old[:, ::2])  # last, as these stay: see `match`
         cluster = target.gather(1, cluster)
     patches = x[:, prefix:].gather(1, cluster.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-    return torch.cat([x[:, :prefix], patches], 1), score, Selection(places, size, cluster)
+    merged = Merged(places, score, cluster, size, x[:, prefix:], done + len(blocks))
+    return torch.cat([x[:, :prefix], patches], 1), score, merged
 
 
 def places_of(patches: Tensor) -> Tensor:
@@ -159,25 +173,49 @@ def places_of(patches: Tensor) -> Tensor:
     return torch.arange(patches.shape[1], device=patches.device).expand_as(patches)
 
 
+def merge_norm(*args, **kwargs):
+    """As `merge`, but a merged token is as long as its members are on average, where their mean would be shorter.
+
+    The idea is that of ToFu's MLERP (https://arxiv.org/abs/2312.01026).
+    """
+    return merge(*args, **kwargs, keep_norm=True)
+
+
+def _merged_means(patches: Tensor, size: Tensor, target: Tensor, merged: Tensor, keep_norm: bool) -> Tensor:
+    """Means (B, m, C) of the patches (B, n, C) that go to each target (B, n), weighted by size (B, n).
+
+    merged (B, m): the sums of these sizes. keep_norm: as long as the members are on average.
+    """
+
+    def mean(x: Tensor) -> Tensor:
+        return x.new_zeros(*merged.shape, x.shape[2]).scatter_add(1, target.unsqueeze(-1).expand_as(x), x * weight)
+
+    # They add up to 1, in place of sums, which could overflow in half precision.
+    weight = (size / merged.gather(1, target)).unsqueeze(-1).to(patches.dtype)
+    means = mean(patches)
+    if not keep_norm:
+        return means
+    return F.normalize(means, dim=-1) * mean(patches.norm(dim=-1, keepdim=True))
+
+
 def match(metric: Tensor, r: int) -> Tensor:
     """Bipartite soft matching of tokens with metric (B, n, D): where each goes, (B, n), among the n - r that remain.
 
-    Every second token may be merged into its most similar one among the others; the r most similar pairs are.
+    Every second token may be merged into its most similar one among the others; the r most similar pairs are. As in
+    ToMe, whose class token counts as the first of all, the first patch stays, and those that are not merged come first,
+    in the order in which they were: who may be merged with whom in the next block depends on it.
     """
     n = metric.shape[1]
     r = min(r, n // 2)
     if r == 0:
         return torch.arange(n, device=metric.device).expand(metric.shape[0], -1)
     metric = F.normalize(metric, dim=-1)
-    similarity, nearest = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
-    order = similarity.argsort(1, descending=True)
-    sources, others = order.shape[1], n - order.shape[1]
-    rank = order.argsort(1)  # how many pairs are more similar
-    # First the sources that are not merged, in any order, then all the others.
-    target = torch.where(rank < r, sources - r + nearest, rank - r)
-    out = target.new_zeros(target.shape[0], n)
-    out[:, ::2] = target
-    out[:, 1::2] = sources - r + torch.arange(others, device=metric.device)
+    similarity, nearest = (metric[:, 1::2] @ metric[:, ::2].transpose(1, 2)).max(-1)
+    merges = torch.zeros_like(nearest).scatter(1, similarity.topk(r).indices, 1)
+    sources, others = n // 2, n - n // 2
+    out = nearest.new_zeros(nearest.shape[0], n)
+    out[:, 1::2] = torch.where(merges == 1, sources - r + nearest, (1 - merges).cumsum(1) - 1)
+    out[:, ::2] = sources - r + torch.arange(others, device=metric.device)
     return out
 
 
@@ -191,27 +229,30 @@ def apply(
     method: str,
     keep_ratio: float | Sequence[float] = 0.7,
     stages: Sequence[int] | None = None,
-    merge_r: int = 8,
+    merge_r: int | Sequence[int] = 8,
 ) -> nn.Module:
     """Give a ViT of timm one of the rivals, in place, with the schedule of its paper; returns the model.
 
     Args:
-        method: 'drop', 'fuse', 'merge' or 'random'.
+        method: 'drop', 'fuse', 'merge', 'merge_norm' or 'random'.
         keep_ratio: drop, fuse: the share of the patches still there that goes on, at each of the stages (EViT: 0.7);
             `model.keep_ratio` then has the shares of all patches.
             random: as in `models.evolve`.
         stages: drop, fuse: the blocks in which patches leave; by default 3, 6 and 9 of 12, and in proportion.
-        merge_r: merge: how many patches each block merges away.
+        merge_r: merge, merge_norm: how many patches each block merges away, one number or one for each block: ToMe's
+            decreasing schedule, or 0 in the first blocks.
 
     Raises ValueError, with the reason, for another method or a model that cannot be evolved.
     """
     if method not in METHODS:
         raise ValueError(f'method: expected one of {", ".join(METHODS)}, found {method!r}')
-    if method == 'merge':
-        if merge_r < 0:
-            raise ValueError(f'merge_r: expected 0 or more patches, found {merge_r}')
+    if method in ('merge', 'merge_norm'):
+        rates = tuple(map(int, merge_r)) if np.ndim(merge_r) else int(merge_r)
+        depth = len(getattr(model, 'blocks', ()))
+        if min(np.atleast_1d(rates), default=0) < 0 or np.size(rates) != (depth if np.ndim(rates) else 1):
+            raise ValueError(f'merge_r: expected 0 or more patches, one number or {depth}, found {merge_r}')
         model = evolve(model, 1.0, stages=(), representative='none')
-        model.update_group = partial(merge, r=merge_r)
+        model.update_group = partial(METHODS[method], r=rates)
         return model
     if method == 'random':
         model = evolve(model, keep_ratio, stages)
@@ -228,6 +269,9 @@ def apply(
     return model
 
 
-METHODS: dict[str, Callable] = {'drop': drop, 'fuse': fuse, 'merge': merge, 'random': random}
+METHODS: dict[str, Callable] = {
+    'drop': drop, 'fuse': fuse, 'merge': merge, 'merge_norm': merge_norm, 'random': random
+}  # fmt: skip
 # What `apply` has of arguments for each.
-ARGUMENTS = dict.fromkeys(('drop', 'fuse', 'random'), ('keep_ratio', 'stages')) | {'merge': ('merge_r',)}
+ARGUMENTS = dict.fromkeys(('drop', 'fuse', 'random'), ('keep_ratio', 'stages'))
+ARGUMENTS |= dict.fromkeys(('merge', 'merge_norm'), ('merge_r',))

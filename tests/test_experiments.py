@@ -37,7 +37,7 @@ def run(monkeypatch, tmp_path, common):
         common = ['--output', tmp_path / 'out' / name, '--data-path', tmp_path, '--batch-size', 2]
         if name in ('finetune', 'from_scratch'):
             common += ['--runs', tmp_path / 'runs']
-        if name in ('training_free', 'selection'):
+        if name in ('training_free', 'trained_decoder', 'selection'):
             common += ['--images', 'all']
         if name != 'from_scratch':
             common += ['--model', 'vit_tiny_patch16_224', '--weights', tmp_path / 'w.pth']
@@ -58,24 +58,39 @@ def noise(path, *size: int):
 
 
 def test_training_free(run, tmp_path, capsys):
-    for synset in ('n01440764', 'n01443537'):
-        noise(tmp_path / 'val' / synset / 'a.png', 230, 240)
-    rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge', 'smaller image', 'smaller, nearest')
-    assert [row['method'] for row in rows] == ['dense', 'nearest', 'merge', 'smaller image', 'smaller, nearest']
-    assert rows[-2]['schedule'] == 'image_size 176 176' and rows[-2]['grid'] == ''
-    assert rows[-1]['schedule'] == 'image_size 208 208, keep_ratio 0.7 0.3, representative nearest'
-    dense, *others = (float(row['gmacs']) for row in rows)
+    for folder, names in (('val', 'a'), ('b/val', 'ab')):
+        for synset in ('n01440764', 'n01443537'):
+            for name in names:
+                noise(tmp_path / folder / synset / f'{name}.png', 230, 240)
+    both = '--data-path', tmp_path, tmp_path / 'b', '--images', 'all', 'all'
+    methods = '--methods', 'nearest', 'merge', 'smaller image', 'smaller, nearest'
+    rows = run('training_free', '--budgets', 0.6, 'recommended', *methods, *both)
+    names = ['dense', 'nearest', 'merge', 'smaller image', 'smaller, nearest', 'nearest', 'merge']
+    assert [row['method'] for row in rows] == 3 * names
+    sets = {row['images']: row['n'] for row in rows}
+    assert list(sets.values()) == ['2', '4', '6'] and list(sets) == [tmp_path.name, 'b', f'{tmp_path.name}+b']
+    first = rows[: len(names)]
+    assert first[3]['schedule'] == 'image_size 176 176' and first[3]['grid'] == ''
+    assert first[4]['schedule'] == 'image_size 208 208, keep_ratio 0.7 0.3, representative nearest'
+    assert [row['schedule'] for row in first[5:]] == ['keep_ratio 0.7 0.3, representative nearest', 'merge_r 13']
+    dense, *others = (float(row['gmacs']) for row in first)
     assert all(abs(gmacs / dense - 0.6) < 0.02 for gmacs in others[:3]) and 0.55 < others[3] / dense < 0.6
-    assert {row['n'] for row in rows} == {'2'} and all(row['commit'] for row in rows)
-    assert 'nearest at 0.6 of the GMACs: ' in capsys.readouterr().out
-    # Speeds are measured and pictures drawn without the images.
-    for path in tmp_path.glob('val/*/*'):
-        path.write_bytes(b'')
-    assert run('training_free', '--budgets', 0.6, '--methods', 'nearest', 'merge') == rows
-    noise(tmp_path / 'val' / 'n01440764' / 'a.png', 230, 240)
+    assert all(row['commit'] for row in rows) and all(row['speedup'] == rows[1]['speedup'] for row in rows[1::7])
+    for each in ('same', 'kl', 'top1', 'grid'):
+        for i in (1, 2):  # pooled
+            parts = [float(rows[i + 7 * k][each]) for k in range(3)]
+            assert (2 * parts[0] + 4 * parts[1]) / 6 == pytest.approx(parts[2], rel=2e-3)
+    assert float(rows[0]['kl']) == 0 < float(rows[1]['kl']) < 1
+    printed = capsys.readouterr().out
+    assert printed.count('\nnearest at budget 0.6, to merge: ') == 6 and 'all, 6 images' in printed
+    assert (tmp_path / 'out' / 'training_free_headline.png').stat().st_size > 10_000
     # A trial with fewer images is not taken for the whole.
     rows = run('training_free', '--budgets', 0.6, '--methods', 'nearest', '--limit', 1)
-    assert [row['n'] for row in rows] == ['2', '2', '2', '2', '2', '1', '1']
+    assert [row['n'] for row in rows[21:]] == ['1', '1']
+    with pytest.raises(SystemExit, match='a list for each of 2 folders of --data-path, found 1'):
+        run('training_free', *both[:-1])
+    with pytest.raises(SystemExit, match='sets of different names, found val twice'):
+        run('training_free', '--data-path', tmp_path / 'val', tmp_path / 'b/val', '--images', 'all', 'all')
 
 
 def test_dense_prediction(run, tmp_path):
@@ -91,6 +106,43 @@ def test_dense_prediction(run, tmp_path):
     assert [row['method'] for row in rows] == ['dense', 'nearest', 'smaller image']
     assert rows[2]['schedule'] == 'image_size 48 80' and float(rows[2]['width']) == 96
     assert float(rows[0]['off']) == 0 and 0 <= float(rows[1]['miou']) <= 100
+
+
+def test_trained_decoder(run, tmp_path, capsys):
+    for i in range(3):
+        noise(tmp_path / 'val' / 'n01440764' / f'{i}.png', 100 + i, 120)
+    torch.manual_seed(0)
+    widths = 192, 8, 4, 4
+    weights = {f'upconv{i}.weight': torch.randn(*widths[i - 1 : i + 1], 4, 4) / 8 for i in (1, 2, 3)}
+    weights |= {'final_conv.weight': torch.randn(1, 4, 1, 1), 'final_conv.bias': torch.zeros(1)}
+    for i in (1, 2, 3):
+        weights |= {f'upconv{i}.bias': torch.zeros(widths[i]), f'bn{i}.bias': torch.zeros(widths[i])}
+        weights |= {f'bn{i}.weight': torch.ones(widths[i]), f'bn{i}.running_mean': torch.zeros(widths[i])}
+        weights |= {f'bn{i}.running_var': torch.ones(widths[i])}
+    torch.save(weights, tmp_path / 'decoder.pth')
+    methods = 'nearest', 'late, merge_norm', 'smaller image'
+    flags = '--decoder', tmp_path / 'decoder.pth', '--sizes', 64, '--budgets', 0.6, '--methods', *methods
+    rows = run('trained_decoder', *flags)
+    names = ['dense', *methods, 'nearest']  # at last as recommended
+    assert [(row['method'], row['size']) for row in rows] == [(name, '64') for name in names]
+    assert rows[3]['schedule'] == 'image_size 48 48' and rows[2]['schedule'].startswith('merge_r 0 0 0 0 ')
+    assert [float(rows[0][name]) for name in ('correlation', 'error', 'iou')] == [1, 0, 1]
+    assert all(0 < float(row['error']) < 1 and float(row['correlation']) < 1 for row in rows[1:])
+    assert all(float(row['gmacs']) < float(row['gmacs_whole']) and row['speedup'] for row in rows)
+    assert 'nearest at budget 0.6, to late, merge_norm: correlation ' in capsys.readouterr().out
+
+
+def test_maps_are_compared_image_by_image(common):
+    from trained_decoder import compare
+
+    dense = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[0.1, 0.2], [0.3, 0.4]], [[0.9, 0.9], [0.9, 0.1]]])
+    maps = torch.stack([1 - dense[0], dense[1] / 2, torch.tensor([[0.9, 0.9], [0.1, 0.1]])])
+    found = compare(maps, dense)
+    assert found['error'].tolist() == pytest.approx([1, 0.125, 0.2])
+    assert found['correlation'].tolist() == pytest.approx([-1, 1, 3**-0.5])
+    assert found['iou'].tolist() == pytest.approx([0, 1, 2 / 3])  # nothing is above 0.5 in both maps of the second
+    small = compare(torch.full((1, 1, 1), 0.7), torch.full((1, 2, 2), 0.7))  # resized; no map varies
+    assert small['error'].item() == small['correlation'].item() == 0 and small['iou'].item() == 1
 
 
 def test_selection(run, tmp_path, capsys):
@@ -142,11 +194,11 @@ def test_images_are_those_of_a_list(common, tmp_path):
         noise(tmp_path / 'val' / 'n01440764' / f'ILSVRC2012_val_{number:08}.JPEG', 8, 8)
     parser = argparse.ArgumentParser()
     common.add_images(parser)
-    args = argparse.Namespace(data_path=tmp_path, images=tmp_path / 'list.txt', limit=None)
+    args = argparse.Namespace(folder=tmp_path, images=tmp_path / 'list.txt', limit=None)
     args.images.write_text('293\n4')
-    assert [path.stem[-3:] for path in common.find_images(args)[0]] == ['004', '293']
+    assert [path.stem[-3:] for path in common.find_images(*vars(args).values())[0]] == ['004', '293']
     args.limit = 1  # of those of the list
-    assert [path.stem[-3:] for path in common.find_images(args)[0]] == ['004']
+    assert [path.stem[-3:] for path in common.find_images(*vars(args).values())[0]] == ['004']
     for text, message in (
         ('4 5', 'found 1 of 2, not ILSVRC2012_val_00000005.JPEG; --images all takes the 3 images'),
         ('4 n5', '--images .*list.txt: expected a file of numbers, or all: .*n5'),
@@ -154,10 +206,10 @@ def test_images_are_those_of_a_list(common, tmp_path):
     ):
         args.images.write_text(text)
         with pytest.raises(SystemExit, match=message):
-            common.find_images(args)
+            common.find_images(*vars(args).values())
     args.images = tmp_path / 'none.txt'
     with pytest.raises(SystemExit, match='expected a file of numbers, or all: .*No such file'):
-        common.find_images(args)
+        common.find_images(*vars(args).values())
     numbers = (ROOT / parser.get_default('images')).read_text().split()
     assert len(set(numbers)) == 500
 
@@ -179,6 +231,17 @@ def test_the_setting_is_that_with_the_nearest_arithmetic(common, monkeypatch):
     monkeypatch.setattr(common, 'gmacs', lambda model: model)
     steps = lambda t: 10 * round(10 * t)  # noqa: E731
     assert [steps(common.find_setting(steps, target)) for target in (42, 46)] == [40, 50]
+
+
+def test_schedules_of_merging_merge_as_many_patches(common):
+    assert common.merge_rates('merge', 120, 12) == 10
+    assert common.merge_rates('late, merge_norm', 120, 12) == (0,) * 4 + (15,) * 8
+    decreasing = common.merge_rates('decreasing, merge', 120, 12)
+    assert decreasing[0] == 20 and decreasing[-1] == 0 and sum(decreasing) == 120
+    assert list(decreasing) == sorted(decreasing, reverse=True)
+    model = timm.create_model('vit_tiny_patch16_224')
+    assert common.settings('merge_norm', 'recommended', model) == ('merge_norm', {'merge_r': 13})  # as in ToMe's paper
+    assert common.settings('fuse', 'recommended', model) == ('fuse', {'keep_ratio': 0.7})  # as in EViT's
 
 
 def test_rows_keep_a_commit_that_reads_as_a_number(common, monkeypatch, tmp_path):
@@ -239,12 +302,12 @@ def test_methods_are_compared_over_pairs_of_one_seed_and_device(common):
     off, half, n = common.compare_seeds(rows, 'a', 'b')
     # Differences 1 and 2: mean 1.5, deviation 0.71, t of one degree of freedom 12.7.
     assert (off, n) == (1.5, 2) and half == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert common.verdict(off, half) == 'not told apart' and common.verdict(-7, half) == 'worse'
+    assert common.verdict(off, half) == 'no significant difference' and common.verdict(-7, half) == 'worse'
 
 
 def test_which_images_were_right_comes_back_from_its_digits(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    from training_free import pack, unpack
+    from common import pack, unpack
 
     right = torch.rand(13, generator=torch.Generator().manual_seed(0)) < 0.5
     assert right.any() and torch.equal(unpack(pack(right), 13), right.float())

