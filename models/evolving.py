@@ -165,12 +165,17 @@ class Evolving:
         return partial(checkpoint, module, use_reentrant=False)
 
     def evolve(
-        self, images: Tensor, out_indices: Sequence[int] = (), stop_early: bool = False
+        self,
+        images: Tensor,
+        out_indices: Sequence[int] = (),
+        stop_early: bool = False,
+        take_out: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Selection], list[Tensor]]:
         """Embed images (B, channels, height, width) and run all blocks.
 
         Returns tokens (B, P + N, C), the selections by the name of the group's first block, and the tokens after each
         of the blocks `out_indices`; with `stop_early`, which needs these, blocks after the last of them are left out.
+        `take_out` is called with each of these outputs, and the next block gets what it returns.
         """
         if stop_early and not out_indices:
             raise ValueError('stop_early: expected out_indices, after the last of which to stop, found none')
@@ -202,6 +207,7 @@ class Evolving:
             if select and selection is not None:
                 selections[names[start]] = Selection(*selection[:3])  # a method may keep more in its own
             if stop - 1 in out_indices:
+                tokens = tokens if take_out is None else take_out(tokens)
                 outputs.append(tokens)
         return tokens, selections, outputs
 
@@ -240,6 +246,10 @@ class Evolving:
 
         Returns what timm's VisionTransformer does: (features, intermediates), the intermediates alone, or a dictionary;
         each (B, C, rows, columns) or (B, N, C). ValueError for an attention mask.
+
+        Features depend on the intermediates (without `norm`), so `torch.autograd.grad` gives gradients by grids, as
+        Grad-CAM needs. Inside a stage of 'nearest' these are 0, as the stage goes on from its representatives: take the
+        last block before a stage.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')
@@ -247,20 +257,26 @@ class Evolving:
             raise ValueError('attn_mask: expected none, as it would not be computed')
         levels = self.feature_levels(x)
         chosen = [levels[i] for i in sorted(feature_take_indices(len(levels), indices, as_set=True)[0])]
-        x, _, outputs = self.evolve(x, [block for block, _ in chosen], stop_early)
-        outputs = [self.norm(tokens) if norm else tokens for tokens in outputs]
-        prefix, patches = zip(*(t.tensor_split([self.num_prefix_tokens], 1) for t in outputs), strict=True)
-        if output_fmt == 'NCHW':
-            grids = [grid for _, grid in chosen]
-            patches = [
-                t.transpose(1, 2).unflatten(-1, grid).contiguous() for t, grid in zip(patches, grids, strict=True)
-            ]
+        prefix, patches, grids = [], [], iter([grid for _, grid in chosen])
+
+        def take_out(tokens: Tensor) -> Tensor:
+            """Split tokens into what is returned; with a gradient, the same tokens, made of exactly these parts."""
+            out = list((self.norm(tokens) if norm else tokens).tensor_split([self.num_prefix_tokens], 1))
+            if output_fmt == 'NCHW':
+                out[1] = out[1].transpose(1, 2).unflatten(-1, next(grids)).contiguous()
+            prefix.append(out[0])
+            patches.append(out[1])
+            if norm or not tokens.requires_grad:
+                return tokens
+            return torch.cat([out[0], out[1].flatten(2).transpose(1, 2) if output_fmt == 'NCHW' else out[1]], 1)
+
+        x = self.evolve(x, [block for block, _ in chosen], stop_early, take_out)[0]
         return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
-            out = {'image_intermediates': list(patches)}
-            out |= {'image_intermediates_prefix': list(prefix)} if return_prefix_tokens else {}
+            out = {'image_intermediates': patches}
+            out |= {'image_intermediates_prefix': prefix} if return_prefix_tokens else {}
             return out if intermediates_only else out | {'image_features': self.norm_tokens(x)}
-        intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else list(patches)
+        intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
         return intermediates if intermediates_only else (self.norm_tokens(x), intermediates)
 
     def forward(self, images: Tensor):

@@ -57,6 +57,32 @@ def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
     assert 'qks.0.qk.weight' in names['published'] and names['selection'].cluster.shape == (2, 196)
 
 
+def test_the_grad_cam_of_the_pictures_runs(monkeypatch, tmp_path):
+    """Dense's map equals that of timm's model by a hook; the evolved one is like it."""
+    torch.manual_seed(0)
+    timms, outputs = timm.create_model('deit_tiny_patch16_224').eval(), []
+    for parameter in timms.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)  # fresh weights attend alike to all
+    torch.save(timms.state_dict(), tmp_path / 'deit_tiny_patch16_224.pth')
+    (tmp_path / 'imgs').symlink_to(ROOT / 'imgs')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('MPLBACKEND', 'Agg')
+    (code,) = re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / 'pictures.md').read_text(), re.M | re.S)
+    names = {}
+    exec(code, names)
+    assert (tmp_path / 'grad_cam.jpg').stat().st_size > 10_000
+
+    timms.blocks[7].register_forward_hook(lambda module, args, out: outputs.append(out))
+    logit = timms(names['images']).amax()
+    (gradient,), grid = torch.autograd.grad(logit, outputs), outputs[0][0, 1:]
+    expected = (grid @ gradient[0, 1:].mean(0)).relu().unflatten(0, (14, 14))
+    dense, evolved = names['dense'][0], names['evolved'][0]
+    assert expected.max() > 0
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5 * expected.max().item())
+    assert evolved.shape == (14, 14) and evolved.isfinite().all() and not torch.equal(evolved, dense)
+    assert torch.stack([dense.flatten(), evolved.flatten()]).corrcoef()[0, 1] > 0.5
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_commands_have_flags_that_exist(command, monkeypatch):
     command = re.sub(r'\$\w+', '1', command)
@@ -97,4 +123,5 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_the_changelog_begins_with_this_version():
-    assert re.findall(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.M)[0] == models.__version__
+    versions = re.findall(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.M)
+    assert [version for version in versions if version != 'Unreleased'][0] == models.__version__

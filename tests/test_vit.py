@@ -108,6 +108,33 @@ def test_intermediates_are_the_tokens_on_the_way():
     assert [torch.equal(a, b) for a, b in zip(early, outputs[1:3], strict=True)] == [True, True]
 
 
+@pytest.mark.parametrize('output_fmt', ['NCHW', 'NLC'])
+def test_logits_have_gradients_by_grids(output_fmt):
+    """At keep ratio 1 those of timm's model by its blocks' outputs; inside a stage of 'nearest' they are 0."""
+
+    def gradient(model, block):
+        features, (grid,) = model.forward_intermediates(x, [block], output_fmt=output_fmt)
+        (found,) = torch.autograd.grad(model.forward_head(features)[:, 0].sum(), grid)
+        return found.flatten(2).mT if output_fmt == 'NCHW' else found
+
+    model = dense(depth=6)
+    x, outputs = images(model), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: outputs.append(out))
+    logit = model(x)[:, 0].sum()
+    expected = [t[:, 1:] for t in torch.autograd.grad(logit, outputs)]
+    evolved = vit.evolve(dense(depth=6), 1)
+    for block in range(6):
+        torch.testing.assert_close(gradient(evolved, block), expected[block], rtol=1e-4, atol=1e-6)
+    for representative in evolution.REPRESENTATIVES:
+        evolved = vit.evolve(dense(depth=6), (0.7, 0.3), representative=representative)
+        for block in (0, 1, 3):
+            moved = gradient(evolved, block).abs().sum(2)
+            assert moved.isfinite().all() and (moved > 0).sum() >= x.shape[0] * 7
+            assert representative != 'nearest' or (moved > 0).all()  # each patch counts in the mean of its cluster
+    assert not gradient(vit.evolve(dense(depth=6)), 4).any()
+
+
 def test_timms_ways_of_changing_a_model():
     model = vit.evolve(dense(), (0.7, 0.3))
     x = images(model)
