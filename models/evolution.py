@@ -395,12 +395,11 @@ def _evolve_clusters(
         selection = Selection(kept, score, cluster)
     kept, _, cluster, means = selection
     k, chunks = kept.shape[1], in_chunks(patches.shape[2], cluster)
-    members = (memberships(chunk, k, score.dtype) for (chunk,) in chunks)
     if len(chunks) == 1:
-        (member,) = members = list(members)
-        size = member.sum(2)
+        member = memberships(cluster, k, score.dtype)
+        members, size = [member], member.sum(2)
     else:  # in large grids a matrix (K, N) would be the peak of memory
-        member = None
+        member, members = None, (memberships(chunk, k, score.dtype) for (chunk,) in chunks)
         size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, torch.ones_like(score))
     if means is None:
         means = cluster_means(patches, length, members, size)
