@@ -7,7 +7,7 @@ OUTPUT ?= output/demo
 EPOCHS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-rest test-oldest lint format clean
+.PHONY: help install demo gpu test test-slow test-rest test-oldest lint format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ demo: install ## train, evaluate and draw on a data set that is drawn by the pro
 	@echo "Learning curves: $(OUTPUT)/pictures/curves.png; what it selects in 12 images: $(OUTPUT)/pictures/seed0_contact.png"
 	@echo "(It selects what the class token attends to: this small network may tell a ring or a cross by what is around it.)"
 	@echo "Next, a pretrained ViT on a photo of yours: $(BIN)/python visualize.py --model deit_tiny_patch16_224 --evolve --resume WEIGHTS.pth --img-path PHOTO.jpg --output_dir $(OUTPUT)/photo"
+
+# With the Python that is there, which has torch for the GPU; it goes on where it stopped.
+gpu: ## everything that is measured on a GPU, 8 minutes (FOLDER=... for the rows)
+	$(PYTHON) experiments/gpu.py --output $(or $(FOLDER),docs/benchmarks)
 
 # Two halves at the same time, as two cores allow. Each prints when it is done, where make can do that.
 test: install ## all tests

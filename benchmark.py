@@ -243,15 +243,18 @@ def make_case(
     memory_format = torch.channels_last if args.channels_last else torch.preserve_format
     tensors = dict(device=args.device, dtype=dtype, memory_format=memory_format)
     case |= dict(batch_size=batch, autocast=autocast, tensors=tensors)
+    # Flags in which the models of a case differ; they are timed alternately.
+    case['variants'] = [{'keep_ratio': ratio} for ratio in twin and args.keep_ratio or [None]]
     return Namespace(**case | ({} if twin else dict(stages=None, representative=None)))  # others have no schedule
 
 
 def list_models(case: Namespace) -> list[tuple[str, Callable[..., nn.Module]]]:
     """The models of a case: labels, and functions of the number of classes that build them. The dense twin is last."""
     listed = []
-    for ratio in case.keep_ratio if case.keep_ratio and case.twin else [None]:
-        flags = Namespace(**vars(case) | {'keep_ratio': ratio})
-        label = case.model + {None: '', 'evolve': ' evolved'}.get(case.method, f' {case.method}')
+    for variant in case.variants:
+        flags = Namespace(**vars(case) | variant)
+        method = variant.get('representative', {'evolve': 'evolved'}.get(flags.method, flags.method))
+        label = ' '.join(filter(None, [case.model, method]))
         listed.append((label, partial(models.build, flags, input_size=case.input_size)))
     if case.twin and case.compare:
         name, options = case.twin
@@ -369,7 +372,8 @@ def prepare(candidate: Candidate, case: Namespace, build: Callable, num_classes:
     row, train, device = candidate.row, case.mode == 'train', case.device
     gc.collect()  # earlier models, where nothing refers to them any more
     torch.cuda.empty_cache()  # does nothing without a GPU
-    model = build(num_classes=num_classes)
+    with device:  # a GPU draws the first weights of a large model seconds faster
+        model = build(num_classes=num_classes)
     if hasattr(model, 'schedule'):
         model.set_schedule(stage_wise=not case.layer_wise)
         schedule = model.schedule()

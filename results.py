@@ -111,7 +111,7 @@ def table_line(row: dict, model_width: int) -> str:
         value = row.get(name, '')
         if isinstance(value, float):
             value = f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
-        width = {'mode': 9, 'model': min(model_width, MODEL_WIDTH)}.get(name, 7)
+        width = {'mode': 9, 'model': min(model_width, MODEL_WIDTH), 'keep_ratio': 9}.get(name, 7)
         if name == 'model' and len(value) > width:
             value = f'{value[: width - 1]}…'
         if heading:

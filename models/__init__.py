@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 
 import timm
+import torch
 from timm.layers import to_2tuple
 from timm.models import PretrainedCfg
 from timm.utils import ParseKwargs
@@ -119,6 +120,8 @@ def create(name: str, num_classes: int, input_size: int | None = None, **options
         options['img_size'] = input_size
     try:
         model = timm.create_model(name, num_classes=num_classes, **options)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # what timm's constructors raise for a wrong argument is of any kind
         if options.get('pretrained') and isinstance(error, OSError):
             raise InputError(f'--pretrained: the weights of {name} could not be downloaded: {error}') from error

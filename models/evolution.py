@@ -22,7 +22,7 @@ C channels, H heads, D channels of a head.
     attn_mask   (B, 1, 1, P + n)    added to the attention logits: the log of the sizes
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -211,23 +211,29 @@ def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> t
     unit = (patches / length).to(patches.dtype)
     weight = score * length.squeeze(2)
 
-    # In large grids a matrix (N, N) would be the peak of memory. In chunks of rows it takes no more than the hidden
-    # layer of an MLP, (N, 4 * C). A program for free sizes cannot loop over chunks.
-    rows, exporting = 4 * patches.shape[2], torch.compiler.is_exporting()
-    if not exporting and patches.shape[1] <= rows:
+    if patches.shape[1] <= 4 * patches.shape[2] and not torch.compiler.is_exporting():
         cosine = unit @ unit.transpose(1, 2)
         kept = select(weight * novelty(cosine, weight, weight).to(weight.dtype) ** 3, k)
         cosine.diagonal(dim1=1, dim2=2).fill_(2)
         columns = kept.unsqueeze(1).expand(-1, cosine.shape[1], -1)
         return kept, cosine.gather(2, columns).max(2).indices  # on CPUs `max` is faster than `argmax`
-    chunks = [(unit, weight)]
-    if not exporting:
-        chunks = list(zip(unit.split(rows, 1), weight.split(rows, 1), strict=True))
+    chunks = in_chunks(patches.shape[2], unit, weight)
     new = torch.cat([novelty(u @ unit.transpose(1, 2), w, weight) for u, w in chunks], 1)
     kept = select(weight * new.to(weight.dtype) ** 3, k)
     informative = gather_tokens(unit, kept).transpose(1, 2)
     cluster = torch.cat([(u @ informative).max(2).indices for u, _ in chunks], 1)
     return kept, cluster.scatter(1, kept, torch.arange(k, device=kept.device).expand_as(kept))
+
+
+def in_chunks(channels: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors (B, N, ...) in parts along N.
+
+    In large grids a matrix (N, N) would be the peak of memory. One of a part takes no more than the hidden layer of an
+    MLP, (N, 4 * C). A program for free sizes cannot loop over parts.
+    """
+    if torch.compiler.is_exporting():
+        return [tensors]
+    return list(zip(*(x.split(4 * channels, 1) for x in tensors), strict=True))
 
 
 def vector_length(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -264,17 +270,22 @@ def memberships(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> 
     return zeros.scatter(1, cluster.unsqueeze(1), 1)
 
 
-def cluster_means(patches: Tensor, length: Tensor, member: Tensor, size: Tensor) -> Tensor:
+def cluster_means(patches: Tensor, length: Tensor, members: Iterable[Tensor], size: Tensor) -> Tensor:
     """Means (B, K, C) of the patches (B, N, C) of each cluster, as long as its members are on average.
 
-    length (B, N, 1), member (B, K, N), size (B, K). A plain mean is shorter than its members, and the blocks were
-    trained on tokens of full length. Source: ToFu (https://arxiv.org/abs/2312.01026).
+    length (B, N, 1), size (B, K), members (B, K, N), whole or in chunks of N. A plain mean is shorter than its members,
+    and the blocks were trained on tokens of full length. Source: ToFu (https://arxiv.org/abs/2312.01026).
     """
-    # Weights that add up to 1, in place of sums, which could overflow in half precision.
-    share = member / size.unsqueeze(2)
-    mean = share.to(patches.dtype) @ patches
-    scale = share @ length / vector_length(mean, share.dtype)
-    return mean * scale.to(mean.dtype)
+    mean = None
+    for member, (part, part_length) in zip(members, in_chunks(patches.shape[2], patches, length), strict=True):
+        # Weights that add up to 1, in place of sums, which could overflow in half precision.
+        share = member / size.unsqueeze(2)
+        half = share.to(patches.dtype)
+        if mean is None:
+            mean, mean_length = half @ part, share @ part_length
+        else:
+            mean, mean_length = torch.baddbmm(mean, half, part), torch.baddbmm(mean_length, share, part_length)
+    return mean * (mean_length / vector_length(mean, size.dtype)).to(mean.dtype)
 
 
 # --- update
@@ -383,24 +394,36 @@ def _evolve_clusters(
         kept, cluster = select_clusters(patches.detach(), length.detach(), score.detach(), k)
         selection = Selection(kept, score, cluster)
     kept, _, cluster, means = selection
-    member = memberships(cluster, kept.shape[1], score.dtype)
-    size = member.sum(2)
+    k, chunks = kept.shape[1], in_chunks(patches.shape[2], cluster)
+    if len(chunks) == 1:
+        member = memberships(cluster, k, score.dtype)
+        members, size = [member], member.sum(2)
+    else:  # in large grids a matrix (K, N) would be the peak of memory
+        member, members = None, (memberships(chunk, k, score.dtype) for (chunk,) in chunks)
+        size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, torch.ones_like(score))
     if means is None:
-        means = cluster_means(patches, length, member, size)
+        means = cluster_means(patches, length, members, size)
+    del length, members
     before = torch.cat([tokens[:, :prefix], means], 1)
     # The class token attends to a cluster as to all its members together, so the blocks update the sum of their scores;
     # but not where the first attention that enters overwrites it.
     total = None
     if read and not (isinstance(read[0], float) and read[0] == 1):
-        total = (member @ score.unsqueeze(2)).squeeze(2)
+        if member is None:
+            total = torch.zeros_like(size).scatter_add(1, cluster, score)
+        else:
+            total = (member @ score.unsqueeze(2)).squeeze(2)
     mask = log_size_mask(size, prefix, attention_dtype(tokens))
     after, total = run_blocks(before, total, blocks, tradeoffs, kept, mask)
     if read:
         score = (total / size).gather(1, cluster)
-    # The product with the one-hot matrix gives each patch the change of its cluster, forward and backward, without
-    # the atomic sums of a gather's gradient.
     change = (after[:, prefix:] - means).to(patches.dtype)
-    patches = torch.baddbmm(patches, member.to(patches.dtype).transpose(1, 2), change)
+    if member is None:
+        patches = patches + gather_tokens(change, cluster)
+    else:
+        # The product with the one-hot matrix gives each patch the change of its cluster, forward and backward, without
+        # the atomic sums of a gather's gradient.
+        patches = torch.baddbmm(patches, member.to(patches.dtype).transpose(1, 2), change)
     tokens = torch.cat([after[:, :prefix].to(tokens.dtype), patches], 1)
     return tokens, score, selection._replace(tokens=after[:, prefix:])
 

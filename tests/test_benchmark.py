@@ -290,7 +290,8 @@ def test_precisions(bench, monkeypatch):
 
     def spy(self, images):
         autocast = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None
-        seen.append((images.dtype, self.head.weight.dtype, autocast))
+        if not images.is_meta:  # there the plan counts GMACs
+            seen.append((images.dtype, self.head.weight.dtype, autocast))
         return real(self, images)
 
     monkeypatch.setattr(evo_deit.EvoDeiT, 'forward', spy)
@@ -405,7 +406,7 @@ def test_out_of_memory_of_the_twin_leaves_the_model_its_row(bench, monkeypatch):
     real = timm.create_model
 
     def create(name, **options):
-        if name == TWIN.split()[0]:
+        if name == TWIN.split()[0] and torch.get_default_device().type != 'meta':
             raise torch.OutOfMemoryError('CUDA out of memory.')
         return real(name, **options)
 

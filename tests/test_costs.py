@@ -152,3 +152,13 @@ def test_inference_needs_no_more_memory_than_the_dense_model(representative):
         peaks = [peak_memory(model, [images], [*model.parameters()], 1, CPU) for model in (evolving, dense)]
     # Both peak in the MLP of a dense block, where the scores, a float32 for each patch, come on top.
     assert peaks[0] <= 1.002 * peaks[1]
+
+
+def test_large_grids_need_no_more_memory_than_the_dense_model():
+    """A matrix (N, N) or (K, N) of 900 patches would be several times the hidden layer of an MLP."""
+    dense = timm.create_model('vit_tiny_patch16_224', depth=3, embed_dim=96, num_heads=3, img_size=480).eval()
+    evolving = models.evolve(copy.deepcopy(dense))
+    images = torch.randn(2, 3, 480, 480)
+    with torch.inference_mode():
+        peaks = [peak_memory(model, [images], [*model.parameters()], 0, CPU) for model in (evolving, dense)]
+    assert peaks[0] <= 1.1 * peaks[1]

@@ -248,7 +248,8 @@ def cluster_means(patches, cluster, k):
     """Means of all clusters, and the sizes of these."""
     member = evolution.memberships(cluster, k, torch.promote_types(patches.dtype, torch.float32))
     length = evolution.vector_length(patches, member.dtype)
-    return evolution.cluster_means(patches, length, member, member.sum(2)), member.sum(2)
+    members = member.split(4 * patches.shape[2], 2)
+    return evolution.cluster_means(patches, length, members, member.sum(2)), member.sum(2)
 
 
 def novelty(patches, weight):
@@ -304,15 +305,19 @@ def test_a_slightly_higher_weight_counts_in_any_place():
     assert found[0, -1] == 1 and found[0, 0] == pytest.approx(0, abs=1e-6)
 
 
-def test_large_grids_are_compared_in_chunks(monkeypatch):
-    """No matrix is larger than the hidden layer of an MLP, and the chunks compute what one matrix does."""
+def test_large_grids_are_clustered_in_chunks(blocks, monkeypatch):
+    """The chunks compute what one matrix does, forward and backward; test_costs.py has the memory."""
     torch.manual_seed(5)
-    tokens, score = torch.randn(B, 1 + 100, C), torch.rand(B, 100)
-    kept, cluster = select_clusters(tokens[:, 1:], score, 40)
-    monkeypatch.setattr(torch.compiler, 'is_exporting', lambda: True)
-    exported = select_clusters(tokens[:, 1:], score, 40)
-    assert torch.equal(kept, exported[0]) and torch.equal(cluster, exported[1])
-    assert torch.equal(cluster.gather(1, kept), torch.arange(40).expand(B, -1))
+    tokens, score = torch.randn(B, 1 + 100, C, dtype=torch.float64), torch.rand(B, 100, dtype=torch.float64)
+    found = []
+    for whole in (False, True):
+        monkeypatch.setattr(torch.compiler, 'is_exporting', lambda whole=whole: whole)
+        leaf = tokens.clone().requires_grad_()
+        out, new_score, (kept, _, cluster, _) = nearest_group(leaf, score, blocks, 0.4)
+        out.square().sum().backward()
+        found.append((out, new_score, kept, cluster, leaf.grad))
+        assert torch.equal(cluster.gather(1, kept), torch.arange(40).expand(B, -1))
+    torch.testing.assert_close(*found)
 
 
 def test_means_are_as_long_as_their_members(tokens, score):

@@ -16,6 +16,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from models import evolution
+
 
 @pytest.fixture
 def common(monkeypatch):
@@ -55,6 +57,63 @@ def run(monkeypatch, tmp_path, common):
 def noise(path, *size: int):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def gpu(common, monkeypatch, tmp_path, capsys):
+    """The GPU script; `run` calls it on the CPU with tiny settings, and returns what it printed."""
+    module = importlib.import_module('gpu')
+
+    def run(*flags) -> str:
+        script = ROOT / 'experiments' / 'gpu.py'
+        flags = ['--device', 'cpu', '--tiny', '--output', tmp_path, *flags]
+        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, flags)])
+        module.main()
+        return capsys.readouterr().out
+
+    module.run = run
+    return module
+
+
+def test_both_forms_of_attention_attend_to_each_member_of_a_cluster(gpu):
+    for channels in (32, 63, 64, 80):
+        q, k, v = torch.randn(3, 2, 3, 13, channels)
+        size = torch.randint(1, 9, (2, 12))
+        mask = evolution.log_size_mask(size.float(), 1, torch.float32)
+        for i in range(2):
+            repeats = torch.cat([torch.ones(1, dtype=torch.int64), size[i]])
+            members = [x[i].repeat_interleave(repeats, 1) for x in (k, v)]
+            expected = torch.nn.functional.scaled_dot_product_attention(q[i], *members)
+            for form in (gpu.with_mask, gpu.with_channel):
+                torch.testing.assert_close(form(q, k, v, mask)[i], expected, rtol=0, atol=1e-5)
+
+
+def test_the_gpu_script_measures_what_is_missing(gpu, tmp_path):
+    parts = ['attention', 'stage', 'deit', 'train', 'large']
+    gpu.run('--here', '--parts', *parts)
+    files = {path.name: path.read_text() for path in tmp_path.glob('gpu*.csv')}
+    rows, kernels = (list(csv.DictReader(files[name].splitlines())) for name in ('gpu.csv', 'gpu-kernels.csv'))
+    dense = 'vit_tiny_patch16_224 depth=3 embed_dim=48 num_heads=3'
+    names = {*(f'vit_tiny_patch16_224 {method}' for method in ('nearest', 'none', 'merge')), dense}
+    for compiled in (True, False):
+        some = [row for row in rows if (row['compile'] != 'no') == compiled]
+        for batch in ('1', '2'):
+            measured = [row['model'] for row in some if (row['mode'], row['batch']) == ('inference', batch)]
+            assert sorted(measured) == sorted(names)
+        assert {row['model'] for row in some if row['mode'] == 'train'} >= {'evo_deit_nano_patch4_32', dense}
+        found = {(row['part'], row['what']) for row in kernels if (row['compile'] == 'yes') == compiled}
+        stages = {('stage', method) for method in ('nearest', 'none', 'dense')}
+        assert found == stages | {('attention', 'with_mask'), ('attention', 'with_channel')}
+    assert all(float(row['ms']) > 0 for row in rows + kernels)
+    # The second time nothing is missing, so no process is started.
+    assert gpu.run('--parts', *parts) == ''.join(f'{part}: nothing missing\n' for part in parts)
+    assert {path.name: path.read_text() for path in tmp_path.glob('gpu*.csv')} == files
+
+
+@pytest.mark.slow
+def test_a_part_without_time_says_what_is_missing(gpu):
+    printed = gpu.run('--parts', 'train', '--minutes', 0)
+    assert 'train: at most 1 seconds\ntrain: 4 missing\n    train, 64 px, batch 2: vit_tiny_patch16_224' in printed
 
 
 def test_training_free(run, tmp_path, capsys):

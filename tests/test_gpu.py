@@ -28,6 +28,7 @@ import main_levit
 import models  # noqa: F401
 import optim
 import shapes
+import stopping
 import visualize
 from models import weights
 from utils import InputError
@@ -177,7 +178,7 @@ def test_a_training_step_does_not_wait_for_the_gpu(name, precision):
 
 def test_the_guard_does_not_wait_for_the_step_that_was_queued_last(monkeypatch):
     monkeypatch.setattr('signal.signal', lambda *_: None)
-    guard = engine.StepCheck(DEVICE)
+    guard = stopping.StepCheck(DEVICE)
     for i in range(3):  # kernels are loaded and memory is pinned when first needed, which may wait
         guard.check(torch.full((), 0.0, device=DEVICE), f'in step {i}')
     torch.cuda._sleep(2 * 10**9)  # clock cycles: about a second
@@ -319,6 +320,7 @@ def test_channels_last_computes_the_same(name):
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = build(name).to(memory_format=layout).train()
+        model.set_distilled_training()
         logits = model(images.to(memory_format=layout))
         sum(F.cross_entropy(head, labels) for head in logits).backward()
         found.append((*logits, *(p.grad.contiguous() for p in model.patch_embed.parameters())))
