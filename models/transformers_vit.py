@@ -17,6 +17,7 @@ from functools import cache, partial
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
@@ -178,6 +179,8 @@ class EvolvedViT(EvolvedLoop):
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
+        if attention_mask is not None:
+            attention_mask = create_bidirectional_mask(self.config, tokens, attention_mask)
         encoded = self.run_layers(tokens, attention_mask=attention_mask, **kwargs)
         tokens = self.layernorm(encoded.last_hidden_state)
         pooled = None if self.pooler is None else self.pooler(tokens)

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import sys
 from functools import partial
 
@@ -10,7 +11,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import noise
+from conftest import ROOT, noise
+from PIL import Image
 from torch import Tensor, nn
 
 import models
@@ -312,10 +314,24 @@ def test_what_layers_inside_a_stage_cannot_do_is_refused():
     models.evolve(model)
     with pytest.raises(ValueError, match='output_attentions: expected False.*keep_ratio=1'):
         model(images(), output_attentions=True)
-    with pytest.raises(ValueError, match='attention_mask: expected none'):
-        model(images(), attention_mask=torch.ones(2, 65))
     models.evolve(model, 1)
     torch.testing.assert_close(model(images(), output_attentions=True).attentions, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['ViTModel', 'Dinov2Model'])
+def test_masks_are_refused_unless_they_mask_nothing(name):
+    model, mask = create(name), torch.ones(2, 65)
+    whole = model(images(), attention_mask=mask).last_hidden_state
+    mask[:, 9:12] = 0
+    masked = model(images(), attention_mask=mask).last_hidden_state
+    models.evolve(model, 1)
+    torch.testing.assert_close(model(images(), attention_mask=mask).last_hidden_state, masked, rtol=0, atol=1e-5)
+    assert (masked - whole).abs().max() > 1e-3
+    models.evolve(model)
+    with pytest.raises(ValueError, match='attention_mask: expected none'):
+        model(images(), attention_mask=mask)
+    assert torch.equal(*(model(images(), attention_mask=m).last_hidden_state for m in (None, torch.ones(2, 65))))
 
 
 def test_implementations_of_attention_without_additive_masks():
@@ -385,5 +401,35 @@ def test_another_version_of_transformers(monkeypatch):
 # --- documentation
 
 
-def test_the_python_of_the_documentation_runs(monkeypatch, tmp_path):
-    """Only what must be downloaded is made here."""
+class Processor:
+    """In place of LLaVA's, which comes with its weights."""
+
+    def __call__(self, images, text, return_tensors):
+        pixels = transformers.BitImageProcessor(do_resize=False, crop_size=64)(images, return_tensors=return_tensors)
+        ids = torch.tensor([[0, 5, *[39] * 64, 7]])
+        return dict(pixels, input_ids=ids, attention_mask=torch.ones_like(ids)) if '<image>' in text else None
+
+    def batch_decode(self, ids: Tensor) -> list[str]:
+        return [str(row) for row in ids.tolist()]
+
+
+def test_the_python_of_the_documentation_runs(monkeypatch, tmp_path, capsys):
+    """Only what must be downloaded is made here, small, and of the same class."""
+    small = SIZE | dict(num_hidden_layers=12, image_size=518, patch_size=14)
+    made = {
+        'AutoModel': lambda name: create('Dinov2Model', small),
+        'AutoImageProcessor': lambda name, **kwargs: transformers.BitImageProcessor(**kwargs),
+        'AutoModelForImageTextToText': lambda name: create_llava(),
+        'AutoProcessor': lambda name: Processor(),
+    }
+    for name, function in made.items():
+        monkeypatch.setattr(getattr(transformers, name), 'from_pretrained', function)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(noise(600, 518, 3).mul(99).byte().numpy()).save('photo.jpg')
+    names, blocks = {}, re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs/transformers.md').read_text(), re.M | re.S)
+    for block in blocks:
+        exec(block, names)
+    assert names['output'].last_hidden_state.shape == (1, 1370, 48) and names['kept'].sum() == 410
+    assert Image.open('kept.png').size == (518, 518)
+    assert len(blocks) == 2 and len(names['text']) == 1
+    assert 'model.vision_tower.encoder evolves' in capsys.readouterr().out
