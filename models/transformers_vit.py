@@ -282,10 +282,11 @@ def become(module: nn.Module, mixin: type):
 
 def forward_with_selection(model: nn.Module, *args, **kwargs) -> tuple[BaseModelOutput, dict[str, Tensor]]:
     """The output of an evolved model, and for each selection {'blocks.4': kept (B, K)}: raster indices, int64,
-    ascending.
+    ascending. ValueError for a model that was not evolved.
     """
-    selections = {}
-    _, loop = find_encoder(model)
+    selections, (_, loop) = {}, find_encoder(model)
+    if not isinstance(loop, Evolved):
+        raise ValueError(f'expected an evolved model, found {type(model).__name__}; call models.evolve(model)')
     hook = loop.register_forward_hook(lambda module, args, output: selections.update(output.selections))
     try:
         output = model(*args, **kwargs)

@@ -320,6 +320,12 @@ def evolve(
     return model
 
 
+def is_from_transformers(model: nn.Module) -> bool:
+    """Whether a model is one of transformers, or has one inside."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(type(module).__module__.startswith('transformers.') for module in modules)
+
+
 def why_not(model: nn.Module) -> str:
     """Why a model cannot be evolved exactly, '' if it can."""
     if isinstance(model, SavedEvolution):

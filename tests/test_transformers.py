@@ -389,6 +389,14 @@ def test_two_encoders_and_another_attention_are_refused():
     assert not any(isinstance(module, Evolved) for module in model.modules())
 
 
+def test_rivals_are_refused_and_models_that_were_not_evolved_select_nothing():
+    model = create('ViTModel')
+    with pytest.raises(ValueError, match='drop: expected a ViT of timm, found ViTModel'):
+        models.apply(model, 'drop')
+    with pytest.raises(ValueError, match='expected an evolved model, found ViTModel'):
+        forward_with_selection(model, images())
+
+
 def test_another_version_of_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, 'models.transformers_vit', None)  # its import fails
     monkeypatch.delattr(models, 'transformers_vit')
