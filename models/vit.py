@@ -293,9 +293,7 @@ def evolve(
     if isinstance(model, str):
         create = 'transformers.AutoModel.from_pretrained' if '/' in model else 'timm.create_model'
         raise ValueError(f'expected a model, found the name {model!r}; pass {create}({model!r}, ...)')
-    if isinstance(model, nn.Module) and any(
-        m.__class__.__module__.startswith('transformers.') for m in model.modules()
-    ):
+    if is_from_transformers(model):
         try:
             from . import transformers_vit
         except ImportError as error:
