@@ -11,8 +11,10 @@ One forward pass is this chain of calls:
 Shapes: B batch, P prefix tokens, N patches, K informative patches, C channels.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from operator import index
 
 import numpy as np
@@ -36,6 +38,22 @@ def to_floats(name: str, value: float | Sequence[float] | np.ndarray | Tensor) -
         return [float(str(x)) for x in values]
     except (TypeError, ValueError) as error:
         raise ValueError(f'{name}: expected numbers, found {value!r}') from error
+
+
+def default_stages(depth: int) -> tuple[int, int]:
+    """The first blocks of two stages, at a third and at two thirds of the depth; ValueError for less than 3 blocks."""
+    if depth < 3:
+        other = ', or stages=[1] and one keep_ratio' if depth == 2 else ''
+        raise ValueError(
+            f'stages: expected 3 blocks or more, for two stages, found {depth}; pass stages=[] for none{other}'
+        )
+    return depth // 3, 2 * depth // 3
+
+
+def warn_if_rising(keep_ratio: Sequence[float]):
+    """Warn of a stage with more patches than the one before."""
+    if any(later > earlier for earlier, later in pairwise(keep_ratio)):
+        warnings.warn(f'keep_ratio rises, {keep_ratio}: expected fewer patches in later stages', stacklevel=3)
 
 
 class Evolving:

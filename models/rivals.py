@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import evolution
 from .evolution import Block, Tradeoff
 from .evolving import to_floats
-from .vit import evolve
+from .vit import evolve, is_from_transformers
 
 
 class Reduced(NamedTuple):
@@ -246,6 +246,8 @@ def apply(
     """
     if method not in METHODS:
         raise ValueError(f'method: expected one of {", ".join(METHODS)}, found {method!r}')
+    if is_from_transformers(model):
+        raise ValueError(f'{method}: expected a ViT of timm, found {type(model).__name__} of transformers')
     if method in ('merge', 'merge_norm'):
         rates = tuple(map(int, merge_r)) if np.ndim(merge_r) else int(merge_r)
         depth = len(getattr(model, 'blocks', ()))

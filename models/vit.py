@@ -9,10 +9,8 @@ Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import evolution
-from .evolving import Evolving, SavedEvolution
+from .evolving import Evolving, SavedEvolution, default_stages, warn_if_rising
 
 # What a method that reduces tokens inside a block does between its attention and its MLP: tokens (B, P + n, C), the
 # class token's attention (B, n) or None, and keys (B, H, P + n, D) to fewer tokens.
@@ -269,7 +267,7 @@ def evolve(
     representative: str | bool = 'nearest',
     stage_wise: bool = True,
 ) -> nn.Module:
-    """Give slow-fast evolution to a ViT of timm, in place, without training; returns the model.
+    """Give slow-fast evolution to a ViT of timm or of transformers, in place, without training; returns the model.
 
     Weights and their names, heads, pooling and timm's interface stay as they are; `forward_features` still returns all
     tokens in order. With keep_ratio=1 the model computes what it did before. A model that was evolved already gets
@@ -281,7 +279,8 @@ def evolve(
 
     Args:
         model: an instance of timm's VisionTransformer (DeiT, AugReg, DINOv2, CLIP, SigLIP, ...), its distilled
-            variant, or Eva (EVA-02, DINOv3, rotary ViTs).
+            variant, or Eva (EVA-02, DINOv3, rotary ViTs); or a model of Hugging Face's transformers with one vision
+            encoder (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, I-JEPA), such as a LLaVA: see transformers_vit.py.
         keep_ratio: fraction of informative patches, one number or one for each stage.
         stages: the first block of each stage; the blocks before the first see every patch. By default a third and two
             thirds of the depth.
@@ -292,28 +291,37 @@ def evolve(
     Raises ValueError, with the reason, for a model that cannot be evolved exactly.
     """
     if isinstance(model, str):
-        raise ValueError(f'expected a model, found the name {model!r}; pass timm.create_model({model!r}, ...)')
+        create = 'transformers.AutoModel.from_pretrained' if '/' in model else 'timm.create_model'
+        raise ValueError(f'expected a model, found the name {model!r}; pass {create}({model!r}, ...)')
+    if is_from_transformers(model):
+        try:
+            from . import transformers_vit
+        except ImportError as error:
+            raise ValueError(
+                f'{type(model).__name__} cannot be evolved with this version of transformers ({error}); '
+                "pip install 'evo-vit[transformers]' installs one that is tested"
+            ) from error
+        return transformers_vit.evolve(model, keep_ratio, stages, representative, stage_wise)
     if reason := why_not(model):
         raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
-    depth = len(model.blocks)
-    if stages is None and depth < 3:
-        other = ', or stages=[1] and one keep_ratio' if depth == 2 else ''
-        raise ValueError(
-            f'stages: expected 3 blocks or more, for two stages, found {depth}; pass stages=[] for none{other}'
-        )
-    stages = (depth // 3, 2 * depth // 3) if stages is None else stages
+    stages = default_stages(len(model.blocks)) if stages is None else stages
     evolved = copy.copy(model)  # so that a refused schedule changes nothing
     evolved.__class__ = EVOLVED.get(type(model), type(model))
     evolved.init_evolution(keep_ratio, stages, representative)
     evolved.set_schedule(stage_wise)
-    if any(later > earlier for earlier, later in pairwise(evolved.keep_ratio)):
-        warnings.warn(f'keep_ratio rises, {evolved.keep_ratio}: expected fewer patches in later stages', stacklevel=2)
+    warn_if_rising(evolved.keep_ratio)
     model.__class__ = type(evolved)
     for name in ('first_blocks', '_keep_ratio', '_representative', 'stage_wise', 'evolving'):
         setattr(model, name, getattr(evolved, name))
     vars(model).pop('update_group', None)  # of another method
     evolve_blocks(model)
     return model
+
+
+def is_from_transformers(model: nn.Module) -> bool:
+    """Whether a model is one of transformers, or has one inside."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(type(module).__module__.startswith('transformers.') for module in modules)
 
 
 def why_not(model: nn.Module) -> str:
