@@ -567,6 +567,7 @@ def test_the_table_fits_a_terminal(bench):
     headings = {match.group(): match.span() for match in re.finditer(r'\S+( \S+)*', table[0])}
     assert list(headings) == ['mode', 'model', 'keep', 'px', 'batch', 'img/s', 'ms', 'peak MiB', 'GMACs', 'speed-up']
     for line, row in zip(table[1:], rows, strict=True):
+        line = line.ljust(120)
         cells = {name: line[:end].split('  ')[-1].strip() for name, (_, end) in headings.items()}
         assert all(line[end : end + 2].strip() == '' for _, end in list(headings.values())[2:])
         name = line[headings['model'][0] :].split('  ')[0]
