@@ -13,11 +13,22 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from . import evo_deit, evo_levit, evolution, rivals
+from .fit import fit_schedule
 from .vit import evolve
 from .weights import InputError, load_weights
 
 __version__ = '0.3.0'
-__all__ = ['InputError', 'add_arguments', 'apply', 'build', 'create', 'dense_twin', 'evolve', 'load_weights']
+__all__ = [
+    'InputError',
+    'add_arguments',
+    'apply',
+    'build',
+    'create',
+    'dense_twin',
+    'evolve',
+    'fit_schedule',
+    'load_weights',
+]
 
 
 class Pairs(ParseKwargs):

@@ -1,0 +1,122 @@
+"""`fit_schedule` chooses the stages and keep ratios that keep an evolved ViT nearest to the dense model.
+
+Few, smooth candidates at equal MACs, and a margin in favor of the default: a few dozen images would be overfitted else.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import evolution
+from .vit import EvolvingViT, evolve
+
+# Keep ratio of stage i (0, 1, 2) as a function of t in (0, 1): it falls geometrically or linearly.
+SHAPES: tuple[Callable[[float, int], float], ...] = (lambda t, i: t ** (i + 1), lambda t, i: 1 - (1 - t) * (i + 1))
+# Standard errors by which another schedule must beat the default: 95 % after Bonferroni, for some 20 candidates.
+MARGIN = 3.0
+
+
+@torch.no_grad()
+def fit_schedule(model: nn.Module, images: Tensor, fraction: float = 0.66, batch_size: int = 16) -> nn.Module:
+    """Evolve a ViT of timm, in place, with the schedule that stays nearest to dense at a fraction of its MACs.
+
+    The distance is the KL divergence of the predictions, or without a head the mean cosine distance of the final
+    tokens. The default schedule, scaled to the fraction, stays unless the best other one is significantly nearer.
+
+    Args:
+        images: about 64, (n, channels, height, width), preprocessed as for inference; no labels are needed.
+        fraction: MACs of embedding and blocks, relative to those of the dense model.
+
+    Returns the model. Raises ValueError for a fraction that no schedule has, and for what `evolve` refuses.
+    """
+    if images.ndim != 4 or len(images) < 2:
+        raise ValueError(f'images: expected several, (n, channels, height, width), found {tuple(images.shape)}')
+    evolve(model)
+    device, training = next(model.parameters()).device, model.training
+    n = model.prepare(images[:1].to(device))[0].shape[1] - model.num_prefix_tokens
+    schedules = candidates(model, n, fraction)
+    model.eval()
+    found = torch.cat([distances(model, batch.to(device), schedules) for batch in images.split(batch_size)], 1)
+    model.train(training)
+    best = int(found.mean(1).argmin())
+    gain = found[0] - found[best]
+    if gain.mean() <= MARGIN * gain.std() / len(gain) ** 0.5:
+        best = 0
+    stages, ratios = schedules[best]
+    return evolve(model, ratios, stages)
+
+
+def candidates(model: EvolvingViT, n: int, fraction: float) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Stages and keep ratios at a fraction of dense's MACs, to 2 % or one of n patches; first the default's shape."""
+
+    def default(t: float, i: int) -> float:
+        distance = min(0.2, 0.4 * t)
+        return min(t + distance, 1.0) if i == 0 else t - distance
+
+    depth = len(model.blocks)
+    family = [((depth // 3, 2 * depth // 3), default)]
+    for first in sorted({max(1, round(depth * part / 12)) for part in (3, 4, 5, 6)}):
+        for count in (1, 2, 3):
+            stages = tuple(round(first + i * (depth - first) / count) for i in range(count))
+            if len({*stages, depth}) > count:  # not in networks of a few blocks
+                family += [(stages, shape) for shape in SHAPES[: 2 if count > 1 else 1]]
+    target, found = fraction * count_macs(model, n, (), ()), []
+    for stages, shape in family:
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            t = (low + high) / 2
+            ratios = tuple(round(shape(t, i), 3) for i in range(len(stages)))
+            enough = min(ratios) * n >= 1
+            low, high = (low, t) if enough and count_macs(model, n, stages, ratios) > target else (t, high)
+        if enough and abs(count_macs(model, n, stages, ratios) / target - 1) <= max(0.02, 1 / n):
+            found.append((stages, ratios))
+        elif shape is default:
+            raise ValueError(f'fraction: expected one between those of few and of all patches, found {fraction}')
+    return found
+
+
+def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequence[float]) -> int:
+    """Multiply-accumulates of embedding and blocks for an image of n patches, with 'nearest'."""
+    channels = model.embed_dim
+    total = n * sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1)
+    for start, stop, ratio, _ in evolution.partition(len(model.blocks), stages, ratios):
+        k = evolution.num_informative(n, ratio)
+        if ratio < 1:  # similarities, then means and their change as products with a one-hot matrix
+            total += n * n * channels + 2 * k * n * channels
+        tokens = model.num_prefix_tokens + k
+        for block in model.blocks[start:stop]:
+            weights = sum(p.numel() for p in block.parameters() if p.ndim == 2)
+            attention = 2 * tokens * block.attn.num_heads * block.attn.head_dim
+            total += tokens * (weights + attention)
+    return total
+
+
+def distances(model: EvolvingViT, images: Tensor, schedules: Sequence[tuple]) -> Tensor:
+    """How far each of S schedules is from dense on images (B, channels, height, width): (S, B)."""
+    tokens, blocks = model.prepare(images)
+    # Blocks before the first stage are dense. They run once for all schedules.
+    firsts, states, score = {stages[0] for stages, _ in schedules}, {}, None
+    for i, block in enumerate(blocks):
+        if i in firsts:
+            states[i] = tokens, score
+        tokens, score = evolution.run_blocks(tokens, None, [block], [1.0 if i + 1 in firsts else None])
+    dense, found = model.norm_tokens(tokens), []
+    for stages, ratios in schedules:
+        tokens, score = states[stages[0]]
+        groups = evolution.partition(len(blocks), stages, ratios)
+        tradeoffs = evolution.drop_unread(model.tradeoffs(), groups)
+        for start, stop, ratio, _ in groups[1:]:
+            part = blocks[start:stop], tradeoffs[start:stop], ratio, 'nearest'
+            tokens, score, _ = evolution.evolve(tokens, score, *part, prefix=model.num_prefix_tokens)
+        found.append(distance(model, dense, model.norm_tokens(tokens)))
+    return torch.stack(found).float().cpu()
+
+
+def distance(model: EvolvingViT, dense: Tensor, evolved: Tensor) -> Tensor:
+    """KL divergence of predictions, or cosine distance, (B,), from tokens (B, P + N, C) of both."""
+    if not model.num_classes:
+        return 1 - F.cosine_similarity(dense, evolved, dim=-1).mean(1)
+    p, q = (model.forward_head(tokens).float().log_softmax(-1) for tokens in (dense, evolved))
+    return F.kl_div(q, p, reduction='none', log_target=True).sum(-1)
