@@ -228,6 +228,8 @@ def make_case(
         module.add_arguments(parser)
     parser.set_defaults(**recipe)
     flags = parser.parse_args(training_flags)
+    if flags.fit_schedule:
+        raise InputError('--fit-schedule: speed is measured with random weights; give --stages and --keep-ratio')
     size = size or models.published_cfg(name).input_size[-1]
     if args.data_path and not isinstance(size, int):
         raise InputError(f'--data-path: the loader makes square images, not {size}; use --img_size')

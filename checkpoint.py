@@ -9,17 +9,19 @@ from typing import NamedTuple
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 import models
 import utils
+from image_files import load_image
 from models import weights
 from utils import InputError, at_least, print_rank0
 
 # Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
 MAY_CHANGE = dict.fromkeys(
     'output_dir resume auto_resume overwrite accept_changes finetune pretrained eval eval_ema save_interval_steps '
-    'keep_checkpoints results_file tensorboard'.split(),
+    'keep_checkpoints results_file tensorboard fit_schedule'.split(),
     True,
 )
 # Flags that older checkpoints do not name, with what held then.
@@ -208,6 +210,25 @@ def load_pretrained(model: nn.Module, source: str):
         print_rank0("both heads start from the file's: head reads the mean of the patches, head_cls the class token")
 
 
+def fit_schedule(args: argparse.Namespace, model: nn.Module, config: datasets.DataConfig):
+    """Give an evolved ViT the schedule that images in the folder --fit-schedule choose, if any, and print it."""
+    folder = args.fit_schedule
+    if not folder:
+        return
+    paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
+    if len(paths) < 2:
+        raise InputError(f'--fit-schedule: expected a folder with some 64 images, found {len(paths)} in {folder}')
+    paths, transform = paths[:: math.ceil(len(paths) / 64)], datasets.build_transform(config)
+    try:
+        models.fit_schedule(model, torch.stack([transform(load_image(path)) for path in paths]))
+    except ValueError as error:
+        raise InputError(f'--fit-schedule: {error}') from error
+    # From here on they are as if given: a checkpoint saves them with its flags, and a resume compares them.
+    args.stages, args.keep_ratio = list(model.first_blocks), list(model.keep_ratio)
+    stages, ratios = (' '.join(map(str, values)) for values in (args.stages, args.keep_ratio))
+    print_rank0(f'{folder}: {len(paths)} images choose --stages {stages} --keep-ratio {ratios}')
+
+
 def resume(args: argparse.Namespace, state: State, may_change: dict[str, bool]):
     """Go on from the checkpoint of --resume or --auto-resume, if there is one, and print where.
 
@@ -383,6 +404,7 @@ def load_model(args: argparse.Namespace, default_model: str = '', use_ema: bool 
     model = models.build(args, count or 0, config.input_size)
     if source:
         load_for_evaluation(model, content, source, use_ema)
+    fit_schedule(args, model, config)
     return Restored(model.eval(), config, classes, args)
 
 

@@ -48,6 +48,7 @@ def main() -> dict[str, float]:
     classes = val_loader.dataset.classes
     model = models.build(args, len(classes), config.input_size).to(device)
     checkpoint.load_pretrained(model, args.finetune)
+    checkpoint.fit_schedule(args, model, config)
     utils.print_rank0(f'{datasets.describe(config)}\n{engine.describe(args.model, model, precision)}')
     criterion = losses.build_criterion(args, config, len(classes), device, args.smoothing)
     mixup = datasets.build_mixup(args, len(classes))

@@ -64,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         help='make a ViT of timm faster: evolve (models.evolve), or for comparison a rival (models.rivals)',
     )  # fmt: skip
     add('--evolve', dest='method', action='store_const', const='evolve', help='the same as --method evolve')
+    add(
+        '--fit-schedule', default='', metavar='FOLDER',
+        help='choose stages and keep ratios of --evolve on up to 64 images of this folder, once the weights are loaded',
+    )  # fmt: skip
     add('--merge-r', type=int, metavar='R', help='merge, merge_norm: patches that each block merges away (default: 8)')
     add(
         '--keep-ratio', type=float, nargs='+', metavar='R',
@@ -90,6 +94,8 @@ def build(args: argparse.Namespace, num_classes: int, input_size: int | None = N
         raise InputError('--merge-r needs --method merge')
     flags = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}
     flags = {name: value for name, value in (flags | {'merge_r': args.merge_r}).items() if value is not None}
+    if args.fit_schedule and (args.method != 'evolve' or flags):
+        raise InputError('--fit-schedule needs --evolve, and no --keep-ratio, --stages or --representative')
     options = {} if args.drop_path is None else {'drop_path_rate': args.drop_path}
     options |= {'pretrained': True} if args.pretrained else {}
     if not args.method:

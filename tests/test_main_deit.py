@@ -522,6 +522,33 @@ def test_a_plain_vit_is_evaluated_evolved(script, flags, tmp_path):
     assert 'nearest, keeps 0.7 from block 4 and 0.3 from block 8' in printed and plain not in printed
 
 
+def test_a_fitted_schedule_is_saved_and_comes_back(script, flags, image_folder, tmp_path, monkeypatch):
+    fitted = []
+
+    def fit(model, images):
+        fitted.append(len(images))
+        return models.evolve(model, (0.5, 0.25), (3, 9))
+
+    monkeypatch.setattr(models, 'fit_schedule', fit)
+    small = [*flags, '--model', 'vit_tiny_patch16_224', '--output_dir', tmp_path / 'run']
+    fit_flags = ['--evolve', '--fit-schedule', image_folder / 'val']
+    printed = script('main_deit', *small, *fit_flags, '--epochs', 1)
+    assert '30 images choose --stages 3 9 --keep-ratio 0.5 0.25' in printed and fitted == [30]
+    evaluate = [*flags, '--model', 'vit_tiny_patch16_224', '--eval', '--resume', tmp_path / 'run' / 'checkpoint.pth']
+    kept = 'nearest, keeps 0.5 from block 3 and 0.25 from block 9'
+    assert kept in script('main_deit', *evaluate) and fitted == [30]
+    script('main_deit', *small, *fit_flags, '--epochs', 2, '--auto-resume')
+    assert kept in script('main_deit', *evaluate)
+    (tmp_path / 'empty').mkdir()
+    for wrong, message in (
+        ([*fit_flags, '--keep-ratio', 0.5], '--fit-schedule needs --evolve, and no --keep-ratio'),
+        (fit_flags[1:], '--fit-schedule needs --evolve'),
+        (['--evolve', '--fit-schedule', tmp_path / 'empty'], 'found 0 in'),
+    ):
+        with pytest.raises(InputError, match=message):
+            script('main_deit', *small, '--overwrite', *wrong)
+
+
 def test_results_say_which_method_they_are_of(script, flags, tmp_path):
     torch.save(timm.create_model('test_vit', img_size=32, num_classes=4).state_dict(), tmp_path / 'w.pth')
     evaluate = [*flags, '--model', 'test_vit', '--eval', '--resume', tmp_path / 'w.pth']
