@@ -3,6 +3,7 @@
 Few, smooth candidates at equal MACs, and a margin in favor of the default: a few dozen images would be overfitted else.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import evolution
-from .vit import EvolvingViT, evolve
+from .vit import EvolvingViT, evolve, why_not
 
 # Keep ratio of stage i (0, 1, 2) as a function of t in (0, 1): it falls geometrically or linearly.
 SHAPES: tuple[Callable[[float, int], float], ...] = (lambda t, i: t ** (i + 1), lambda t, i: 1 - (1 - t) * (i + 1))
@@ -33,11 +34,12 @@ def fit_schedule(model: nn.Module, images: Tensor, fraction: float = 0.66, batch
     """
     if images.ndim != 4 or len(images) < 2:
         raise ValueError(f'images: expected several, (n, channels, height, width), found {tuple(images.shape)}')
-    evolve(model)
+    if reason := why_not(model):
+        raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
+    n = math.prod(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+    schedules = candidates(model, n, fraction)  # before the model is changed, so that an error leaves it as it was
     device, training = next(model.parameters()).device, model.training
-    n = model.prepare(images[:1].to(device))[0].shape[1] - model.num_prefix_tokens
-    schedules = candidates(model, n, fraction)
-    model.eval()
+    evolve(model).eval()
     found = torch.cat([distances(model, batch.to(device), schedules) for batch in images.split(batch_size)], 1)
     model.train(training)
     best = int(found.mean(1).argmin())

@@ -65,7 +65,10 @@ def test_another_schedule_than_the_default_must_be_significantly_nearer(monkeypa
 
 @pytest.mark.parametrize('fraction', [0.01, 1.5])
 def test_a_fraction_that_no_schedule_has_is_refused(fraction):
+    model = small_vit()
+    before = type(model)
     with pytest.raises(ValueError, match=f'fraction: .*found {fraction}'):
-        fit_schedule(small_vit(), torch.zeros(2, 3, 80, 80), fraction)
+        fit_schedule(model, torch.zeros(2, 3, 80, 80), fraction)
+    assert type(model) is before
     with pytest.raises(ValueError, match='images: expected several'):
         fit_schedule(small_vit(), torch.zeros(1, 3, 80, 80))
