@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -210,11 +211,24 @@ def load_pretrained(model: nn.Module, source: str):
         print_rank0("both heads start from the file's: head reads the mean of the patches, head_cls the class token")
 
 
-def fit_schedule(args: argparse.Namespace, model: nn.Module, config: datasets.DataConfig):
-    """Give an evolved ViT the schedule that images in the folder --fit-schedule choose, if any, and print it."""
+def fit_schedule(args: argparse.Namespace, model: nn.Module, config: datasets.DataConfig, training: bool = True):
+    """Give an evolved ViT the schedule that images in the folder --fit-schedule choose, if any, and print it.
+
+    A run that goes on keeps the one that it began with. InputError for training that begins with random weights.
+    """
     folder = args.fit_schedule
     if not folder:
         return
+    found = find_resume_checkpoint(args.output_dir if args.auto_resume else '', args.resume) if training else None
+    if found and (saved := saved_flags(found[1])).get('fit_schedule'):
+        args.stages, args.keep_ratio = saved['stages'], saved['keep_ratio']
+        models.evolve(model, args.keep_ratio, args.stages)
+        print_rank0(f'{found[0]}: the schedule is the one that the run began with')
+        return
+    if training and not (args.finetune or args.pretrained):
+        raise InputError(
+            '--fit-schedule compares predictions, so it needs trained weights: add --finetune or --pretrained'
+        )
     paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
     if len(paths) < 2:
         raise InputError(f'--fit-schedule: expected a folder with some 64 images, found {len(paths)} in {folder}')
@@ -223,8 +237,12 @@ def fit_schedule(args: argparse.Namespace, model: nn.Module, config: datasets.Da
         models.fit_schedule(model, torch.stack([transform(load_image(path)) for path in paths]))
     except ValueError as error:
         raise InputError(f'--fit-schedule: {error}') from error
+    chosen = [list(model.first_blocks), list(model.keep_ratio)]
+    if dist.is_initialized():  # rounding differs between devices: the choice of rank 0 counts
+        dist.broadcast_object_list(chosen)
+        models.evolve(model, chosen[1], chosen[0])
     # From here on they are as if given: a checkpoint saves them with its flags, and a resume compares them.
-    args.stages, args.keep_ratio = list(model.first_blocks), list(model.keep_ratio)
+    args.stages, args.keep_ratio = chosen
     stages, ratios = (' '.join(map(str, values)) for values in (args.stages, args.keep_ratio))
     print_rank0(f'{folder}: {len(paths)} images choose --stages {stages} --keep-ratio {ratios}')
 
@@ -353,7 +371,7 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
     saved, restored = saved_flags(content), {}
     if name := saved_model(content):
         saved['model'] = name
-    if args.method and args.method != saved.get('method'):
+    if args.fit_schedule or (args.method and args.method != saved.get('method')):
         saved = {name: value for name, value in saved.items() if name not in SCHEDULE_FLAGS}
     for name in (*MODEL_FLAGS, *datasets.DataConfig._fields):
         given = getattr(args, name)
@@ -404,7 +422,7 @@ def load_model(args: argparse.Namespace, default_model: str = '', use_ema: bool 
     model = models.build(args, count or 0, config.input_size)
     if source:
         load_for_evaluation(model, content, source, use_ema)
-    fit_schedule(args, model, config)
+    fit_schedule(args, model, config, training=False)
     return Restored(model.eval(), config, classes, args)
 
 

@@ -409,8 +409,12 @@ def describe_evolution(model: nn.Module) -> list[str]:
         return ['all patches']
     schedule = model.schedule()
     method, stages = schedule.get('method'), zip(schedule['keep_ratio'], schedule['stages'], strict=True)
-    if method == 'merge':
-        return [f'merge, {schedule["merge_r"]} patches fewer after each block']
+    if 'merge_r' in schedule:
+        r = schedule['merge_r']
+        return [
+            method,
+            f'{r} patches fewer after each block' if isinstance(r, int) else f'{sum(r)} patches fewer in all',
+        ]
     representatives = {'none': 'no representative', 'one': 'one representative', 'nearest': 'nearest'}
     words = [method or representatives[schedule['representative']]]
     *most, last = [f'{ratio:.3g} from block {block}' for ratio, block in stages] or ['all patches']

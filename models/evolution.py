@@ -163,7 +163,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None
     precision equal scores would be common, and a selection between equals is arbitrary.
     """
     if attention_dtype(q) in (torch.float16, torch.bfloat16):
-        # Autocast leaves a sum of products alone, and a compiler fuses it: no copy of all keys in float32.
+        # Autocast leaves a sum of products alone. A compiler fuses it; in eager mode it is one float32 tensor of keys.
         logits = (q.float() * scale * k).sum(-1)
     else:
         logits = ((q * scale) @ k.transpose(-2, -1))[:, :, 0]
@@ -423,7 +423,11 @@ def _evolve_clusters(
     else:
         # The product with the one-hot matrix gives each patch the change of its cluster, forward and backward, without
         # the atomic sums of a gather's gradient.
-        patches = torch.baddbmm(patches, member.to(patches.dtype).transpose(1, 2), change)
+        back = member.to(patches.dtype).transpose(1, 2)
+        if attention_dtype(patches) == patches.dtype:
+            patches = torch.baddbmm(patches, back, change)
+        else:  # autocast would round the sum, the residual stream, to half precision too
+            patches = patches + back @ change
     tokens = torch.cat([after[:, :prefix].to(tokens.dtype), patches], 1)
     return tokens, score, selection._replace(tokens=after[:, prefix:])
 

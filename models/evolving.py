@@ -70,11 +70,11 @@ class Evolving:
     A network calls `init_evolution` once it has its blocks, and has `prepare` and `tradeoffs`. One whose grid changes
     on the way has `block_names`, `new_grids` and `change_grid` too.
 
-    Blocks are called as modules, so hooks on them and on the layers inside run once a forward pass, and FSDP, LoRA,
-    offloading and quantization work. What a hook sees inside an evolving stage are the P prefix tokens and the K
-    informative tokens in no particular order, (B, P + K, C), not a grid: `forward_intermediates` returns grids, and
-    `forward_with_selection` the raster indices. The last block before a selection returns a tuple, its tokens and the
-    attention (B, K) that the selection reads.
+    Blocks are called as modules, so hooks on them and on the layers inside run once a forward pass (with gradient
+    checkpointing once more in the backward pass), and FSDP, LoRA, offloading and quantization work. What a hook sees
+    inside an evolving stage are the P prefix tokens and the K informative tokens in no particular order, (B, P + K, C),
+    not a grid: `forward_intermediates` returns grids, and `forward_with_selection` the raster indices. The last block
+    before a selection returns a tuple, its tokens and the attention (B, K) that the selection reads.
     """
 
     update_group: Callable = staticmethod(evolution.evolve)
@@ -266,8 +266,8 @@ class Evolving:
         each (B, C, rows, columns) or (B, N, C). ValueError for an attention mask.
 
         Features depend on the intermediates (without `norm`), so `torch.autograd.grad` gives gradients by grids, as
-        Grad-CAM needs. Inside a stage of 'nearest' these are 0, as the stage goes on from its representatives: take the
-        last block before a stage.
+        Grad-CAM needs. Inside a stage of 'nearest' they are the gradients of the end of the stage: take its last block,
+        or one before the first stage.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')

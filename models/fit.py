@@ -3,6 +3,7 @@
 Few, smooth candidates at equal MACs, and a margin in favor of the default: a few dozen images would be overfitted else.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,8 @@ MARGIN = 3.0
 def fit_schedule(model: nn.Module, images: Tensor, fraction: float = 0.66, batch_size: int = 16) -> nn.Module:
     """Evolve a ViT of timm, in place, with the schedule that stays nearest to dense at a fraction of its MACs.
 
+    The model then has representative 'nearest' and selects before each stage, whatever it had before.
+
     The distance is the KL divergence of the predictions, or without a head the mean cosine distance of the final
     tokens. The default schedule, scaled to the fraction, stays unless the best other one is significantly nearer.
 
@@ -37,11 +40,10 @@ def fit_schedule(model: nn.Module, images: Tensor, fraction: float = 0.66, batch
     if reason := why_not(model):
         raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
     n = math.prod(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
-    schedules = candidates(model, n, fraction)  # before the model is changed, so that an error leaves it as it was
-    device, training = next(model.parameters()).device, model.training
-    evolve(model).eval()
-    found = torch.cat([distances(model, batch.to(device), schedules) for batch in images.split(batch_size)], 1)
-    model.train(training)
+    schedules = candidates(model, n, fraction)
+    weight, evolved = next(model.parameters()), evolve(copy.deepcopy(model)).eval()  # an error leaves the model alone
+    batches = (batch.to(weight.device, weight.dtype) for batch in images.split(batch_size))
+    found = torch.cat([distances(evolved, batch, schedules) for batch in batches], 1)
     best = int(found.mean(1).argmin())
     gain = found[0] - found[best]
     if gain.mean() <= MARGIN * gain.std() / len(gain) ** 0.5:

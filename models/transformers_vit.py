@@ -262,6 +262,12 @@ def evolve(
     warn_if_rising(schedule.keep_ratio)
     if any(group.keep_ratio < 1 for group in schedule.groups()):
         check_implementation(config, schedule)
+    for module in (loop, *layers, *attentions):
+        if 'forward' in vars(module) and not isinstance(module, Evolved):  # of accelerate, or a patch
+            found = type(module).__name__
+            raise ValueError(
+                f'forward of a {found} was replaced and would hide the evolved one: evolve first, then offload'
+            )
     become(loop, mixin)
     for layer, attention in zip(layers, attentions, strict=True):
         become(layer, EvolvedLayer)

@@ -70,10 +70,15 @@ def attend(
         attn_mask: additive or boolean, broadcast to (B, H, P + n, P + n).
         need_attention, need_keys: with one of these it returns a tuple: the output; the attention (B, n) that the class
             token pays to the patches, a sum over heads (without a class token, that of the mean of all queries); the
-            keys (B, H, P + n, D). What was not asked for is None.
+            keys (B, H, P + n, D). What was not asked for is None. ValueError for need_attention with another mask than
+            an additive one of shape (B, 1, 1, P + n).
 
     Source: timm's Attention, AttentionRope and EvaAttention, of which `attn` has the layers.
     """
+    if need_attention and (
+        is_causal or (attn_mask is not None and (attn_mask.dtype == torch.bool or attn_mask.ndim != 4))
+    ):
+        raise ValueError('need_attention: expected no mask, or an additive one of shape (B, 1, 1, P + n)')
     q, k, v = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in project(attn, x))
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
@@ -273,7 +278,8 @@ def evolve(
     tokens in order. With keep_ratio=1 the model computes what it did before. A model that was evolved already gets
     the new schedule.
 
-    Blocks are called as modules. A hook on one, or on a layer inside, sees the tokens of the block: inside an evolving
+    Blocks are called as modules; the last one before a selection returns a tuple, its tokens and the class attention.
+    A hook on a block, or on a layer inside, sees the tokens of the block: inside an evolving
     stage the prefix tokens and the informative ones in no particular order, (B, P + K, C). Grad-CAM needs whole grids,
     (B, C, rows, columns): `forward_intermediates` gives them, and `forward_with_selection` the raster indices.
 
@@ -336,6 +342,11 @@ def why_not(model: nn.Module) -> str:
 
 def why_not_layers(model: nn.Module) -> str:
     """Why the layers of a ViT of timm cannot be computed exactly, '' if they can."""
+    for module in (model, *model.blocks, *(block.attn for block in model.blocks)):
+        plain = type(module) in (*EVOLVED, *EVOLVED_BLOCKS, *EVOLVED_ATTENTIONS)
+        if plain and 'forward' in vars(module):  # of accelerate, or a patch
+            found = type(module).__name__
+            return f'forward of {found} was replaced and would hide the evolved one: evolve first, then offload'
     for i, block in enumerate(model.blocks):
         if type(block) not in (*EVOLVED_BLOCKS, *EVOLVED_BLOCKS.values()):
             found = type(block).__name__

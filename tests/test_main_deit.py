@@ -531,19 +531,27 @@ def test_a_fitted_schedule_is_saved_and_comes_back(script, flags, image_folder, 
 
     monkeypatch.setattr(models, 'fit_schedule', fit)
     small = [*flags, '--model', 'vit_tiny_patch16_224', '--output_dir', tmp_path / 'run']
+    torch.save(timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=4).state_dict(), tmp_path / 'w.pth')
     fit_flags = ['--evolve', '--fit-schedule', image_folder / 'val']
+    with pytest.raises(InputError, match='needs trained weights: add --finetune or --pretrained'):
+        script('main_deit', *small, *fit_flags)
+    fit_flags += ['--finetune', tmp_path / 'w.pth']
     printed = script('main_deit', *small, *fit_flags, '--epochs', 1)
     assert '30 images choose --stages 3 9 --keep-ratio 0.5 0.25' in printed and fitted == [30]
     evaluate = [*flags, '--model', 'vit_tiny_patch16_224', '--eval', '--resume', tmp_path / 'run' / 'checkpoint.pth']
     kept = 'nearest, keeps 0.5 from block 3 and 0.25 from block 9'
     assert kept in script('main_deit', *evaluate) and fitted == [30]
+    # Images that would choose otherwise do not change a run that goes on.
+    monkeypatch.setattr(models, 'fit_schedule', lambda model, images: models.evolve(model, (0.9, 0.8), (2, 4)))
     script('main_deit', *small, *fit_flags, '--epochs', 2, '--auto-resume')
     assert kept in script('main_deit', *evaluate)
+    refit = [*evaluate, '--evolve', '--fit-schedule', image_folder / 'val']
+    assert '30 images choose --stages 2 4 --keep-ratio 0.9 0.8' in script('main_deit', *refit)
     (tmp_path / 'empty').mkdir()
     for wrong, message in (
         ([*fit_flags, '--keep-ratio', 0.5], '--fit-schedule needs --evolve, and no --keep-ratio'),
         (fit_flags[1:], '--fit-schedule needs --evolve'),
-        (['--evolve', '--fit-schedule', tmp_path / 'empty'], 'found 0 in'),
+        (['--evolve', '--fit-schedule', tmp_path / 'empty', *fit_flags[-2:]], 'found 0 in'),
     ):
         with pytest.raises(InputError, match=message):
             script('main_deit', *small, '--overwrite', *wrong)
@@ -556,9 +564,15 @@ def test_results_say_which_method_they_are_of(script, flags, tmp_path):
     said = {
         'drop': 'test_vit, drop, keeps 0.7 from block 1, 0.49 from block 3 and 0.343 from block 4, 0.00095 of 0.0014 ',
         'merge': 'test_vit, merge, 8 patches fewer after each block, ',
+        'merge_norm': 'test_vit, merge_norm, 8 patches fewer after each block, ',
         None: 'test_vit, dense, 0.0014 GMACs, 32 px\n',
     }
-    for method, words in (('drop', 'drop, stage-wise'), ('merge', 'merge'), (None, 'no selection')):
+    for method, words in (
+        ('drop', 'drop, stage-wise'),
+        ('merge', 'merge'),
+        ('merge_norm', 'merge_norm'),
+        (None, 'no selection'),
+    ):
         assert said[method] in script('main_deit', *evaluate, *(['--method', method] if method else []))
         results = json.loads((tmp_path / 'results.json').read_text())
         assert (results['method'], results['selection']) == (method, words)
