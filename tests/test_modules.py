@@ -295,6 +295,7 @@ def run_onnx(path, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
+@pytest.mark.skipif(torch.__version__ < '2.14', reason='older torch resizes positions otherwise, in dense models too')
 @pytest.mark.parametrize('name, representative', CASES + [(NAMES[1], 'nearest')])
 def test_onnx_for_free_sizes(name, representative, tmp_path):
     pytest.importorskip('onnxscript')
