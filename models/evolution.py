@@ -270,6 +270,12 @@ def memberships(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> 
     return zeros.scatter(1, cluster.unsqueeze(1), 1)
 
 
+def memberships_in_turn(chunks: Iterable[tuple[Tensor]], k: int, dtype: torch.dtype) -> Iterable[Tensor]:
+    """`memberships` of chunks of clusters, one at a time, so that only one matrix exists."""
+    for (cluster,) in chunks:
+        yield memberships(cluster, k, dtype)
+
+
 def cluster_means(patches: Tensor, length: Tensor, members: Iterable[Tensor], size: Tensor) -> Tensor:
     """Means (B, K, C) of the patches (B, N, C) of each cluster, as long as its members are on average.
 
@@ -393,13 +399,13 @@ def _evolve_clusters(
     if selection is None:
         kept, cluster = select_clusters(patches.detach(), length.detach(), score.detach(), k)
         selection = Selection(kept, score, cluster)
-    kept, _, cluster, means = selection
+    kept, scored_by, cluster, means = selection
     k, chunks = kept.shape[1], in_chunks(patches.shape[2], cluster)
     if len(chunks) == 1:
         member = memberships(cluster, k, score.dtype)
         members, size = [member], member.sum(2)
     else:  # in large grids a matrix (K, N) would be the peak of memory
-        member, members = None, (memberships(chunk, k, score.dtype) for (chunk,) in chunks)
+        member, members = None, memberships_in_turn(chunks, k, score.dtype)
         size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, torch.ones_like(score))
     if means is None:
         means = cluster_means(patches, length, members, size)
@@ -429,7 +435,7 @@ def _evolve_clusters(
         else:  # autocast would round the sum, the residual stream, to half precision too
             patches = patches + back @ change
     tokens = torch.cat([after[:, :prefix].to(tokens.dtype), patches], 1)
-    return tokens, score, selection._replace(tokens=after[:, prefix:])
+    return tokens, score, Selection(kept, scored_by, cluster, after[:, prefix:])
 
 
 def log_size_mask(size: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:

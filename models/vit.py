@@ -342,7 +342,7 @@ def why_not(model: nn.Module) -> str:
 
 def why_not_layers(model: nn.Module) -> str:
     """Why the layers of a ViT of timm cannot be computed exactly, '' if they can."""
-    for module in (model, *model.blocks, *(block.attn for block in model.blocks)):
+    for module in (model, *model.blocks, *(getattr(block, 'attn', block) for block in model.blocks)):
         plain = type(module) in (*EVOLVED, *EVOLVED_BLOCKS, *EVOLVED_ATTENTIONS)
         if plain and 'forward' in vars(module):  # of accelerate, or a patch
             found = type(module).__name__
