@@ -231,7 +231,7 @@ def in_chunks(channels: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     In large grids a matrix (N, N) would be the peak of memory. One of a part takes no more than the hidden layer of an
     MLP, (N, 4 * C). A program for free sizes cannot loop over parts.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or tensors[0].shape[1] <= 4 * channels:
         return [tensors]
     return list(zip(*(x.split(4 * channels, 1) for x in tensors), strict=True))
 
