@@ -25,7 +25,6 @@ import gc
 import os
 import re
 import sys
-import time
 import traceback
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections import deque
@@ -50,9 +49,10 @@ import main_deit
 import main_levit
 import models
 import optim
-import results
 import utils
-from costs import count_gmacs, keep_freed_memory, peak_memory
+from measure import results
+from measure.costs import count_gmacs, peak_memory
+from measure.timing import keep_freed_memory, time_call
 from utils import HALF, InputError, at_least, print_rank0
 
 MODELS = ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S']
@@ -292,12 +292,7 @@ def describe_plan(cases: list[Namespace]) -> str:
 def measure_gmacs_per_second(tensors: dict) -> float:
     """About what a network reaches: half of the speed of a large product of matrices. `tensors` are their options."""
     x = torch.randn(1024, 1024).to(tensors['device'], tensors['dtype'])
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - started)
-    return 0.5 * 1024**3 / 1e9 / min(seconds)
+    return 0.5 * 1024**3 / 1e9 / min(time_call(lambda: x @ x, tensors['device']) for _ in range(5))
 
 
 # --- measuring
@@ -436,14 +431,15 @@ def make_step(case: Namespace, model: nn.Module, num_classes: int) -> tuple[Call
 
 def time_batches(candidate: Candidate, device: torch.device):
     """One measurement: how long a batch takes, the mean where there are several."""
-    wait = partial(torch.cuda.synchronize, device) if device.type == 'cuda' else lambda: None
-    wait()
-    started, count = time.perf_counter(), 0
-    for images, targets in candidate.batches():
-        candidate.step(images, targets)
-        count += 1
-    wait()
-    candidate.seconds.append((time.perf_counter() - started) / count)
+    count = 0
+
+    def steps():
+        nonlocal count
+        for images, targets in candidate.batches():
+            candidate.step(images, targets)
+            count += 1
+
+    candidate.seconds.append(time_call(steps, device) / count)
 
 
 def run_or_record_error(action: Callable, candidate: Candidate, *others):

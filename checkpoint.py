@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import datasets
 import models
 import utils
-from image_files import load_image
+from image_data.files import load_image
 from models import weights
 from utils import InputError, at_least, print_rank0
 

@@ -27,11 +27,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode
 
 import models
-import timm_data
-from image_files import CropLoader, load_image
+from image_data import timm_data
+from image_data.files import CropLoader, load_image
+from image_data.shapes import Shapes
+from image_data.timm_data import Stream
 from samplers import REPEATS, RepeatedAugSampler, eval_shard
-from shapes import Shapes
-from timm_data import Stream
 from utils import InputError, at_least, between, print_rank0, seed_all
 
 FULL_SCALE = 0.08, 1.0  # shares of an image that random crops take, as published

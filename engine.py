@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import checkpoint
-import costs
 import datasets
 import losses
 import models
@@ -31,6 +30,7 @@ import optim
 import output
 import utils
 from checkpoint import State
+from measure import costs
 from optim import global_batch, learning_rate, memory_format
 from output import RunFolder
 from stopping import StepCheck

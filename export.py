@@ -18,11 +18,11 @@ import importlib.metadata
 import importlib.util
 import json
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import TenCrop
@@ -32,8 +32,8 @@ import datasets
 import engine
 import models
 import utils
-from costs import keep_freed_memory
-from image_files import load_image
+from image_data.files import load_image
+from measure.timing import time_alternately
 from models import hub
 from utils import InputError, at_least, print_rank0
 
@@ -226,7 +226,6 @@ def build_dense(args: argparse.Namespace, model: nn.Module, size: int) -> nn.Mod
 @torch.no_grad()
 def bench(model: nn.Module, dense: nn.Module, format: str, path: Path, size: int, batches: list[int]):
     """Print images a second of what was written and of the dense model, written the same way, alternately."""
-    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         dense_path = Path(folder) / f'dense.{format}'
         write(dense, dense_path, format, {'input_size': (3, size, size)})
@@ -234,17 +233,13 @@ def bench(model: nn.Module, dense: nn.Module, format: str, path: Path, size: int
     versions = [f'{name} {importlib.metadata.version(name)}' for name in ('torch', 'onnxruntime') if installed(name)]
     print_rank0(f'{", ".join(versions)}, {torch.get_num_threads()} threads, medians of {TURNS} turns')
     for batch in batches:
-        images, seconds = random_images(model, batch, size), ([], [])
-        for turn in range(WARM_UP + TURNS):
-            for program, times in zip(programs, seconds, strict=True):
-                start = time.perf_counter()
-                program(images)
-                if turn >= WARM_UP:
-                    times.append(time.perf_counter() - start)
-        evolved, other = (f'{batch / median(times):.1f} img/s' for times in seconds)
-        ratios = quantiles((d / e for e, d in zip(*seconds, strict=True)), n=10)
-        spread = f'{ratios[4]:.2f} times, 10 to 90 %: {ratios[0]:.2f} to {ratios[8]:.2f}'
-        print_rank0(f'batch {batch}: evolved {evolved}, dense {other}; {spread}')
+        images = random_images(model, batch, size)
+        calls = [partial(program, images) for program in programs]
+        seconds = time_alternately(calls, TURNS, WARM_UP, torch.device('cpu'))
+        evolved, other = (f'{batch / median:.1f} img/s' for median in np.median(seconds, 0))
+        low, speedup, high = np.percentile(seconds[:, 1] / seconds[:, 0], (10, 50, 90))
+        spread = f'10th to 90th percentile: {low:.2f} to {high:.2f}'
+        print_rank0(f'batch {batch}: evolved {evolved}, dense {other}; speed-up {speedup:.2f} ({spread})')
 
 
 if __name__ == '__main__':

@@ -53,16 +53,26 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import checkpoint
-import curves
 import datasets
 import engine
 import models
-import shapes
 import utils
-from drawing import Prediction, describe, draw_contact, draw_frames, draw_shares, draw_sheet, label, mean_percent, views
-from image_files import FORMATS, load_image
+from image_data import shapes
+from image_data.files import FORMATS, load_image
 from models.evolution import Selection
 from models.vit import Evolving
+from pictures import curves
+from pictures.drawing import (
+    Prediction,
+    describe,
+    draw_contact,
+    draw_frames,
+    draw_shares,
+    draw_sheet,
+    label,
+    mean_percent,
+    views,
+)
 from utils import InputError, print_rank0
 
 

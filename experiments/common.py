@@ -25,8 +25,9 @@ from torch import Tensor, nn  # noqa: E402
 from torchvision.transforms import Compose  # noqa: E402
 
 import models  # noqa: E402
-from costs import count_gmacs, keep_freed_memory  # noqa: E402
-from results import circumstances  # noqa: E402
+from measure.costs import count_gmacs  # noqa: E402
+from measure.results import circumstances  # noqa: E402
+from measure.timing import time_alternately  # noqa: E402
 
 # Validation images: the first list is for choices, the second one judges. No choice was made on it.
 IMAGES = [ROOT / 'experiments' / f'imagenet_{n}.txt' for n in (500, 800)]
@@ -420,20 +421,9 @@ def images_per_second(
 
     Of inference, or with `train` of steps of AdamW; on GPUs with autocast to bfloat16. Each has images of its own size.
     """
-    on_gpu = next(model.parameters()).device.type == 'cuda'
-    keep_freed_memory()
-    seconds = {model: [], dense: []}
-    steps = {each: _make_step(each, batch_size, train) for each in (dense, model)}
-    for turn in range(turns + 1):
-        for each, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if turn:  # the first is a warm-up
-                seconds[each].append(time.perf_counter() - started)
-    ratios = torch.tensor(seconds[dense]) / torch.tensor(seconds[model])
-    return batch_size / torch.tensor(seconds[model]).median().item(), ratios
+    steps = [_make_step(each, batch_size, train) for each in (dense, model)]
+    seconds = torch.from_numpy(time_alternately(steps, turns, 1, next(model.parameters()).device))
+    return batch_size / seconds[:, 1].median().item(), seconds[:, 0] / seconds[:, 1]
 
 
 def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 import benchmark
 import models
-import results
+from measure import results
 from models import evolution
 
 # Batch, heads, tokens of 64 channels: both stages of DeiT-S and B, the first of ViT-L at 384, 518 and 1,024 px.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import models  # noqa: F401
-from shapes import Shapes
+from image_data.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 

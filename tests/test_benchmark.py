@@ -18,7 +18,7 @@ from torch import nn
 import benchmark
 import engine
 import models
-import results
+from measure import results
 from models import evo_deit
 from utils import InputError
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
-from costs import count_gmacs, peak_memory
+from measure.costs import count_gmacs, peak_memory
 from utils import InputError
 
 CPU = torch.device('cpu')

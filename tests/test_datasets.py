@@ -20,11 +20,11 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 import datasets
-import image_files
 import utils
 from datasets import Seeded, build_mixup
-from image_files import CropLoader, load_image
-from shapes import Shapes
+from image_data import files as image_files
+from image_data.files import CropLoader, load_image
+from image_data.shapes import Shapes
 from utils import InputError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import images, small_vit
 
-from costs import count_gmacs
+from measure.costs import count_gmacs
 from models import fit, fit_schedule, hub, vit
 
 NAMES = ['vit_tiny_patch16_224', 'vit_small_patch14_reg4_dinov2', 'eva02_tiny_patch14_224']

@@ -27,9 +27,9 @@ import main_deit
 import main_levit
 import models  # noqa: F401
 import optim
-import shapes
 import stopping
 import visualize
+from image_data import shapes
 from models import weights
 from utils import InputError
 

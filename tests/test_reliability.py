@@ -43,8 +43,8 @@ import main_deit
 import models
 import optim
 import output
-import shapes
 import utils
+from image_data import shapes
 from models import weights
 from utils import InputError
 

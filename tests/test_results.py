@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
 
-import results
+from measure import results
 from utils import InputError
 
 

@@ -11,7 +11,7 @@ from conftest import images, without_gradient
 from conftest import small_vit as dense
 
 import models
-from costs import count_gmacs
+from measure.costs import count_gmacs
 from models import evolution, rivals
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shapes import Shapes
+from image_data.shapes import Shapes
 
 
 def test_shapes_are_a_function_of_seed_split_and_index():

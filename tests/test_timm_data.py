@@ -17,7 +17,7 @@ from test_datasets import batches, flags, make_dataset, make_loaders
 
 import datasets
 import visualize
-from shapes import Shapes
+from image_data.shapes import Shapes
 from utils import InputError
 
 NANO = ['--model', 'evo_deit_nano_patch4_32', '--input-size', 32, '--batch-size', 8, '--device', 'cpu']

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import models
-from costs import count_gmacs
+from measure.costs import count_gmacs
 from models import evolution
 
 transformers = pytest.importorskip('transformers', minversion='5.20')

@@ -15,14 +15,13 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import nn
 
-import curves
 import datasets
-import drawing
 import models
-import shapes
 import visualize
+from image_data import shapes
 from models import weights
 from models.evolution import Selection
+from pictures import curves, drawing
 from utils import InputError
 
 

@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from costs import count_gmacs
+from measure.costs import count_gmacs
 from models import evolution, rivals, vit
 
 NAMES = [

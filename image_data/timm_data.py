@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo, IterableImageDataset, create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from image_files import load_image
+from image_data.files import load_image
 from utils import InputError, print_rank0, seed_all
 
 PREFIXES = ('torch/', 'hfds/', 'wds/')

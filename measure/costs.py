@@ -1,10 +1,8 @@
-"""What a call costs: arithmetic and memory; and what keeps its time from depending on chance."""
+"""What a call costs: FLOPs and peak memory."""
 
-import ctypes
 import gc
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import accumulate
 
 import torch
@@ -63,15 +61,3 @@ def peak_memory(call: Callable, inputs: Sequence[Tensor], kept: list, calls: int
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
         peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     return peak + sum(leaf.nbytes for leaf in tree_leaves([inputs, kept]) if torch.is_tensor(leaf))
-
-
-def keep_freed_memory():
-    """Let this process keep the memory that tensors on the CPU give back; for measuring time, on Linux.
-
-    Otherwise large blocks go back to the kernel, and new pages take time in each call: by chance in those of one model
-    and not in those of another, and more of it in those of the model with the larger tensors.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # a C library other than GNU's
-        library = ctypes.CDLL(None)
-        library.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -1,0 +1,1 @@
+"""Pictures: what a model selects, and learning curves."""
