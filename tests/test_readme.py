@@ -57,7 +57,7 @@ def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
     assert 'qks.0.qk.weight' in names['published'] and names['selection'].cluster.shape == (2, 196)
 
 
-def test_the_grad_cam_of_the_pictures_runs(monkeypatch, tmp_path):
+def test_the_grad_cam_of_the_documentation_runs(monkeypatch, tmp_path):
     """Dense's map equals that of timm's model by a hook; the evolved one is like it."""
     torch.manual_seed(0)
     timms, outputs = timm.create_model('deit_tiny_patch16_224').eval(), []
@@ -67,7 +67,7 @@ def test_the_grad_cam_of_the_pictures_runs(monkeypatch, tmp_path):
     (tmp_path / 'imgs').symlink_to(ROOT / 'imgs')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('MPLBACKEND', 'Agg')
-    (code,) = re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / 'pictures.md').read_text(), re.M | re.S)
+    (code,) = re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / 'training.md').read_text(), re.M | re.S)
     names = {}
     exec(code, names)
     assert (tmp_path / 'grad_cam.jpg').stat().st_size > 10_000
@@ -120,6 +120,14 @@ def test_links_between_pages_lead_somewhere():
                 else []
             )
             assert not anchor or anchor in titles, f'{page.name}: {target}'
+
+
+def test_each_case_of_reliability_has_a_test():
+    cases = re.findall(r'^(\d+)\. ', (ROOT / 'docs' / 'reliability.md').read_text(), re.M)
+    tests = '\n'.join(path.read_text() for path in (ROOT / 'tests').glob('*.py'))
+    names = ' '.join(re.findall(r'^def test_(row_\w+)', tests, re.M))
+    assert {int(number) for number in re.findall(r'row_(\d+)', names)} == set(map(int, cases))
+    assert [int(number) for number in cases] == list(range(1, len(cases) + 1))
 
 
 def test_the_changelog_begins_with_this_version():
