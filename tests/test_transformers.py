@@ -445,5 +445,5 @@ def test_the_python_of_the_documentation_runs(monkeypatch, tmp_path, capsys):
         exec(block, names)
     assert names['output'].last_hidden_state.shape == (1, 1370, 48) and names['kept'].sum() == 410
     assert Image.open('kept.png').size == (518, 518)
-    assert len(blocks) == 2 and len(names['text']) == 1
+    assert len(blocks) == 3 and len(names['text']) == 1
     assert 'model.vision_tower.encoder evolves' in capsys.readouterr().out
