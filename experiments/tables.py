@@ -1,0 +1,363 @@
+"""Write the tables of README.md and docs/ from the rows that were measured.
+
+    python3 -m experiments.tables            # rewrite what stands between <!-- table: NAME --> and <!-- end -->
+    python3 -m experiments.tables --check    # exit with an error if a table is not up to date
+
+A number in the documentation is a number of a row: experiments/*.csv and docs/benchmarks/*.csv. `*` marks a paired
+difference whose 95 % interval excludes 0.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'experiments')]
+
+from common import compare_seeds, paired_interval, t_interval, unpack, verdict  # noqa: E402
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+BLOCK = re.compile(r'(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)', re.S)
+JUDGE, CHOICE, BOTH = 'imagenet_800', 'imagenet_500', 'imagenet_500+imagenet_800'
+NAMES = {
+    'dense': 'dense', 'nearest': '**evolved** (`nearest`)', 'merge': 'ToMe (`merge`)', 'merge_norm': '`merge_norm`',
+    'decreasing, merge': '`merge`, decreasing', 'decreasing, merge_norm': '`merge_norm`, decreasing',
+    'late, merge': '`merge`, late', 'late, merge_norm': '`merge_norm`, late', 'smaller image': 'smaller image',
+    'smaller, nearest': 'evolved, smaller image', 'smaller, merge': 'ToMe, smaller image', 'fuse': 'EViT (`fuse`)',
+    'drop': '`drop`', 'none': '`none` (original Evo-ViT)', 'one': '`one`', 'random': '`nearest`, random scores',
+}  # fmt: skip
+TABLES = {}
+
+
+def table(function: Callable) -> Callable:
+    """Register a function that returns a table, under its own name."""
+    TABLES[function.__name__.replace('_', '-')] = function
+    return function
+
+
+@cache
+def read(path: str) -> list[dict]:
+    """The rows of a CSV, numbers as numbers."""
+    with open(ROOT / path, newline='') as file:
+        return [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def select(path: str, **key) -> list[dict]:
+    """The rows of a CSV that have these values."""
+    return [row for row in read(path) if all(row.get(name) == value for name, value in key.items())]
+
+
+def find(path: str, **key) -> dict | None:
+    """The one row of a CSV that has these values, None if there is none."""
+    rows = select(path, **key)
+    if len(rows) > 1:
+        raise ValueError(f'{path}: expected one row with {key}, found {len(rows)}')
+    return rows[0] if rows else None
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return '\n'.join('| ' + ' | '.join(line).rstrip() + ' |' for line in (header, ['---'] * len(header), *lines))
+
+
+def signed(value: float, digits: int = 1) -> str:
+    text = f'{value:+.{digits}f}'
+    return text[1:] if float(text) == 0 else text.replace('-', '−')
+
+
+def difference(off: float, half: float, digits: int = 1) -> str:
+    """A paired difference with its interval, starred where that excludes 0."""
+    return f'{signed(off, digits)} ± {half:.{digits}f}' + ('\\*' if abs(off) > half else '')
+
+
+def interval(row: dict, name: str = 'off', digits: int = 1) -> str:
+    """A difference whose interval has two ends, starred where these exclude 0."""
+    low, high = row[f'{name}_low'], row[f'{name}_high']
+    star = '\\*' if low > 0 or high < 0 else ''
+    return f'{signed(row[name], digits)} ({signed(low, digits)} to {signed(high, digits)}){star}'
+
+
+def speed(row: dict | None, column: str = 'speedup') -> str:
+    return f'{row[column]:.2f}' if row and row.get(column, '') != '' else 'not measured'
+
+
+# --- classification without training
+
+FREE = 'experiments/training_free.csv'
+FRACTIONS = 0.9, 0.8, 0.66, 0.55, 0.45
+FREE_METHODS = (
+    'nearest', 'merge', 'merge_norm', 'decreasing, merge', 'decreasing, merge_norm', 'smaller image', 'fuse', 'drop',
+    'none', 'one', 'random',
+)  # fmt: skip
+
+
+def by_fraction(cell: Callable[[dict], str], images: str = JUDGE, fractions: Sequence[float] = FRACTIONS) -> str:
+    """A line for each method, a column for each fraction of dense GMACs."""
+    lines = []
+    for method in FREE_METHODS:
+        rows = [find(FREE, images=images, method=method, budget=fraction) for fraction in fractions]
+        if any(rows):
+            lines.append([NAMES[method], *(cell(row) if row else '' for row in rows)])
+    return markdown(['fraction of dense GMACs', *(f'{fraction:.2f}' for fraction in fractions)], lines)
+
+
+@table
+def training_free() -> str:
+    return by_fraction(lambda row: f'{difference(row["off"], row["interval"])}, {speed(row)}')
+
+
+@table
+def training_free_kl() -> str:
+    def cell(row: dict) -> str:
+        cosine = f', {row["grid"]:.3f}' if row['grid'] != '' else ''
+        return f'{row["kl"]:.4f}, {row["same"]:.1f}{cosine}'
+
+    return by_fraction(cell, fractions=(0.8, 0.66, 0.55))
+
+
+@table
+def training_free_sets() -> str:
+    """What the sets say of the same rows: the one that choices were made on, the one that judges, both together."""
+    lines = []
+    for method in ('nearest', 'merge', 'smaller image'):
+        for fraction in (0.66, 0.55):
+            rows = [find(FREE, images=images, method=method, budget=fraction) for images in (CHOICE, JUDGE, BOTH)]
+            if all(rows):
+                cells = (f'{difference(row["off"], row["interval"])}, {row["kl"]:.4f}' for row in rows)
+                lines.append([NAMES[method], f'{fraction:.2f}', *cells])
+    dense = {images: find(FREE, images=images, method='dense') for images in (CHOICE, JUDGE, BOTH)}
+    what = 'defaults chosen on them', 'judge', 'both'
+    heads = (f'{row["n"]:.0f} images ({word})' for row, word in zip(dense.values(), what, strict=True))
+    return markdown(['', 'fraction', *heads], lines)
+
+
+@table
+def training_free_smaller() -> str:
+    lines, dense = [], find(FREE, images=JUDGE, method='dense')['gmacs']
+    for method in ('smaller, nearest', 'smaller, merge', 'smaller image'):
+        for row in sorted(select(FREE, images=JUDGE, method=method), key=lambda row: -row['gmacs']):
+            size = re.search(r'image_size (\d+)', row['schedule'])[1]
+            off = difference(row['off'], row['interval'])
+            lines.append([NAMES[method], size, f'{row["gmacs"] / dense:.2f}', off, f'{row["kl"]:.3f}', speed(row)])
+    unique = [line for i, line in enumerate(lines) if line not in lines[:i]]
+    return markdown(['', 'px', 'fraction', 'top-1 minus dense', 'KL', 'speed-up'], unique)
+
+
+def compare_images(ours: dict, theirs: dict, column: str, scale: float = 1) -> tuple[float, float]:
+    """The paired difference of two rows over their images, and half of its 95 % interval."""
+    return paired_interval(*(scale * unpack(row[column], int(row['n'])) for row in (ours, theirs)))
+
+
+def split(pairs: Sequence[tuple[dict, dict]], column: str, sign: int) -> list[str]:
+    """Of pairs of rows: the second methods that the first is better than, and those that it is worse than."""
+    found = {'better': [], 'worse': [], 'no significant difference': []}
+    for ours, theirs in pairs:
+        off, half = compare_images(ours, theirs, column)
+        found[verdict(sign * off, half)].append(NAMES[theirs['method']])
+    better, worse = found['better'], found['worse']
+    return ['all others' if len(names) == len(pairs) else ', '.join(names) or 'none' for names in (better, worse)]
+
+
+@table
+def training_free_verdicts() -> str:
+    lines = []
+    for fraction in FRACTIONS:
+        mine = find(FREE, images=JUDGE, method='nearest', budget=fraction)
+        others = [find(FREE, images=JUDGE, method=method, budget=fraction) for method in FREE_METHODS[1:]]
+        pairs = [(mine, row) for row in others if row and abs(row['gmacs'] / mine['gmacs'] - 1) < 0.08]
+        lines.append([f'{fraction:.2f}', *split(pairs, 'right', 1), *split(pairs, 'kl_images', -1)])
+    heads = 'better in top-1 than', 'worse in top-1 than', 'closer to dense (KL) than', 'farther than'
+    return markdown(['fraction', *heads], lines)
+
+
+# --- dense prediction
+
+CAMVID = 'experiments/dense_prediction.csv'
+
+
+@table
+def camvid() -> str:
+    lines = []
+    for method in ('nearest', 'none', 'drop', 'merge', 'merge_norm', 'smaller image'):
+        rows = [find(CAMVID, method=method, budget=fraction) for fraction in (0.8, 0.66, 0.55, 0.45)]
+        if any(rows):
+            lines.append([NAMES[method], *(f'{interval(row)}, {speed(row)}' if row else '' for row in rows)])
+    return markdown(['fraction of dense GMACs', '0.80', '0.66', '0.55', '0.45'], lines)
+
+
+DECODER = 'experiments/trained_decoder.csv'
+MEASURES = {'correlation': 1, 'error': -1, 'iou': 1}
+
+
+def decoder(size: int, images: str) -> str:
+    lines = []
+    methods = dict.fromkeys(row['method'] for row in select(DECODER, size=size, images=images))
+    for method in methods:
+        for fraction in (0.8, 0.66, 0.55):
+            if row := find(DECODER, size=size, images=images, method=method, budget=fraction):
+                cells = (f'{row[name]:.3f} ± {row[f"{name}_interval"]:.3f}' for name in MEASURES)
+                lines.append([NAMES[method], f'{fraction:.2f}', *cells, speed(row)])
+    return markdown(['', 'fraction', 'correlation', 'mean absolute error', 'IoU', 'speed-up'], lines)
+
+
+@table
+def decoder_224() -> str:
+    return decoder(224, JUDGE if select(DECODER, size=224, images=JUDGE) else CHOICE)
+
+
+@table
+def decoder_448() -> str:
+    return decoder(448, CHOICE)
+
+
+# --- fine-tuning and training from scratch
+
+
+def training(path: str, methods: Sequence[str]) -> str:
+    rows = [row for row in read(path) if row['method'] in methods]
+    lines = []
+    for method in methods:
+        own = [row for row in rows if row['method'] == method]
+        mean, _ = t_interval(row['top1'] for row in own)
+        cells = []
+        for ours, theirs in ((method, 'dense'), ('nearest', method)):
+            off, half, n = compare_seeds(rows, ours, theirs)
+            cells.append('' if ours == theirs else f'{difference(off, half, 2)}, n = {n}')
+        lines.append([NAMES[method], f'{mean:.2f}', *cells, speed(own[0]), speed(own[0], 'gpu_speedup')])
+    return markdown(['', 'top-1, %', 'minus dense', 'nearest minus it', 'training, CPU', 'training, H100'], lines)
+
+
+@table
+def fine_tuning() -> str:
+    methods = 'dense', 'nearest', 'merge', 'smaller image', 'drop', 'fuse', 'one', 'none'
+    return training('experiments/finetune.csv', methods)
+
+
+@table
+def from_scratch() -> str:
+    return training('experiments/from_scratch.csv', ('dense', 'nearest', 'none', 'one'))
+
+
+# --- speed
+
+EVO_DEIT = tuple(f'evo_deit_{size}_patch16_224' for size in ('tiny', 'small', 'base'))
+EVO_LEVIT = tuple(f'EvoLeViT_{size}' for size in ('128S', '128', '192', '256', '384'))
+
+
+def benchmark(file: str, model: str, **key) -> dict | None:
+    return find(f'docs/benchmarks/{file}.csv', model=model, **key)
+
+
+def value_and_speed(row: dict | None, column: str) -> str:
+    if row is None:
+        return 'not measured'
+    value = row[column]
+    return f'{value:,.0f} ({row["speedup"]:.2f})' if value >= 100 else f'{value:.1f} ({row["speedup"]:.2f})'
+
+
+@table
+def speed_cpu() -> str:
+    lines = []
+    for model in EVO_DEIT + EVO_LEVIT:
+        eager, latency = (benchmark('cpu', model, mode=mode) for mode in ('inference', 'latency'))
+        compiled = [benchmark('cpu-compiled', model, mode=mode) for mode in ('inference', 'latency')]
+        cells = value_and_speed(eager, 'images_per_second'), value_and_speed(compiled[0], 'images_per_second')
+        cells += value_and_speed(latency, 'ms'), value_and_speed(compiled[1], 'ms')
+        train = value_and_speed(benchmark('cpu-train', model), 'images_per_second')
+        lines.append([f'`{model}`', f'{eager["arithmetic_ratio"]:.2f}', *cells, train])
+    names = 'img/s', 'img/s, compiled', 'ms, batch 1', 'ms, compiled', 'training, img/s'
+    return markdown(['', 'ratio of GMACs', *names], lines)
+
+
+GPU_ROWS = {
+    'batch 256, bfloat16, compiled': dict(mode='inference', batch=256, precision='bf16', compile='CUDA graphs'),
+    'batch 256, bfloat16': dict(mode='inference', batch=256, precision='bf16', compile='no'),
+    'batch 256, float32': dict(mode='inference', batch=256, precision='fp32', compile='no'),
+    'batch 1, bfloat16, compiled': dict(mode='latency', batch=1, precision='bf16', compile='CUDA graphs'),
+    'training, batch 256, bfloat16': dict(mode='train', batch=256, precision='bf16', compile='no'),
+}
+
+
+@table
+def speed_gpu() -> str:
+    """Speed-ups on an H100, of the original networks and of timm's, evolved with the first form of nearest."""
+    evolved = [f'deit_{size}_patch16_224 evolved' for size in ('tiny', 'small', 'base')]
+    lines = []
+    for name, key in GPU_ROWS.items():
+        rows = [select('docs/benchmarks/h100.csv', model=model, **key) for model in (*EVO_DEIT, *EVO_LEVIT, *evolved)]
+        lines.append([name, *(speed(own[0]) if own else '' for own in rows)])
+    names = 'Evo-DeiT-T', 'S', 'B', 'Evo-LeViT-128S', '128', '192', '256', '384', 'DeiT-T evolved', 'S', 'B'
+    return markdown(['', *names], lines)
+
+
+@table
+def speed_evolved() -> str:
+    rows = {}  # the newest of each case
+    for row in sorted(read('docs/benchmarks/cpu-evolved.csv'), key=lambda row: row['date']):
+        if row['speedup'] != '' and row['device'].startswith('Intel'):
+            rows[row['model'].partition(' ')[0], row['representative'], row['batch']] = row
+    lines = []
+    for (model, representative, batch), row in rows.items():
+        spread = f'{row["speedup"]:.2f} ({row["speedup_p10"]:.2f} to {row["speedup_p90"]:.2f})'
+        lines.append([f'`{model}`', representative, f'{batch:.0f}', f'{row["images_per_second"]:.1f}', spread])
+    return markdown(['', 'representative', 'batch', 'img/s', 'speed-up (p10 to p90)'], lines)
+
+
+# --- the first screen
+
+
+@table
+def headline() -> str:
+    """Dense, evolved, ToMe and a smaller image at about the same GMACs, on the images that judge."""
+    lines = []
+    for method in ('dense', 'nearest', 'merge', 'smaller image'):
+        fraction = 1 if method == 'dense' else 0.66
+        row, camvid = (find(path, method=method, budget=fraction, **key)
+                       for path, key in ((FREE, dict(images=JUDGE)), (CAMVID, {})))  # fmt: skip
+        top1 = f'{row["top1"]:.1f}' + (f' ({difference(row["off"], row["interval"])})' if fraction < 1 else '')
+        star = '\\*' if camvid['off_low'] > 0 or camvid['off_high'] < 0 else ''
+        miou = f'{camvid["miou"]:.1f}' + (f' ({signed(camvid["off"])}{star})' if fraction < 1 else '')
+        cpu = '1' if fraction == 1 else speed(row)
+        lines.append([NAMES[method], f'{row["gmacs"]:.2f}', top1, f'{row["kl"]:.3f}', miou, cpu])
+    heads = 'GMACs', 'ImageNet top-1', 'KL to dense', 'CamVid mIoU', 'CPU speed-up'
+    return markdown(['DeiT-Ti, no training', *heads], lines)
+
+
+def write(text: str) -> str:
+    """A page with its tables rewritten."""
+
+    def replace(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f'expected a table of {", ".join(TABLES)}, found {match[2]}')
+        return f'{match[1]}{TABLES[match[2]]()}\n{match[3]}'
+
+    return BLOCK.sub(replace, text)
+
+
+def main(arguments: Sequence[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing; fail if a table is not up to date')
+    args, old = parser.parse_args(arguments), []
+    for page in PAGES:
+        text = page.read_text()
+        if (new := write(text)) != text:
+            old.append(page.name)
+            if not args.check:
+                page.write_text(new)
+    if args.check and old:
+        raise SystemExit(f'{", ".join(old)}: tables are not up to date; run python3 -m experiments.tables')
+    print(f'written: {", ".join(old)}' if old else 'all tables are up to date')
+
+
+if __name__ == '__main__':
+    main()
