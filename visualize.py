@@ -162,8 +162,6 @@ def check_arguments(args: argparse.Namespace):
         raise InputError('expected --resume with a checkpoint, or --log with the output folder of a run')
     if not (args.img_path or args.data_path or args.data_set == 'SHAPES'):
         raise InputError('no images: expected --img-path, --data-path, or --data-set SHAPES')
-    if args.data_set.startswith('wds/'):
-        raise InputError('--data-set wds/ is a stream, from which no images can be chosen; expected --img-path')
     if args.score and args.data_set != 'SHAPES':
         raise InputError(f'--score: only SHAPES knows where its objects are, not {args.data_set}')
     utils.check_source('--resume', args.resume)
