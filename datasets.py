@@ -485,7 +485,7 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
         return None
     if args.batch_size % 2:
         raise InputError(
-            f'--batch-size {args.batch_size} is odd, but mixup pairs images; expected an even one or --mixup 0 --cutmix 0'
+            f'--batch-size {args.batch_size} is odd, mixup needs pairs; make it even or --mixup 0 --cutmix 0'
         )
     probabilities = dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode)
     labels = dict(label_smoothing=args.smoothing, num_classes=num_classes)

@@ -41,10 +41,6 @@ def test_torchvisions_are_read_by_index(tmp_path):
     image, label = dataset[13]
     assert len(dataset) == 20 and label == 3 and image.shape == (3, 32, 32)
     assert len(dataset.classes) == 10 and dataset.classes[3] == '3 - three'
-    with pytest.raises(InputError, match='the checkpoint has 7 classes, the data set 10'):
-        make_dataset(False, args, None, 7)
-    with pytest.raises(InputError, match='other classes than training: the same names in another order'):
-        make_dataset(False, args, dataset.classes[::-1], 10)
 
 
 @pytest.mark.parametrize(
