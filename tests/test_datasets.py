@@ -140,23 +140,23 @@ def write_modes(path: Path) -> dict[str, tuple[Path, np.ndarray]]:
     colors = np.asarray(palette.convert('RGB'))
     clear = int(np.asarray(palette)[0, 0])
     keyed = Image.fromarray(gray)
+    keyed_colors = np.where(np.asarray(palette)[..., None] == clear, 255, colors)
+    both = Image.fromarray(np.dstack([rgb, alpha]))
     cases = {
         'gray': (keyed, 'png', {}, as_rgb),
         'gray with a transparent value': (keyed, 'png', {'transparency': 7}, np.where(as_rgb == 7, 255, as_rgb)),
         'gray and alpha': (Image.merge('LA', (keyed, Image.fromarray(alpha))), 'png', {}, over_white(as_rgb)),
-        'RGBA': (Image.fromarray(np.dstack([rgb, alpha])), 'png', {}, over_white(rgb)),
-        'RGBA as WEBP': (Image.fromarray(np.dstack([rgb, alpha])), 'webp', {'lossless': True}, over_white(rgb)),
+        'RGBA': (both, 'png', {}, over_white(rgb)),
+        'RGBA as WEBP': (both, 'webp', {'lossless': True}, over_white(rgb)),
         'palette': (palette, 'png', {}, colors),
-        'palette with a transparent entry': (
-            palette, 'png', {'transparency': clear}, np.where(np.asarray(palette)[..., None] == clear, 255, colors),
-        ),
+        'palette with a transparent entry': (palette, 'png', {'transparency': clear}, keyed_colors),
         '1 bit': (Image.fromarray(gray > 128), 'png', {}, np.where(as_rgb > 128, 255, 0)),
         '16 bits': (Image.fromarray(deep), 'png', {}, as_rgb),
         '16 bits as TIFF': (Image.fromarray(deep), 'tiff', {}, as_rgb),
         '16 bits as PGM': (Image.fromarray(deep), 'ppm', {}, as_rgb),
         'CMYK': (Image.fromarray(rgb).convert('CMYK'), 'tiff', {}, rgb),
         'BMP': (Image.fromarray(rgb), 'bmp', {}, rgb),
-    }  # fmt: skip
+    }
     out = {}
     for name, (image, kind, options, expected) in cases.items():
         out[name] = path / f'{name}.jpg', expected  # Pillow goes by the content, not by the name
@@ -341,14 +341,13 @@ def test_a_broken_image_stops_evaluation_with_its_path(image_root, workers):
         list(make_loaders(small(image_root, '--num_workers', workers, evaluate=True))[1])
 
 
-@pytest.mark.parametrize('kind', [TypeError, ValueError, RuntimeError])
-def test_an_error_of_the_crop_is_not_an_unreadable_image(image_root, monkeypatch, kind):
+def test_an_error_of_the_crop_is_not_an_unreadable_image(image_root, monkeypatch):
     def breaks(*_):
-        raise kind('a bug')
+        raise ValueError('a bug')
 
     monkeypatch.setattr(image_files.RandomResizedCropAndInterpolation, 'get_params', breaks)
     data = Seeded(make_dataset(True, flags('--data-path', image_root)), seed=0, max_broken=5)
-    with pytest.raises(kind, match='^a bug$') as error:
+    with pytest.raises(ValueError, match='^a bug$') as error:
         data[0, 0, 0]
     assert not isinstance(error.value, InputError)
 
@@ -558,9 +557,8 @@ def reference_transform(train: bool, size: int):
         ('evo_deit_small_patch16_384', 384), ('EvoLeViT_384_384', 384), ('evo_deit_nano_patch4_32', 32),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize('given', [False, True])
-def test_published_models_see_the_published_pixels(name, size, given):
-    args = flags('--model', name, *(['--input-size', size] if given else []))
+def test_published_models_see_the_published_pixels(name, size):
+    args = flags('--model', name)
     for train in (False, True):
         ours, theirs = make_transform(train, args), reference_transform(train, size)
         for i, shape in enumerate([(500, 375), (333, 512), (40, 30)]):
@@ -586,29 +584,15 @@ def test_other_models_see_what_timm_gives_them(name, mode, size):
     for shape in ((500, 375), (333, 512)):
         expected = timm.data.create_transform(**published, is_training=False)(picture(*shape))
         assert torch.equal(make_transform(False, args)(picture(*shape)), expected)
-    steps = timm.data.create_transform(
-        found.input_size, is_training=True, color_jitter=0.4, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25,
-        re_mode='pixel', interpolation='bicubic', mean=published['mean'], std=published['std'],
-    )  # fmt: skip
-    utils.seed_all(0)
-    expected = steps(picture(500, 375))
-    utils.seed_all(0)
-    assert torch.equal(make_transform(True, args)(picture(500, 375)), expected)
 
 
 def test_flags_stand_in_for_the_configuration_and_the_start_says_so():
     args = flags('--model', 'vit_small_patch16_224')
     expected = 'images: 224 px, evaluated at crop_pct 0.9 (center), bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5'
     assert datasets.describe(config(args)) == expected
-    args = flags(
-        '--model', 'vit_small_patch16_224', '--input-size', 96, '--mean', 0.1, '--std', 0.2, 0.3, 0.4, '--crop-pct', 1,
-        '--crop-mode', 'squash', '--interpolation', 'bilinear',
-    )  # fmt: skip
-    before = dict(vars(args))
-    given = datasets.DataConfig(96, (0.1,) * 3, (0.2, 0.3, 0.4), 1.0, 'squash', 'bilinear')
-    assert config(args) == given and vars(args) == before
-    expected = 'images: 96 px, evaluated at crop_pct 1 (squash), bilinear, mean 0.1 0.1 0.1, std 0.2 0.3 0.4'
-    assert datasets.describe(given) == expected
+    given = ['--input-size', 96, '--mean', 0.1, '--std', 0.2, 0.3, 0.4, '--crop-pct', 1, '--crop-mode', 'squash']
+    args = flags('--model', 'vit_small_patch16_224', *given, '--interpolation', 'bilinear')
+    assert config(args) == datasets.DataConfig(96, (0.1,) * 3, (0.2, 0.3, 0.4), 1.0, 'squash', 'bilinear')
     expected = picture(300, 200).resize((96, 96), Image.Resampling.BILINEAR)
     expected = (np.asarray(expected) / 255 - 0.1) / [0.2, 0.3, 0.4]
     np.testing.assert_allclose(make_transform(False, args)(picture(300, 200)).permute(1, 2, 0), expected, atol=1e-5)

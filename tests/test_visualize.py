@@ -203,32 +203,6 @@ def test_clusters_are_those_of_the_model(name):
                 assert filled.any() and (filled | (np.abs(inner - line) <= 0.51).all(1)).all()
 
 
-@pytest.mark.parametrize('side, rows', [(32, 8), (224, 14), (224, 4), (384, 24)])
-def test_clusters_are_told_apart_on_any_image(side, rows):
-    """Seen in gray too: a visible line parts each placeholder from its neighbours in other clusters."""
-    cluster = np.arange(rows * rows).reshape(rows, rows)
-    cluster[:, 1] = cluster[:, 0]  # pairs side by side
-    cluster = np.unique(cluster, return_inverse=True)[1].reshape(rows, rows)
-    kept = np.zeros((rows, rows), bool)
-    y = x = np.arange(side) * rows // side
-    labels = cluster[y][:, x]
-    for rgb in (*np.ndindex(2, 2, 2), *((level / 16,) * 3 for level in range(17))):
-        image = np.broadcast_to(np.rint(255 * np.array(rgb)), (side, side, 3)).astype(np.uint8)
-        picture = drawing.mosaic(image, kept, cluster)
-        gray = np.asarray(Image.fromarray(picture).convert('L')).astype(int)
-        plain = int(Image.fromarray(image[:1, :1]).convert('L').getpixel((0, 0)))
-        for pixels, numbers in ((gray, labels), (gray.T, labels.T)):
-            parted = numbers[1:] != numbers[:-1]
-            assert np.abs(pixels[1:] - plain)[parted].min() >= 50 and np.abs(pixels[:-1] - plain)[parted].min() >= 50
-        together = labels[:, 1:] == labels[:, :-1]
-        inner = np.ones_like(labels, bool)
-        inner[:, 1:] &= together
-        inner[:, :-1] &= together
-        inner[1:] &= labels[1:] == labels[:-1]
-        inner[:-1] &= labels[1:] == labels[:-1]
-        assert (np.abs(gray - plain)[inner] <= 1).all() and inner.any()
-
-
 @pytest.mark.parametrize(
     'patches, height, width, grid',
     [(196, 224, 224, (14, 14)), (336, 224, 384, (14, 24)), (24, 224, 384, (4, 6)), (16, 224, 224, (4, 4))],
@@ -373,16 +347,11 @@ def test_pictures_show_the_image_whatever_its_normalization(draw, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / 'out' / 'a.png'), read(tmp_path / 'a.png'))
 
 
-def test_a_plain_vit_is_shown_from_its_class_token(draw, tmp_path):
+def test_a_plain_vit_is_shown_from_its_class_token(tmp_path):
     torch.manual_seed(0)
     plain = VisionTransformer(img_size=32, patch_size=4, embed_dim=64, num_heads=2, num_classes=4).eval()
-    for p in plain.parameters():
-        p.data += 0.05 * torch.randn_like(p)
     save_file(plain.state_dict(), tmp_path / 'w.safetensors')
-    printed = draw('--keep-ratio', 0.9, resume=tmp_path / 'w.safetensors')
-    flags = ['--model', NANO, '--resume', tmp_path / 'w.safetensors', '--keep-ratio', 0.9]
-    assert 'predicts from its class token' in printed and 'evolved without training' in printed
-    model, x = load_model(*flags), torch.randn(2, 3, 32, 32)
+    model, x = load_model('--model', NANO, '--resume', tmp_path / 'w.safetensors'), torch.randn(2, 3, 32, 32)
     model.set_schedule(True, evolving=False)
     with torch.no_grad():
         predictions, expected = visualize.predict(model, x, [None, None]), plain(x).softmax(1)
@@ -564,17 +533,6 @@ def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, i
         with pytest.raises(InputError, match=message):
             script('visualize', *[part for pair in flags for part in pair if part is not None])
         assert not list(tmp_path.glob('out/*')) and not list(tmp_path.glob('out/.*')), wrong
-
-
-def test_a_failed_picture_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def breaks(figure, file, **kwargs):
-        file.write(b'half')
-        raise OSError('no space left')
-
-    monkeypatch.setattr(Figure, 'savefig', breaks)
-    with pytest.raises(InputError, match='x.png could not be written.*no space left'):
-        visualize.write_figure(tmp_path, 'x', Figure(), 'png')
-    assert not list(tmp_path.iterdir())
 
 
 def write_run(folder, losses=(2.0, 1.5, 1.25)) -> list[dict]:
