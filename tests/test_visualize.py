@@ -163,19 +163,13 @@ def test_a_coarser_patch_covers_the_one_it_comes_from(rows):
         assert (drawing.fade(image, kept)[drawing.fade(image, fine) == 0] == 0).all()
 
 
-NEAREST = {
-    NANO: {},
-    'EvoLeViT_128': {},
-    'evolved': dict(img_size=(32, 64), patch_size=4, embed_dim=64, depth=6, num_heads=2),
-}
-
-
-@pytest.mark.parametrize('name', NEAREST)
+@pytest.mark.parametrize('name', [NANO, 'EvoLeViT_128', 'evolved'])
 def test_clusters_are_those_of_the_model(name):
     """Also on grids that are not square: kept patches as they are, the others in the mean color of their cluster."""
     torch.manual_seed(0)
     if name == 'evolved':
-        model = models.evolve(VisionTransformer(num_classes=4, **NEAREST[name])).eval()
+        vit = VisionTransformer((32, 64), patch_size=4, embed_dim=64, depth=6, num_heads=2, num_classes=4)
+        model = models.evolve(vit).eval()
     else:
         model = timm.create_model(name, num_classes=4, representative='nearest').eval()
     height, width = getattr(model, 'img_size', None) or model.patch_embed.img_size
@@ -241,14 +235,8 @@ def test_any_vit_of_timm_is_evolved(draw, tmp_path):
     image = read(tmp_path / 'out' / 'in.png')
     assert [len(unfaded(image, read(tmp_path / f'out/in_block{i}.png'), 4)) for i in (3, 6)] == [12, 4]
     draw('--input-size', 64, '--evolve', '--representative', 'none', '--save-name', 'b', **vit)
-    assert drawn(tmp_path) - blocks == {
-        'in_sheet.png',
-        'in.png',
-        'b_sheet.png',
-        'b.png',
-        'b_block4.png',
-        'b_block8.png',
-    }
+    rest = {f'b{suffix}.png' for suffix in ('', '_sheet', '_block4', '_block8')}
+    assert drawn(tmp_path) == blocks | {'in_sheet.png', 'in.png'} | rest
 
 
 def test_a_sheet_of_a_grid_without_clusters():
@@ -381,7 +369,7 @@ def test_frames_go_through_the_selections():
 
 
 def test_any_photograph(draw, tmp_path):
-    """Grey, palette, transparent and turned images are shown upright and in three channels, resized and cropped."""
+    """Gray, palette, transparent and turned images are shown upright and in three channels, resized and cropped."""
     turned, folder = Image.Exif(), tmp_path / 'photos'
     folder.mkdir()
     turned[0x0112] = 6  # to be turned by a quarter
