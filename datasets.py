@@ -58,7 +58,12 @@ def add_arguments(parser: ArgumentParser):
     add('--scale', type=between(0.01, 1), nargs=2, action=Ascending, default=FULL_SCALE, metavar='AREA', help=about)
     add('--color-jitter', type=positive, default=0.4, help='strength of color jitter, used without --aa')
     add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help="timm's policy; '' for none")
-    add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of random crops')
+    add(
+        '--train-interpolation',
+        default='bicubic',
+        choices=('random', 'bilinear', 'bicubic'),
+        help='resize filter of random crops',
+    )
     about = 'faster reading of training images, with slightly different pixels; evaluation is always exact'
     add('--fast-decode', action=BooleanOptionalAction, default=True, help=about)
     add('--reprob', type=unit, default=0.25, help='probability of random erasing')
@@ -69,10 +74,17 @@ def add_arguments(parser: ArgumentParser):
     add = parser.add_argument_group('mixup, cutmix and label smoothing').add_argument
     add('--mixup', type=positive, default=0.8, help='mixup alpha, 0 for none')
     add('--cutmix', type=positive, default=1.0, help='cutmix alpha, 0 for none')
-    add('--cutmix-minmax', type=unit, nargs=2, action=Ascending, metavar='SIDE', help='limits that replace --cutmix')
+    add(
+        '--cutmix-minmax',
+        type=unit,
+        nargs=2,
+        action=Ascending,
+        metavar='SIDE',
+        help='min and max side of the box, replace --cutmix',
+    )
     add('--mixup-prob', type=unit, default=1.0, help='probability of mixup or cutmix')
     add('--mixup-switch-prob', type=unit, default=0.5, help='probability of cutmix if both are on')
-    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what has one mixing ratio')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixing ratio')
     add('--smoothing', type=unit, default=0.1, help='label smoothing')
 
 
@@ -82,20 +94,20 @@ def add_image_arguments(parser: ArgumentParser):
     add('--data-path', default='.', help='folder of the data set (SHAPES needs none)')
     about = f'{DATA_SET_NAMES} (IMNET: train/CLASS/, val/CLASS/)'
     add('--data-set', type=data_set, default='IMNET', metavar='NAME', help=about)
-    add('--train-split', default='train', metavar='NAME', help='for torch/ and hfds/')
-    add('--val-split', default='validation', metavar='NAME', help='for torch/ and hfds/')
-    add('--num-classes', type=at_least(1), metavar='N', help='for hfds/ data without class names')
+    add('--train-split', default='train', metavar='NAME', help='training split of torch/ and hfds/')
+    add('--val-split', default='validation', metavar='NAME', help='evaluation split of torch/ and hfds/')
+    add('--num-classes', type=at_least(1), metavar='N', help='number of classes of hfds/ data without class names')
     add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
     add('--batch-size', type=at_least(1), default=64, help='images per process and step')
 
     group = parser.add_argument_group('preprocessing', "Defaults come from the model's configuration.")
     add = group.add_argument
     add('--input-size', type=at_least(1), metavar='PX', help='image size')
-    add('--mean', type=between(0, 1), nargs='+', metavar='M', help='of pixels from 0 to 1: one value, or one a channel')
-    add('--std', type=between(0.001, 1), nargs='+', metavar='S', help='of pixels: one value, or one a channel')
+    add('--mean', type=between(0, 1), nargs='+', metavar='M', help='pixel mean (0 to 1), one value or one per channel')
+    add('--std', type=between(0.001, 1), nargs='+', metavar='S', help='pixel standard deviation, likewise')
     add('--crop-pct', type=between(0.01, 1), metavar='P', help='fraction of the resized side that evaluation crops')
-    add('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
-    add('--interpolation', choices=('bilinear', 'bicubic'), help='of evaluation')
+    add('--crop-mode', choices=CROP_MODES, help='crop of evaluation, as in timm')
+    add('--interpolation', choices=('bilinear', 'bicubic'), help='resize filter of evaluation')
 
 
 def data_set(text: str) -> str:
@@ -271,7 +283,7 @@ class ImageFiles(Dataset):
 def image_folder(
     root: Path, classes: list[str] | None = None, num_classes: int | None = None, source: str = 'the checkpoint'
 ) -> tuple[Samples, list[str]]:
-    """Images of `root`, one folder a class in sorted order, and the classes; hidden folders and files are skipped.
+    """Images of `root`, one folder per class in sorted order, and the classes; hidden folders and files are skipped.
 
     `classes` are those of training, if known: labels are then matched by name, and folders may be missing. If only
     their number in `source` is known, `name_classes` finds the names. Raises InputError for unknown or empty folders.
