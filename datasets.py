@@ -325,7 +325,7 @@ def name_classes(root: Path, folders: list[str], num_classes: int, source: str) 
         return folders
     message = f'{source} has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
     if num_classes == len(synsets):
-        message += f', {len(unknown)} of them no ImageNet synset: {_abbreviate(unknown)}'
+        message += f', {len(unknown)} of which are not ImageNet synsets: {_abbreviate(unknown)}'
     raise InputError(message)
 
 
