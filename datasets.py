@@ -58,12 +58,8 @@ def add_arguments(parser: ArgumentParser):
     add('--scale', type=between(0.01, 1), nargs=2, action=Ascending, default=FULL_SCALE, metavar='AREA', help=about)
     add('--color-jitter', type=positive, default=0.4, help='strength of color jitter, used without --aa')
     add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help="timm's policy; '' for none")
-    add(
-        '--train-interpolation',
-        default='bicubic',
-        choices=('random', 'bilinear', 'bicubic'),
-        help='resize filter of random crops',
-    )
+    filters = 'random', 'bilinear', 'bicubic'
+    add('--train-interpolation', default='bicubic', choices=filters, help='resize filter of random crops')
     about = 'faster reading of training images, with slightly different pixels; evaluation is always exact'
     add('--fast-decode', action=BooleanOptionalAction, default=True, help=about)
     add('--reprob', type=unit, default=0.25, help='probability of random erasing')
@@ -74,14 +70,8 @@ def add_arguments(parser: ArgumentParser):
     add = parser.add_argument_group('mixup, cutmix and label smoothing').add_argument
     add('--mixup', type=positive, default=0.8, help='mixup alpha, 0 for none')
     add('--cutmix', type=positive, default=1.0, help='cutmix alpha, 0 for none')
-    add(
-        '--cutmix-minmax',
-        type=unit,
-        nargs=2,
-        action=Ascending,
-        metavar='SIDE',
-        help='min and max side of the box, replace --cutmix',
-    )
+    about = 'min and max side of the box, replace --cutmix'
+    add('--cutmix-minmax', type=unit, nargs=2, action=Ascending, metavar='SIDE', help=about)
     add('--mixup-prob', type=unit, default=1.0, help='probability of mixup or cutmix')
     add('--mixup-switch-prob', type=unit, default=0.5, help='probability of cutmix if both are on')
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixing ratio')

@@ -78,13 +78,8 @@ def get_parser() -> utils.Parser:
     add('--animate', action='store_true', help='also write NAME.gif, the selections in motion')
     about = 'on SHAPES, measure how much of the objects the informative patches cover (score.png)'
     add('--score', action='store_true', help=about)
-    add(
-        '--log',
-        nargs='+',
-        default=[],
-        metavar='RUN',
-        help='only draw the learning curves of these output folders (default: none)',
-    )
+    about = 'only draw the learning curves of these output folders (default: none)'
+    add('--log', nargs='+', default=[], metavar='RUN', help=about)
     for add_flags in (models.add_arguments, datasets.add_image_arguments, utils.add_arguments):
         add_flags(parser)
     parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='')
