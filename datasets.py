@@ -486,9 +486,7 @@ def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
     if args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax:
         return None
     if args.batch_size % 2:
-        raise InputError(
-            f'--batch-size {args.batch_size} is odd, mixup needs pairs; make it even or --mixup 0 --cutmix 0'
-        )
+        raise InputError(f'--batch-size {args.batch_size} is odd, but mixup pairs images (off: --mixup 0 --cutmix 0)')
     probabilities = dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode)
     labels = dict(label_smoothing=args.smoothing, num_classes=num_classes)
     return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, **probabilities, **labels)

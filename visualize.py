@@ -142,9 +142,7 @@ def main():
 def check_arguments(args: argparse.Namespace):
     """InputError for flags that do not go together, or are missing."""
     if not re.fullmatch(r'([^./\\\0][^/\\\0]{0,49})?', args.save_name):
-        raise InputError(
-            f'--save-name {args.save_name!r}: expected up to 50 characters, without folders or a leading dot'
-        )
+        raise InputError(f'--save-name {args.save_name!r}: expected up to 50 characters without folders or leading dot')
     others = [flag for flag in ('resume', 'img_path', 'score', 'animate') if getattr(args, flag)]
     if args.log and others:
         flags = ', '.join(f'--{flag.replace("_", "-")}' for flag in others)
@@ -176,9 +174,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 def prepare_output_dir(output: Path, images: Sequence[Path]) -> Path:
     """Make the folder and print how many files it holds; InputError if that fails, or it holds `images`."""
     if output.resolve() in [image.resolve().parent for image in images]:
-        raise InputError(
-            f'--output_dir {output} holds images of --img-path, which pictures could overwrite; choose another'
-        )
+        raise InputError(f'--output_dir {output} holds images of --img-path, which pictures could overwrite')
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -200,9 +196,7 @@ def load_model(args: argparse.Namespace, default_model: str) -> checkpoint.Resto
     if args.layer_wise_prune:
         model.set_schedule(stage_wise=False)
     if all(group.keep_ratio == 1 for group in model.groups()):
-        raise InputError(
-            f'{args.resume}: every patch is informative in every block; set --keep-ratio to show a selection'
-        )
+        raise InputError(f'{args.resume}: every patch is informative in every block; set --keep-ratio')
     return restored
 
 
