@@ -233,9 +233,6 @@ def make_case(
     size = size or models.published_cfg(name).input_size[-1]
     if args.data_path and not isinstance(size, int):
         raise InputError(f'--data-path: the loader makes square images, not {size}; use --img_size')
-    if args.data_path and flags.data_set.startswith('wds/'):
-        reason = '--data-set wds/ is a stream, of which each pass would time other images'
-        raise InputError(f'{reason}; expected data that is read by index, such as image folders, or no --data-path')
     method = None if twin else flags.method  # ours evolve anyway
     twin = (name, flags.model_kwargs or {}) if method else twin
     case = vars(flags) | vars(args) | dict(mode=mode, model=name, twin=twin, method=method, input_size=size)

@@ -1,14 +1,13 @@
 """From image files, or images that the program draws, to batches: datasets, transforms, loaders, mixup.
 
-A dataset gives (image, label) for an index and has `classes`, a list of names. Training asks for (epoch, position,
-index) instead; its augmentation is a function of (seed, epoch, position), so any number of workers gives the same bits.
+A dataset maps an index to (image, label) and has `classes`, a list of names. Training indexes it by (epoch, position,
+index): augmentation is a function of (seed, epoch, position), so batches do not depend on the number of workers.
 """
 
 import json
 import math
 import os
 import signal
-import sys
 import threading
 from argparse import Action, ArgumentError, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Collection, Sequence
@@ -30,15 +29,15 @@ import models
 from image_data import timm_data
 from image_data.files import CropLoader, load_image
 from image_data.shapes import Shapes
-from image_data.timm_data import Stream
 from samplers import REPEATS, RepeatedAugSampler, eval_shard
 from utils import InputError, at_least, between, print_rank0, seed_all
 
-FULL_SCALE = 0.08, 1.0  # shares of an image that random crops take, as published
+FULL_SCALE = 0.08, 1.0  # area of random crops as a fraction of the image; the default of timm and of the recipe
 DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
+DATA_SET_NAMES = ', '.join((*DATA_SETS, *(f'{prefix}NAME' for prefix in timm_data.PREFIXES)))
 INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 CROP_MODES = ('center', 'squash', 'border')
-# Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
+# Flags that may differ when a run is resumed, and whether it stays bit for bit the same even so.
 MAY_CHANGE = dict.fromkeys(('data_path', 'val_split', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
 
 
@@ -47,69 +46,69 @@ def add_arguments(parser: ArgumentParser):
     add_image_arguments(parser)
     unit, positive = between(0, 1), between(0, math.inf)
     add = parser.add_argument_group('loading').add_argument
-    add('--num_workers', type=at_least(0), default=10, help='loading processes, at most the cores at hand')
-    add('--pin-mem', action=BooleanOptionalAction, default=True, help='used with CUDA alone')
+    add('--num_workers', type=at_least(0), default=10, help='loading processes, at most the available cores')
+    add('--pin-mem', action=BooleanOptionalAction, default=True, help='pinned memory (CUDA only)')
     about = 'unreadable training images that each process may replace by others'
     add('--max-broken-images', type=at_least(0), default=0, metavar='N', help=about)
-    add('--dist-eval', action='store_true', help='accepted; evaluation is always shared out, exactly')
+    add('--dist-eval', action='store_true', help='no effect: evaluation is always distributed, and exact')
 
     add = parser.add_argument_group('augmentation').add_argument
-    add('--repeated-aug', action=BooleanOptionalAction, default=True, help='three times each')
-    about = 'share of an image that a random crop takes, from and to; larger images than 32 px'
-    add('--scale', type=between(0.01, 1), nargs=2, action=Ascending, default=FULL_SCALE, metavar='SHARE', help=about)
-    add('--color-jitter', type=positive, default=0.4, help='strength, where --aa is off')
-    add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help="timm's policy; '' is off")
-    add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of crops')
-    about = 'training reads JPEGs in faster ways; off, it sees the exact pixels, as evaluation always'
+    add('--repeated-aug', action=BooleanOptionalAction, default=True, help='a third of the images, three times each')
+    about = 'area of random crops as a fraction of the image (above 32 px only)'
+    add('--scale', type=between(0.01, 1), nargs=2, action=Ascending, default=FULL_SCALE, metavar='AREA', help=about)
+    add('--color-jitter', type=positive, default=0.4, help='strength of color jitter, used without --aa')
+    add('--aa', type=augmentation_policy, default='rand-m9-mstd0.5-inc1', help="timm's policy; '' for none")
+    filters = 'random', 'bilinear', 'bicubic'
+    add('--train-interpolation', default='bicubic', choices=filters, help='resize filter of random crops')
+    about = 'faster reading of training images, with slightly different pixels; evaluation is always exact'
     add('--fast-decode', action=BooleanOptionalAction, default=True, help=about)
-    add('--reprob', type=unit, default=0.25, help='probability of erasing a rectangle')
-    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what fills it')
-    add('--recount', type=at_least(1), default=1, help='most rectangles in an image')
-    add('--resplit', action='store_true', help='accepted; there are no augmentation splits')
+    add('--reprob', type=unit, default=0.25, help='probability of random erasing')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='fill of erased rectangles')
+    add('--recount', type=at_least(1), default=1, help='maximum number of erased rectangles')
+    add('--resplit', action='store_true', help='no effect: there are no augmentation splits')
 
-    add = parser.add_argument_group('mixing of images and labels').add_argument
-    add('--mixup', type=positive, default=0.8, help='alpha of mixup, 0 is off')
-    add('--cutmix', type=positive, default=1.0, help='alpha of cutmix, 0 is off')
-    add('--cutmix-minmax', type=unit, nargs=2, action=Ascending, metavar='SIDE', help='limits; replaces --cutmix')
-    add('--mixup-prob', type=unit, default=1.0, help='probability of either')
-    add('--mixup-switch-prob', type=unit, default=0.5, help='probability of cutmix where both are on')
-    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixture')
+    add = parser.add_argument_group('mixup, cutmix and label smoothing').add_argument
+    add('--mixup', type=positive, default=0.8, help='mixup alpha, 0 for none')
+    add('--cutmix', type=positive, default=1.0, help='cutmix alpha, 0 for none')
+    about = 'min and max side of the box, replace --cutmix'
+    add('--cutmix-minmax', type=unit, nargs=2, action=Ascending, metavar='SIDE', help=about)
+    add('--mixup-prob', type=unit, default=1.0, help='probability of mixup or cutmix')
+    add('--mixup-switch-prob', type=unit, default=0.5, help='probability of cutmix if both are on')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixing ratio')
     add('--smoothing', type=unit, default=0.1, help='label smoothing')
 
 
 def add_image_arguments(parser: ArgumentParser):
-    """Flags of what is read and how a model is to see it, which is all that pictures need."""
+    """Flags of what is read and of its preprocessing: all the data flags that pictures need."""
     add = parser.add_argument_group('data').add_argument
-    add('--data-path', default='.', help='folder that holds the data set; SHAPES needs none')
-    about = (
-        f"{', '.join(DATA_SETS)}; or timm's name: {', '.join(timm_data.PREFIXES)}... (IMNET: train/CLASS/, val/CLASS/)"
-    )
+    add('--data-path', default='.', help='folder of the data set (SHAPES needs none)')
+    about = f'{DATA_SET_NAMES} (IMNET: train/CLASS/, val/CLASS/)'
     add('--data-set', type=data_set, default='IMNET', metavar='NAME', help=about)
-    add('--train-split', default='train', metavar='NAME', help="of timm's data sets; of wds/ also SHARDS.tar|IMAGES")
-    add('--val-split', default='validation', metavar='NAME', help='the same, for evaluation')
-    add('--num-classes', type=at_least(1), metavar='N', help="for timm's data sets that do not tell, as wds/")
+    add('--train-split', default='train', metavar='NAME', help='training split of torch/ and hfds/')
+    add('--val-split', default='validation', metavar='NAME', help='evaluation split of torch/ and hfds/')
+    add('--num-classes', type=at_least(1), metavar='N', help='number of classes of hfds/ data without class names')
     add('--inat-category', default='name', choices=INAT_LEVELS, help='level of iNaturalist classes')
-    add('--batch-size', type=at_least(1), default=64, help='images of one process in one step')
+    add('--batch-size', type=at_least(1), default=64, help='images per process and step')
 
-    group = parser.add_argument_group('preprocessing', "Defaults are the model's own; the start prints what holds.")
+    group = parser.add_argument_group('preprocessing', "Defaults come from the model's configuration.")
     add = group.add_argument
-    add('--input-size', type=at_least(1), metavar='PX', help='side of the images')
-    add('--mean', type=between(0, 1), nargs='+', metavar='M', help='of pixels from 0 to 1, one or one a channel')
-    add('--std', type=between(0.001, 1), nargs='+', metavar='S', help='of pixels, one or one a channel')
-    add('--crop-pct', type=between(0.01, 1), metavar='P', help='share of a resized side that evaluation crops')
-    add('--crop-mode', choices=CROP_MODES, help='of evaluation, as in timm')
-    add('--interpolation', choices=('bilinear', 'bicubic'), help='of evaluation')
+    add('--input-size', type=at_least(1), metavar='PX', help='image size')
+    add('--mean', type=between(0, 1), nargs='+', metavar='M', help='pixel mean (0 to 1), one value or one per channel')
+    add('--std', type=between(0.001, 1), nargs='+', metavar='S', help='pixel standard deviation, likewise')
+    add('--crop-pct', type=between(0.01, 1), metavar='P', help='fraction of the resized side that evaluation crops')
+    add('--crop-mode', choices=CROP_MODES, help='crop of evaluation, as in timm')
+    add('--interpolation', choices=('bilinear', 'bicubic'), help='resize filter of evaluation')
 
 
 def data_set(text: str) -> str:
     """The `type` of a flag: one of DATA_SETS, or timm's name of a data set."""
     if text not in DATA_SETS and not text.startswith(timm_data.PREFIXES):
-        raise ArgumentTypeError(f'expected {", ".join(DATA_SETS + timm_data.PREFIXES)}..., found {text}')
+        raise ArgumentTypeError(f'expected one of {DATA_SET_NAMES}; found {text}')
     return text
 
 
 class Ascending(Action):
-    """Of a flag with two numbers: the first may not be above the second."""
+    """For a flag with two numbers, of which the first may not be the larger one."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: list[float], option_string=None):
         if values[0] > values[1]:
@@ -118,23 +117,23 @@ class Ascending(Action):
 
 
 def augmentation_policy(text: str) -> str:
-    """The `type` of a flag: a policy that timm can make, or '' for none."""
+    """The `type` of a flag: an augmentation policy of timm, or '' for none."""
     try:
         create_transform(SMALL, is_training=True, auto_augment=text)
-    except Exception as error:  # of half a dozen kinds
+    except Exception as error:  # timm raises half a dozen kinds
         raise ArgumentTypeError(f'timm has no policy {text!r} ({type(error).__name__}: {error})') from error
     return text
 
 
 # --- preprocessing and augmentation
 
-# Up to this size images are small already: training crops them from a padded border, and evaluation takes them whole.
+# Up to this size, training crops images after padding them, as is usual for CIFAR, and evaluation does not crop.
 SMALL = 32
 PADDING = 4
 
 
 class DataConfig(NamedTuple):
-    """What a model expects of its images; the names are those of the flags and of timm."""
+    """Preprocessing of a model, by the names of the flags and of timm."""
 
     input_size: int  # pixels a side
     mean: tuple[float, ...]  # of pixels from 0 to 1
@@ -145,29 +144,29 @@ class DataConfig(NamedTuple):
 
 
 def data_config(args: Namespace, model_name: str) -> DataConfig:
-    """The data configuration that a model was published with, but for what the flags of preprocessing say.
+    """The model's data configuration in timm, with what the preprocessing flags override.
 
-    Raises InputError for models that do not take square images with three channels.
+    Raises InputError for models that do not take square RGB images.
     """
     given = {name: getattr(args, name) for name in DataConfig._fields}
     for name in ('mean', 'std'):
         if given[name] and len(given[name]) not in (1, 3):
-            raise InputError(f'--{name}: expected one number or three, found {given[name]}')
+            raise InputError(f'--{name}: expected 1 or 3 values, found {given[name]}')
     cfg, size = models.published_cfg(model_name), given['input_size']
     config = resolve_data_config(given | {'input_size': size and (3, size, size)}, cfg.to_dict())
     _, rows, columns = config['input_size']
     if cfg.input_size[0] != 3 or rows != columns:
-        published = ' x '.join(map(str, cfg.input_size))
-        raise InputError(f'{model_name} takes images of {published}; expected 3 channels and a square (--input-size)')
-    if config['crop_mode'] not in CROP_MODES:
-        raise InputError(f'{model_name} has crop_mode {config["crop_mode"]}; expected one of {", ".join(CROP_MODES)}')
+        found = ' x '.join(map(str, cfg.input_size))
+        raise InputError(f'{model_name} takes images of {found}; expected 3 channels and a square (--input-size)')
+    if (crop_mode := config['crop_mode']) not in CROP_MODES:
+        raise InputError(f'{model_name} has crop_mode {crop_mode}; expected one of {", ".join(CROP_MODES)}')
     if given['crop_pct'] is None and rows <= SMALL:
         config['crop_pct'] = 1.0
     return DataConfig(**config | {'input_size': rows})
 
 
 def describe(config: DataConfig) -> str:
-    """A line about a data configuration, for the start of a run."""
+    """A data configuration in one line, which scripts print at the start."""
     mean, std = (' '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
     return (
         f'images: {config.input_size} px, evaluated at crop_pct {config.crop_pct:g} ({config.crop_mode}), '
@@ -176,7 +175,7 @@ def describe(config: DataConfig) -> str:
 
 
 class ToTensor:
-    """RGB image to a normalised tensor (3, height, width): torchvision's ToTensor and Normalize, in half the time."""
+    """RGB image to a normalized tensor (3, height, width): the bits of torchvision's ToTensor and Normalize, faster."""
 
     def __init__(self, config: DataConfig):
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
@@ -188,27 +187,27 @@ class ToTensor:
 
 
 def build_transform(config: DataConfig, augment: dict | None = None) -> transforms.Compose:
-    """timm's transform of an RGB image of any size to a normalised tensor (3, input_size, input_size).
+    """timm's transform of an RGB image of any size to a normalized tensor (3, input_size, input_size).
 
-    Without `augment` that of evaluation, else of training, whose first step is the random crop. `augment` holds
-    arguments of `create_transform`.
+    `augment` holds the arguments of `create_transform` for training; the first step is then the random crop. Without
+    it, the transform is that of evaluation.
     """
     if augment is None:
-        resize_and_crop = create_transform(**config._asdict()).transforms[:-2]  # without timm's ToTensor and Normalize
+        *resize_and_crop, _, _ = create_transform(**config._asdict()).transforms  # the rest: ToTensor, Normalize
         return transforms.Compose([*resize_and_crop, ToTensor(config)])
     size = config.input_size
     stages = create_transform(size, is_training=True, mean=config.mean, std=config.std, separate=True, **augment)
     (crop, flip), distort, (_, _, *erase) = (stage.transforms for stage in stages)
     if size <= SMALL:
         if tuple(augment.get('scale', FULL_SCALE)) != FULL_SCALE:
-            raise InputError(f'--scale: images of {SMALL} px or less are cropped from a padded border; leave it out')
+            raise InputError(f'--scale: images up to {SMALL} px are padded and cropped instead; leave it out')
         resize = transforms.Resize(size, InterpolationMode.BICUBIC)
         crop = transforms.Compose([resize, transforms.RandomCrop(size, padding=PADDING)])
     return transforms.Compose([crop, flip, *distort, ToTensor(config), *erase])
 
 
 def augmentation(args: Namespace) -> dict:
-    """The flags of augmentation, by the names that `create_transform` has for them."""
+    """The augmentation flags as arguments of `create_transform`."""
     names = {'color_jitter': 'color_jitter', 'aa': 'auto_augment', 'train_interpolation': 'interpolation'}
     names |= {'scale': 'scale', 'reprob': 're_prob', 'remode': 're_mode', 'recount': 're_count'}
     return {name: getattr(args, flag) for flag, name in names.items()}
@@ -220,10 +219,10 @@ def augmentation(args: Namespace) -> dict:
 def build_dataset(
     args: Namespace, config: DataConfig, train: bool, classes: list[str] | None = None, num_classes: int | None = None
 ) -> Dataset:
-    """Dataset of the flags, transformed for training or for evaluation.
+    """The dataset of the flags with the transform of training or of evaluation.
 
-    `classes` are those of training, and `num_classes` their number, where known: evaluation then has the same labels.
-    Raises InputError where the dataset has others.
+    `classes` and `num_classes` are those of training, if known; evaluation then uses the same labels. Raises InputError
+    if the dataset has other classes.
     """
     root, split = Path(args.data_path).expanduser(), 'train' if train else 'val'
     transform = build_transform(config, augmentation(args) if train else None)
@@ -238,8 +237,7 @@ def build_dataset(
         dataset = Shapes(split, config.input_size, transform=transform)
     elif '/' in args.data_set:
         split, count = args.train_split if train else args.val_split, num_classes or args.num_classes
-        where = os.path.expanduser(args.data_path)  # no Path, as it may be a URL
-        dataset = timm_data.build(args.data_set, where, split, train, transform, count)
+        dataset = timm_data.build(args.data_set, str(root), split, train, transform, count)
     else:
         dataset = cifar(root, train, CIFAR10 if args.data_set == 'CIFAR10' else CIFAR100, transform)
     if num_classes not in (None, len(dataset.classes)):
@@ -253,7 +251,7 @@ Samples = list[tuple[str, int]]  # path and label
 
 
 class ImageFiles(Dataset):
-    """Image files and their labels, which `classes` names; `fast`: the first step of `transform` by a CropLoader."""
+    """Image files with labels; with `fast`, a CropLoader takes the place of the first step of `transform`."""
 
     def __init__(self, samples: Samples, classes: list[str], transform: transforms.Compose, fast: bool = False):
         self.samples, self.classes, self.transform, self.loader = samples, classes, transform, load_image
@@ -275,17 +273,16 @@ class ImageFiles(Dataset):
 def image_folder(
     root: Path, classes: list[str] | None = None, num_classes: int | None = None, source: str = 'the checkpoint'
 ) -> tuple[Samples, list[str]]:
-    """Images in one folder for each class, in the order of the names, and the classes; hidden ones are left out.
+    """Images of `root`, one folder per class in sorted order, and the classes; hidden folders and files are skipped.
 
-    `classes` are those of training, where known: labels then go by name; some folders may be missing, none unknown.
-    Where only their number is known, that of `source`, see `name_classes`. Raises InputError where folders or images
-    are missing.
+    `classes` are those of training, if known: labels are then matched by name, and folders may be missing. If only
+    their number in `source` is known, `name_classes` finds the names. Raises InputError for unknown or empty folders.
     """
     if not root.is_dir():
         raise _missing(root, 'a folder with a folder of images for each class')
     folders = sorted(path.name for path in root.iterdir() if path.is_dir())
     if hidden := {name for name in folders if name.startswith('.')}:
-        print_rank0(f'{root}: left out hidden folders: {_abbreviate(hidden)}')
+        print_rank0(f'{root}: skipped hidden folders {_abbreviate(hidden)}')
         folders = [name for name in folders if name not in hidden]
     if not folders:
         raise InputError(f'{root} holds no class folders; it holds {_abbreviate(os.listdir(root))}')
@@ -305,25 +302,25 @@ def image_folder(
 
 
 def name_classes(root: Path, folders: list[str], num_classes: int, source: str) -> list[str]:
-    """The classes of a checkpoint that does not name them: ImageNet's, or else the class folders in `root` in order.
+    """Class names for a checkpoint without any: ImageNet's synsets, or the sorted folders of `root`.
 
-    Raises InputError where neither fits.
+    Raises InputError if neither fits.
     """
     synsets = ImageNetInfo().label_names()
     unknown = set(folders) - set(synsets)
     if num_classes == len(synsets) and not unknown:
         return synsets
     if num_classes == len(folders):
-        print_rank0(f'{root}: {source} does not name its {num_classes} classes; taken for these folders in order')
+        print_rank0(f'{root}: {source} does not name its {num_classes} classes; using the sorted folders')
         return folders
     message = f'{source} has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
     if num_classes == len(synsets):
-        message += f', {len(unknown)} not named by an ImageNet synset: {_abbreviate(unknown)}'
+        message += f', {len(unknown)} of which are not ImageNet synsets: {_abbreviate(unknown)}'
     raise InputError(message)
 
 
 def compare_classes(trained: Sequence[str], current: Sequence[str]) -> str:
-    """How the classes of a dataset differ from those of training, in words; '' where they are the same."""
+    """How the classes of a dataset differ from those of training, in words; '' if they are the same."""
     lacking, new = set(trained) - set(current), set(current) - set(trained)
     if lacking or new:
         return f'the data lacks {len(lacking)} ({_abbreviate(lacking)}) and has {len(new)} others ({_abbreviate(new)})'
@@ -333,8 +330,8 @@ def compare_classes(trained: Sequence[str], current: Sequence[str]) -> str:
 def inaturalist(root: Path, split: str, year: int, level: str) -> tuple[Samples, list[str]]:
     """iNaturalist from `{split}{year}.json` and `categories.json`; classes are the names at `level`, in that order.
 
-    The published code orders them by first appearance in the training list, which evaluation should not need. Raises
-    InputError for a path outside `root`, a category that is not in the list, or a level that categories lack.
+    The original Evo-ViT orders them by first appearance in the training list, which evaluation should not need. Raises
+    InputError for a path outside `root`, an unknown category, or a level that categories lack.
     """
     list_path, categories_path = paths = root / f'{split}{year}.json', root / 'categories.json'
     for path in paths:
@@ -361,7 +358,7 @@ def inaturalist(root: Path, split: str, year: int, level: str) -> tuple[Samples,
 
 
 def cifar(root: Path, train: bool, kind: type[CIFAR10], transform: Callable) -> CIFAR10:
-    """torchvision's CIFAR-10 or CIFAR-100 as it unpacks them; InputError where files are missing or damaged."""
+    """torchvision's CIFAR-10 or CIFAR-100, as it unpacks them; InputError if files are missing or damaged."""
     folder = root / kind.base_folder
     if not folder.is_dir():
         raise _missing(folder, f'{kind.__name__} as torchvision unpacks it')
@@ -372,14 +369,14 @@ def cifar(root: Path, train: bool, kind: type[CIFAR10], transform: Callable) -> 
 
 
 def _missing(path: Path, expected: str) -> InputError:
-    """The error for a path that does not exist, which says what the nearest folder holds."""
+    """The error for a missing path, with the content of the nearest folder that exists."""
     path = path.absolute()
     folder = next(parent for parent in path.parents if parent.is_dir())
     return InputError(f'{path} does not exist: expected {expected}; {folder} holds {_abbreviate(os.listdir(folder))}')
 
 
 def _abbreviate(names: Collection[str], most: int = 5) -> str:
-    """The first of some names, and how many more there are."""
+    """The first names in sorted order, and how many more there are."""
     more = f' and {len(names) - most} more' if len(names) > most else ''
     return ', '.join(sorted(names)[:most]) + more or 'nothing'
 
@@ -388,10 +385,10 @@ def _abbreviate(names: Collection[str], most: int = 5) -> str:
 
 
 class Seeded(Dataset):
-    """Takes (epoch, position, index) and makes all that is random in an image a function of (seed, epoch, position).
+    """Indexed by (epoch, position, index); augmentation is a function of (seed, epoch, position).
 
-    Without workers this seeds the generators of the training process itself, which therefore seeds them for each batch.
-    Up to `max_broken` unreadable images are replaced by the next in the dataset; all workers mark them in `broken`.
+    Up to `max_broken` unreadable images are replaced by the next one in the dataset; all workers share the count.
+    Without workers this seeds the generators of the training process, which seeds them again for each step.
     """
 
     def __init__(self, dataset: Dataset, seed: int, max_broken: int = 0):
@@ -408,13 +405,14 @@ class Seeded(Dataset):
             try:
                 return self.dataset[index]
             except InputError as error:
-                is_new, self.broken[index] = not self.broken[index], 1
+                is_new = not self.broken[index]
+                self.broken[index] = 1
                 count = int(self.broken.sum())
                 if count > self.max_broken:
                     limit = f'{count} broken training images, --max-broken-images allows {self.max_broken}'
                     raise InputError(f'{error}\n{limit}') from error
                 if is_new:
-                    print(f'warning: {error}; the next image takes its place ({count} so far)', flush=True)
+                    print(f'warning: {error}; replaced by the next image ({count} so far)', flush=True)
                 index = (index + 1) % len(self)
 
 
@@ -427,11 +425,10 @@ def build_loaders(
     num_classes: int | None = None,
     train: bool = True,
 ) -> tuple[DataLoader | None, DataLoader]:
-    """Loaders of this process: training (None unless `train`; then no training image is read) and validation.
+    """Training and validation loaders of this process; without `train` the first is None and only validation is read.
 
-    The training loader's `sampler` has `set_epoch`; the validation loader's `dataset.classes` are the classes of both.
-    `classes` and `num_classes` are those of the checkpoint that is evaluated, where known.
-    Raises InputError where there are no images, or fewer than a batch.
+    `classes` and `num_classes` are those of the checkpoint to evaluate, if known; otherwise those of the training data.
+    The training sampler has `set_epoch`. Raises InputError if there are no images, or fewer than a batch.
     """
     train_loader = None
     if train:
@@ -440,50 +437,36 @@ def build_loaders(
     dataset = build_dataset(args, config, False, classes, num_classes)
     if not len(dataset):
         raise InputError(f'--data-set {args.data_set} in {args.data_path}: no validation images')
-    if isinstance(dataset, Stream):
-        return train_loader, build_stream_loader(args, dataset, rank, world_size)
     return train_loader, build_loader(args, dataset, sampler=eval_shard(len(dataset), rank, world_size))
 
 
 def build_train_loader(args: Namespace, dataset: Dataset, rank: int, world_size: int) -> DataLoader:
-    """A loader whose images are a function of the seed, the epoch and their place in it."""
-    if isinstance(dataset, Stream):
-        return build_stream_loader(args, dataset, rank, world_size)
+    """A loader whose batches are a function of the seed, the epoch and the position in it."""
     sampler = RepeatedAugSampler(len(dataset), rank, world_size, args.seed, REPEATS if args.repeated_aug else 1)
     if len(sampler) < args.batch_size:
         raise InputError(
             f'{len(dataset)} training images give each of {world_size} processes {len(sampler)} an epoch, '
-            f'less than one batch of {args.batch_size}; choose a smaller --batch-size'
+            f'fewer than one batch of {args.batch_size}; choose a smaller --batch-size'
         )
     dataset = Seeded(dataset, args.seed, args.max_broken_images)
     return build_loader(args, dataset, sampler=sampler, drop_last=True)
 
 
-def build_stream_loader(args: Namespace, stream: Stream, rank: int, world_size: int) -> DataLoader:
-    """The loader of a stream, with one worker a shard at the most."""
-    print_rank0(f'--data-set {args.data_set}: {timm_data.TRAINING if stream.train else timm_data.EVALUATION}')
-    stream.share(rank, world_size, args.batch_size, args.seed)
-    loader = build_loader(args, stream, stream.most_workers(), drop_last=stream.train)
-    stream.workers = loader.num_workers
-    loader.sampler.set_epoch = stream.set_epoch  # where the loader of a data set that is read by index has it
-    return loader
-
-
-def build_loader(args: Namespace, dataset: Dataset, most_workers: int = sys.maxsize, **options) -> DataLoader:
-    """A loader with as many workers as the flags and the cores of this process allow."""
+def build_loader(args: Namespace, dataset: Dataset, **options) -> DataLoader:
+    """A loader with `--num_workers` workers, but at most this process's part of the available cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = min(args.num_workers, most_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-    options |= dict(num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_outlive_termination)
+    workers = min(args.num_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    options |= dict(num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_ignore_signals_to_the_group)
     options |= dict(pin_memory=args.pin_mem and torch.cuda.is_available())
-    # A generator of its own: otherwise evaluating would shift the random numbers of training.
+    # With its own generator, the loader does not draw from that of training: evaluation must not change a run.
     return DataLoader(dataset, args.batch_size, generator=torch.Generator(), **options)
 
 
-def _outlive_termination(_):
-    """Let this loading process end for SIGTERM from its parent alone: a step before a checkpoint still needs it.
+def _ignore_signals_to_the_group(_):
+    """End this worker on SIGTERM from its parent only: the step before a checkpoint still needs batches.
 
-    A signal to the process group, such as Ctrl-C, or to all processes of a job reaches it too. Only a wait for signals
-    says who sent one, hence the thread.
+    Ctrl-C and schedulers signal all processes of a job, workers too. Only waiting for a signal tells who sent it, hence
+    the thread.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, 'sigwaitinfo'):  # not on macOS
@@ -499,11 +482,11 @@ def _outlive_termination(_):
 
 
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix of a batch, which also smooths its labels; None where both are off."""
+    """timm's mixup and cutmix with label smoothing; None if both are off."""
     if args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax:
         return None
     if args.batch_size % 2:
-        raise InputError(f'--batch-size {args.batch_size} is odd, images are mixed in pairs; off: --mixup 0 --cutmix 0')
+        raise InputError(f'--batch-size {args.batch_size} is odd, but mixup pairs images (off: --mixup 0 --cutmix 0)')
     probabilities = dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode)
     labels = dict(label_smoothing=args.smoothing, num_classes=num_classes)
     return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, **probabilities, **labels)

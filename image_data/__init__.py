@@ -1,1 +1,1 @@
-"""Image data: files to pixels, the drawn data set SHAPES, and data sets that timm reads."""
+"""Image data: files to pixels, the generated data set SHAPES, and data sets that timm reads."""

@@ -1,4 +1,4 @@
-"""Learning curves of runs, from the log.txt that training writes: loss, top-1 and learning rate."""
+"""Learning curves of runs from their log.txt: loss, top-1 and learning rate."""
 
 import json
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from matplotlib.ticker import MaxNLocator
 
 from utils import InputError
 
-# Told apart by colour-blind eyes (Okabe and Ito), and in grey by the markers.
-COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', 'black'
+# Distinguishable with color blindness (Okabe and Ito), and in gray by the markers.
+COLORS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', 'black'
 MARKERS = 'osD^vPX'
 
 
 def read_logs(sources: Sequence[str]) -> dict[str, list[dict]]:
-    """The logs of runs by the names of their folders, or by their paths where names are the same."""
+    """The logs of runs by the names of their folders, or by their paths if two names are the same."""
     paths = [Path(source).expanduser() for source in sources]
     names = [(path.parent if path.name == 'log.txt' else path).resolve().name for path in paths]
     names = names if len(set(names)) == len(names) else list(sources)
@@ -25,7 +25,7 @@ def read_logs(sources: Sequence[str]) -> dict[str, list[dict]]:
 
 
 def read_log(source: Path) -> list[dict]:
-    """The lines of a run's log, one an epoch, from its folder or file; InputError where there are none."""
+    """The lines of a run's log, one per epoch, from its folder or file; InputError if there are none."""
     path = source / 'log.txt' if source.is_dir() else source
     expected = 'expected the --output_dir of a run whose first epoch is done'
     if not path.is_file():
@@ -34,19 +34,19 @@ def read_log(source: Path) -> list[dict]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         [line['epoch'] + 0 for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'--log {path}: expected a line of JSON with "epoch" for each epoch ({error})') from error
+        raise InputError(f'--log {path}: expected a line of JSON with "epoch" per epoch ({error})') from error
     if not lines:
         raise InputError(f'--log {path} is empty; {expected}')
     return lines
 
 
 def draw_curves(runs: dict[str, list[dict]]) -> Figure:
-    """Loss, top-1 and learning rate over epochs of runs by name, each the lines of its log."""
+    """Loss, top-1 and learning rate over the epochs of each run."""
     figure = Figure((11, 3.6), layout='constrained')
     loss, top1, rate = figure.subplots(1, 3)
     names = []
     for i, (name, lines) in enumerate(runs.items()):
-        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.2)
+        style = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.2)
         plot(loss, lines, 'train_loss', **style)
         plot(loss, lines, 'test_loss', linestyle='--', markerfacecolor='white', **style)
         plot(top1, lines, 'test_acc1', **style)
@@ -62,7 +62,7 @@ def draw_curves(runs: dict[str, list[dict]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
-    # At least ten points: the noise of a run that has converged must not look like progress.
+    # At least ten points, so that the noise of a converged run does not look like progress.
     bottom, top = top1.get_ylim()
     top = min(top, 100.5)
     top1.set_ylim(min(bottom, top - 10), top)
@@ -75,25 +75,25 @@ def draw_curves(runs: dict[str, list[dict]]) -> Figure:
 
 
 def plot(axes: Axes, lines: Sequence[dict], key: str, **style):
-    """A curve of the epochs in which the log has a number."""
+    """A curve over the epochs whose line has a number."""
     points = [(line['epoch'], line[key]) for line in lines if line.get(key) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **style)
 
 
 def mark_selection(axes: Axes, lines: Sequence[dict]):
-    """A line where another kind of selection begins, which may cost accuracy at first."""
+    """A vertical line where the kind of selection changes, which may cost accuracy at first."""
     for before, line in zip(lines, lines[1:], strict=False):
         if before.get('selection') != line.get('selection'):
-            axes.axvline(line['epoch'] - 0.5, color='grey', linestyle='-.', linewidth=1)
+            axes.axvline(line['epoch'] - 0.5, color='gray', linestyle='-.', linewidth=1)
             place = dict(
-                xy=(line['epoch'] - 0.5, 0.02), xycoords=('data', 'axes fraction'), fontsize=8, color='dimgrey'
+                xy=(line['epoch'] - 0.5, 0.02), xycoords=('data', 'axes fraction'), fontsize=8, color='dimgray'
             )
             axes.annotate(f' {line["selection"]}', **place)
 
 
 def add_legend(axes: Axes, styles: dict[str, tuple[str, str]], runs: dict[str, list[dict]]):
-    """Say what the kinds of lines are that are drawn, where there are several."""
+    """A legend of the line styles, if several are drawn."""
     drawn = [value for key, value in styles.items() if any(key in line for lines in runs.values() for line in lines)]
     if len(drawn) > 1:
         axes.legend(handles=[Line2D([], [], color='black', linestyle=s, label=n) for n, s in drawn], frameon=False)

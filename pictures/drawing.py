@@ -1,6 +1,6 @@
-"""Pictures of predictions: pixels that show a selection, a sheet and frames for an image, a contact sheet for several.
+"""Figures of predictions: a selection as pixels, a sheet and frames for an image, a contact sheet for several.
 
-And how much of the object selections keep, where that is known.
+Also a plot of how much of the object selections keep, where that is known.
 """
 
 import math
@@ -17,20 +17,20 @@ from matplotlib.figure import Figure
 
 from models.evolution import Selection
 
-FADED = 0.3  # share of a placeholder's own colour, as published; the rest is white, or the grey of the hatching
-HATCH_GREY = 128
-LINE = 0.45  # share of black or white in the outline of a cluster
-BLUE, ORANGE = '#0072B2', '#D55E00'  # told apart by colour-blind eyes
-MARKS, COLOURS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
+FADED = 0.3  # weight of an uninformative patch's own color, as in the original Evo-ViT; the rest is the hatching
+HATCH_GRAY = 128
+LINE = 0.45  # weight of black or white in the outline of a cluster
+BLUE, ORANGE = '#0072B2', '#D55E00'  # distinguishable with color blindness
+MARKS, COLORS = {'right': '✓ ', 'wrong': '✗ ', '': ''}, {'right': BLUE, 'wrong': ORANGE, '': 'black'}
 MAX_COLUMNS = 5  # selections side by side in a sheet
-HATCHED = 'Hatched patches skip the blocks; none is lost. The class attention selects: not always the object.'
+HATCHED = 'Hatched patches skip the blocks; none is lost. The selection need not be the object.'
 
 
 class Prediction(NamedTuple):
     """An image (height, width, 3), uint8, as a model sees it, its class probabilities, and selections by name.
 
-    The parts of a selection are grids (rows, columns): `kept` says which patches are informative, `score` is relative
-    to its mean, `cluster` is the informative patch that represents each patch, None unless it is the nearest.
+    The parts of a selection are grids (rows, columns): `kept` is True for informative patches, `score` is relative to
+    its mean, `cluster` numbers the representative of each patch (None unless it is the nearest).
     """
 
     image: np.ndarray
@@ -40,9 +40,9 @@ class Prediction(NamedTuple):
 
 
 class View(NamedTuple):
-    """A picture of an image or of a selection: the end of its file's name, a title, pixels, the patches to outline."""
+    """A picture of an image or of a selection: suffix of the file name, title, pixels, patches to outline."""
 
-    ending: str
+    suffix: str
     title: str
     pixels: np.ndarray
     kept: np.ndarray | None = None
@@ -52,17 +52,17 @@ class View(NamedTuple):
 
 
 def slug(selection: str) -> str:
-    """'stages.1.blocks.0' as a part of a file name: 'stage1_block0'."""
+    """'stages.1.blocks.0' in a file name: 'stage1_block0'."""
     return selection.replace('s.', '').replace('.', '_')
 
 
-def label(selection: str) -> str:
+def selection_title(selection: str) -> str:
     """'stages.1.blocks.0' in words: 'stage 1, block 0'."""
     return re.sub(r'(\d+)', r' \1', slug(selection)).replace('_', ', ')
 
 
-def describe(prediction: Prediction, classes: list[str]) -> tuple[str, str]:
-    """Whether a prediction is 'right' or 'wrong' ('' without a label), and a text ('' for a model without a head)."""
+def prediction_text(prediction: Prediction, classes: list[str]) -> tuple[str, str]:
+    """'right', 'wrong' or '' (no label), and the prediction in words, '' for a model without a head."""
     if not prediction.probabilities.size:
         return '', ''
     best, true = prediction.probabilities.argmax(), prediction.label
@@ -80,41 +80,40 @@ def likely_classes(prediction: Prediction, classes: list[str]) -> str:
     return '\n'.join(lines)
 
 
-def mean_percent(share: np.ndarray) -> tuple[float, float]:
-    """The mean of a share of each image, in percent, and half of its 95 % interval."""
-    return 100 * share.mean(), 196 * share.std() / math.sqrt(len(share))
+def mean_percent(fractions: np.ndarray) -> tuple[float, float]:
+    """Mean of a fraction per image in percent, and half of its 95 % interval."""
+    return 100 * fractions.mean(), 196 * fractions.std() / math.sqrt(len(fractions))
 
 
 # --- pixels
 
 
 def pixel_patches(image: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row and each column of the pixels, the row and the column of patches that it is in.
+    """The row of patches of each row of pixels, and the same for columns; every grid covers the image evenly.
 
-    Every grid covers the image evenly. A patch of Evo-LeViT's coarser grids takes the place of one of the finer grid
-    (every second), and so covers it, also where 7 rows become 4.
+    A patch of Evo-LeViT's coarser grids takes the place of every second one of the finer grid, and covers it here, also
+    where 7 rows become 4.
     """
     rows, columns = (np.arange(image.shape[i]) * grid.shape[i] // image.shape[i] for i in (0, 1))
     return rows, columns
 
 
 def fade(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The image (height, width, 3) with all patches faded and hatched but those kept (rows, columns)."""
+    """The image (height, width, 3) with patches that are not `kept` (rows, columns) faded and hatched."""
     y, x = pixel_patches(image, kept)
-    # White alone would not show on pale images, nor grey on grey ones: diagonal lines on white do on all.
+    # Diagonal lines on white show on any image; white alone would not on pale ones, nor gray on gray ones.
     patch = min(len(y) // kept.shape[0], len(x) // kept.shape[1])
     period = max(2, min(max(4, min(len(y), len(x)) // 28), patch))
     lines = np.add.outer(np.arange(len(y)), np.arange(len(x))) % period < max(1, period // 4)
-    veil = np.where(lines, HATCH_GREY, 255)[:, :, None]
+    veil = np.where(lines, HATCH_GRAY, 255)[:, :, None]
     faded = np.rint(FADED * image + (1 - FADED) * veil).astype(np.uint8)
     return np.where(kept[y][:, x, None], image, faded)
 
 
 def mosaic(image: np.ndarray, kept: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """The image (height, width, 3) with placeholders in the mean colour of their cluster, kept patches as they are.
+    """The image (height, width, 3) with the patches that are not `kept` in the mean color of their cluster.
 
-    An outline inside the placeholders parts them from other clusters; it is darker than a light fill and lighter than
-    a dark one, so that it shows on any image.
+    Clusters have an outline, darker than a light fill and lighter than a dark one, so that it shows on any image.
     """
     y, x = pixel_patches(image, kept)
     labels = cluster[y][:, x]
@@ -131,11 +130,11 @@ def mosaic(image: np.ndarray, kept: np.ndarray, cluster: np.ndarray) -> np.ndarr
 
 
 def views(prediction: Prediction, names: Sequence[str]) -> list[View]:
-    """The image, and for each of the selections `names` what it keeps, and its clusters if there are any."""
+    """The image, then for each selection in `names` its informative patches, and its clusters if there are any."""
     image, result = prediction.image, [View('', 'image', prediction.image)]
     for name in names:
         kept, cluster = prediction.selections[name].kept, prediction.selections[name].cluster
-        title = f'{label(name)}:\n{kept.sum()} of {kept.size}\ninformative'
+        title = f'{selection_title(name)}:\n{kept.sum()} of {kept.size}\ninformative'
         result.append(View(f'_{slug(name)}', title, fade(image, kept), kept))
         if cluster is not None:
             title = f'{kept.sum()} patches\nrepresent\nall {kept.size}'
@@ -147,9 +146,9 @@ def views(prediction: Prediction, names: Sequence[str]) -> list[View]:
 
 
 def blank_axes(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure of a size in inches, and its axes (rows, columns), without frames."""
+    """A figure, its size in inches, and its axes (rows, columns) without frames."""
     figure = Figure((width, height), layout='constrained')
-    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 0.98))  # a margin, for pages that are dark
+    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 0.98))  # a margin, for dark pages
     axes = figure.subplots(rows, columns, squeeze=False)
     for each in axes.flat:
         each.set_axis_off()
@@ -157,7 +156,7 @@ def blank_axes(width: float, height: float, rows: int, columns: int) -> tuple[Fi
 
 
 def draw_view(axes: Axes, view: View):
-    """Draw the pixels, with an outline around them or around the patches that are kept."""
+    """Draw the pixels, with an outline around the kept patches, or else around the image."""
     height = view.pixels.shape[0] / view.pixels.shape[1]
     kept = np.ones((1, 1), bool) if view.kept is None else view.kept
     axes.imshow(view.pixels, extent=(0, 1, height, 0))
@@ -170,7 +169,7 @@ def draw_view(axes: Axes, view: View):
 
 
 def draw_sheet(prediction: Prediction, classes: list[str]) -> Figure:
-    """One image; for each selection what it keeps, its clusters if there are any, and the score that it chose by."""
+    """One image: for each selection its informative patches, its clusters if there are any, and its scores."""
     columns = [views(prediction, [name])[1:] for name in prediction.selections]
     scores = [selection.score for selection in prediction.selections.values()]
     bands, rows = math.ceil(len(columns) / MAX_COLUMNS), max(map(len, columns)) + 1
@@ -182,29 +181,27 @@ def draw_sheet(prediction: Prediction, classes: list[str]) -> Figure:
     highest = max(np.quantile(score, 0.99) for score in scores)
     for i, (column, score) in enumerate(zip(columns, scores, strict=True)):
         *upper, lowest = axes[rows * (i // width) :, i % width + 1][:rows]
-        for each, view in zip(upper, column, strict=False):  # a grid of one patch has no clusters
+        for each, view in zip(upper, column, strict=False):  # a selection may have no clusters
             draw_view(each, view)
             each.set_title(view.title.replace('\n', ' '), fontsize=8)
-        # By the root, so that a few bright patches do not leave the others black.
+        # On a square-root scale, so that a few high scores do not leave the others black.
         extent = (0, 1, prediction.image.shape[0] / prediction.image.shape[1], 0)
         heat = lowest.imshow(score, 'cividis', PowerNorm(0.5, 0, highest, clip=True), extent=extent)
     bar = figure.colorbar(heat, ax=axes[-1, 1:].tolist(), location='bottom', aspect=40, extend='max')
     bar.set_ticks([tick for tick in (0, 1, 2, 4, 8, 16, 32, 64, 128) if tick <= highest])
-    bar.set_label('global class attention so far, 1 = mean', fontsize=8)
+    bar.set_label('selection score, 1 = mean', fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    verdict, text = describe(prediction, classes)
-    figure.suptitle(MARKS[verdict] + text, color=COLOURS[verdict], fontsize=12, parse_math=False)
+    verdict, text = prediction_text(prediction, classes)
+    figure.suptitle(MARKS[verdict] + text, color=COLORS[verdict], fontsize=12, parse_math=False)
     return figure
 
 
 def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figure:
-    """A column for each image: the image, its first, middle and last selection, the last one's clusters if there are
-    any, and the prediction.
-    """
+    """A column for each image: the image, its first, middle and last selection, the last clusters, the prediction."""
     names = list(predictions[0].selections)
     names = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
     columns = [views(prediction, names) for prediction in predictions]
-    # Of the clusters, the last ones alone.
+    # Only the last clusters.
     shown = [i for i, view in enumerate(columns[0]) if view.kept is not None or i in (0, len(columns[0]) - 1)]
     columns, rows = [[column[i] for i in shown] for column in columns], len(shown)
     bands = math.ceil(len(columns) / math.ceil(math.sqrt(len(columns) * rows)))
@@ -216,15 +213,15 @@ def draw_contact(predictions: Sequence[Prediction], classes: list[str]) -> Figur
             draw_view(each, view)
             if i % width == 0:
                 each.text(-0.06, 0.5, view.title, fontsize=9, ha='right', va='center', transform=each.transAxes)
-        verdict, text = describe(prediction, classes)
-        style = dict(color=COLOURS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
+        verdict, text = prediction_text(prediction, classes)
+        style = dict(color=COLORS[verdict], fontsize=9, ha='center', va='top', parse_math=False)
         cells[-1].text(0.5, -0.06, fill(MARKS[verdict] + text, 20), transform=cells[-1].transAxes, **style)
     figure.supxlabel(fill(HATCHED, 16 * width + 12), fontsize=8)
     return figure
 
 
 def draw_frames(prediction: Prediction) -> list[Figure]:
-    """Frames of an animation, all of one size: the image, then each selection and its clusters if there are any."""
+    """Frames of an animation, all of one size: the image, then each selection, with its clusters if there are any."""
     height, width, _ = prediction.image.shape
     frames = []
     for view in views(prediction, prediction.selections):
@@ -235,14 +232,14 @@ def draw_frames(prediction: Prediction) -> list[Figure]:
     return frames
 
 
-def draw_shares(shares: dict[str, tuple[np.ndarray, float]]) -> Figure:
-    """For each selection, the share of the object that it keeps, mean and 95 % interval, beside what chance keeps."""
-    names = [label(name) for name in shares]
-    means, intervals = zip(*(mean_percent(share) for share, _ in shares.values()), strict=True)
+def draw_coverage(coverage: dict[str, tuple[np.ndarray, float]]) -> Figure:
+    """For each selection, the fraction of the object that it keeps, mean and 95 % interval, beside chance."""
+    names = [selection_title(name) for name in coverage]
+    means, intervals = zip(*(mean_percent(fractions) for fractions, _ in coverage.values()), strict=True)
     figure = Figure((max(4.0, 0.8 * len(names) + 2), 3), layout='constrained')
     axes = figure.subplots()
     axes.errorbar(names, means, intervals, color=BLUE, marker='o', capsize=3, label='of the object')
-    axes.plot(names, [100 * chance for _, chance in shares.values()], '--s', color=ORANGE, label='by chance')
+    axes.plot(names, [100 * chance for _, chance in coverage.values()], '--s', color=ORANGE, label='by chance')
     axes.set(ylim=(0, 100), xlabel='selection before', ylabel='in informative patches (%)')
     axes.tick_params(axis='x', rotation=0 if max(map(len, names)) < 9 else 30)
     axes.legend(frameon=False)

@@ -254,11 +254,6 @@ def test_end_to_end_is_never_mixed_up_with_noise(bench, image_folder):
     assert bench('--data-path', image_folder, *square)[1][1]['image_size'] == 32
 
 
-def test_a_stream_is_refused_before_anything_is_measured(bench, tmp_path):
-    with pytest.raises(InputError, match='--data-set wds/ is a stream.*expected .* read by index'):
-        bench('--data-path', tmp_path, '--data-set', 'wds/', '--num_classes', 4, *INFERENCE)
-
-
 def test_images_are_normalised_as_the_model_wants_them(image_folder):
     args, training_flags = parse('--data-path', image_folder, '--num_workers', 0)
     case = benchmark.make_case(args, training_flags, 'inference', 'vit_tiny_patch16_224', 32, 8)

@@ -54,22 +54,28 @@ def make_loaders(args, rank: int = 0, world_size: int = 1, **known):
     return datasets.build_loaders(args, config(args), rank, world_size, train=not args.eval, **known)
 
 
+def small(root: Path, *argv, evaluate: bool = False):
+    """Flags for batches of 4 images of 32 px in `root`."""
+    return flags('--data-path', root, '--input-size', 32, '--batch-size', 4, *argv, evaluate=evaluate)
+
+
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    """A smooth picture, so that JPEG keeps it."""
+    """A smooth picture, which JPEG keeps."""
     noise = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def folder(root: Path, counts: dict[str, int], size: tuple[int, int] = (40, 30)) -> Path:
+def folder(root: Path, counts: dict[str, int]) -> Path:
     for i, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for k in range(count):
-            picture(*size, seed=100 * i + k).save(root / name / f'{k}.png')
+            picture(seed=100 * i + k).save(root / name / f'{k}.png')
     return root
 
 
 @pytest.fixture
 def image_root(tmp_path):
+    """An image folder that a test may change."""
     folder(tmp_path / 'train', {'ant': 4, 'bee': 4, 'cat': 5})
     folder(tmp_path / 'val', {'ant': 2, 'bee': 2, 'cat': 3})
     return tmp_path
@@ -78,21 +84,9 @@ def image_root(tmp_path):
 # --- flags
 
 
-def test_flags_have_the_published_defaults():
-    args = flags()
-    published = dict(
-        data_set='IMNET', inat_category='name', batch_size=64, color_jitter=0.4,
-        aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', repeated_aug=True, reprob=0.25, remode='pixel',
-        recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5,
-        mixup_mode='batch', smoothing=0.1, pin_mem=True, dist_eval=False,
-    )  # fmt: skip
-    assert {name: getattr(args, name) for name in published} == published
-    assert args.input_size is None and config(args).input_size == 224
-    args = flags(
-        '--no-repeated-aug', '--no_pin_mem', '--num-workers', 3, '--data_path', 'x', '--cutmix-minmax', 0.2, 0.8
-    )
+def test_flags_are_spelled_with_dashes_or_underscores():
+    args = flags('--no-repeated-aug', '--no_pin_mem', '--num-workers', 3, '--data_path', 'x')
     assert (args.repeated_aug, args.pin_mem, args.num_workers, args.data_path) == (False, False, 3, 'x')
-    assert args.cutmix_minmax == [0.2, 0.8]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +111,6 @@ def test_flags_have_the_published_defaults():
         ('--mixup-prob 2', 'from 0 to 1, found 2'),
         ('--mixup-switch-prob -1', 'from 0 to 1, found -1'),
         ('--smoothing 2', 'from 0 to 1, found 2'),
-        ('--aa nonsense', "timm has no policy 'nonsense'"),
         ('--aa rand-m9-foo3', "timm has no policy 'rand-m9-foo3'"),
     ],
 )
@@ -133,37 +126,37 @@ def test_flags_out_of_range_are_one_line_at_the_start(wrong, message, capsys):
 
 
 def write_modes(path: Path) -> dict[str, tuple[Path, np.ndarray]]:
-    """Files in many modes, and the RGB pixels that each stands for."""
+    """Files in many modes, with the RGB pixels that each stands for."""
     rgb = np.asarray(picture())
-    grey = rgb[..., 0]
+    gray = rgb[..., 0]
     alpha = np.where(np.arange(40) < 20, 255, 0).astype(np.uint8)[None].repeat(30, 0)
-    as_rgb = np.stack([grey] * 3, 2)
-    deep = np.minimum(grey.astype(int) * 257 + 100, 65535).astype(np.uint16)
+    as_rgb = np.stack([gray] * 3, 2)
+    deep = np.minimum(gray.astype(int) * 257 + 100, 65535).astype(np.uint16)
 
-    def over_white(colours: np.ndarray) -> np.ndarray:
-        return np.where(alpha[..., None] == 255, colours, 255)
+    def over_white(colors: np.ndarray) -> np.ndarray:
+        return np.where(alpha[..., None] == 255, colors, 255)
 
     palette = Image.fromarray(rgb).quantize(16)
-    colours = np.asarray(palette.convert('RGB'))
+    colors = np.asarray(palette.convert('RGB'))
     clear = int(np.asarray(palette)[0, 0])
-    keyed = Image.fromarray(grey)
+    keyed = Image.fromarray(gray)
+    keyed_colors = np.where(np.asarray(palette)[..., None] == clear, 255, colors)
+    both = Image.fromarray(np.dstack([rgb, alpha]))
     cases = {
-        'grey': (keyed, 'png', {}, as_rgb),
-        'grey with a transparent value': (keyed, 'png', {'transparency': 7}, np.where(as_rgb == 7, 255, as_rgb)),
-        'grey and alpha': (Image.merge('LA', (keyed, Image.fromarray(alpha))), 'png', {}, over_white(as_rgb)),
-        'RGBA': (Image.fromarray(np.dstack([rgb, alpha])), 'png', {}, over_white(rgb)),
-        'RGBA as WEBP': (Image.fromarray(np.dstack([rgb, alpha])), 'webp', {'lossless': True}, over_white(rgb)),
-        'palette': (palette, 'png', {}, colours),
-        'palette with a transparent entry': (
-            palette, 'png', {'transparency': clear}, np.where(np.asarray(palette)[..., None] == clear, 255, colours),
-        ),
-        '1 bit': (Image.fromarray(grey > 128), 'png', {}, np.where(as_rgb > 128, 255, 0)),
+        'gray': (keyed, 'png', {}, as_rgb),
+        'gray with a transparent value': (keyed, 'png', {'transparency': 7}, np.where(as_rgb == 7, 255, as_rgb)),
+        'gray and alpha': (Image.merge('LA', (keyed, Image.fromarray(alpha))), 'png', {}, over_white(as_rgb)),
+        'RGBA': (both, 'png', {}, over_white(rgb)),
+        'RGBA as WEBP': (both, 'webp', {'lossless': True}, over_white(rgb)),
+        'palette': (palette, 'png', {}, colors),
+        'palette with a transparent entry': (palette, 'png', {'transparency': clear}, keyed_colors),
+        '1 bit': (Image.fromarray(gray > 128), 'png', {}, np.where(as_rgb > 128, 255, 0)),
         '16 bits': (Image.fromarray(deep), 'png', {}, as_rgb),
         '16 bits as TIFF': (Image.fromarray(deep), 'tiff', {}, as_rgb),
         '16 bits as PGM': (Image.fromarray(deep), 'ppm', {}, as_rgb),
         'CMYK': (Image.fromarray(rgb).convert('CMYK'), 'tiff', {}, rgb),
         'BMP': (Image.fromarray(rgb), 'bmp', {}, rgb),
-    }  # fmt: skip
+    }
     out = {}
     for name, (image, kind, options, expected) in cases.items():
         out[name] = path / f'{name}.jpg', expected  # Pillow goes by the content, not by the name
@@ -225,7 +218,7 @@ def write_odd_jpegs(path: Path) -> list[Path]:
     large = picture(1000, 800)
     for name, image, options in (
         ('plain', picture(400, 300), {}), ('large', large, {}), ('progressive', large, {'progressive': True}),
-        ('grey', large.convert('L'), {}), ('cmyk', large.convert('CMYK'), {}), ('one', picture(1, 1), {}),
+        ('gray', large.convert('L'), {}), ('cmyk', large.convert('CMYK'), {}), ('one', picture(1, 1), {}),
         ('two', picture(2, 1), {}), ('line', picture(1, 90), {}),
     ):  # fmt: skip
         image.save(path / f'{name}.jpg', **options)
@@ -264,22 +257,6 @@ def test_a_reduced_crop_sees_nothing_around_it(tmp_path):
     crop = make_transform(True, flags()).transforms[0]
     crop.get_params = lambda *_: (160, 160, 480, 480)
     assert np.asarray(CropLoader(crop)(tmp_path / 'a.jpg')).max() <= 2
-
-
-def test_tensors_have_the_bits_of_torchvisions(tmp_path):
-    image = picture(301, 203)
-    theirs = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(transforms.ToTensor()(image))
-    assert torch.equal(datasets.ToTensor(config(flags()))(image), theirs)
-    args = flags('--aa', '', '--color-jitter', 0.4, '--no-fast-decode')
-    ours = make_transform(True, args)
-    steps = timm.data.create_transform(
-        224, is_training=True, color_jitter=0.4, auto_augment='', interpolation='bicubic', re_prob=0.25, re_mode='pixel'
-    )
-    for seed in range(8):
-        utils.seed_all(seed)
-        exact = steps(image)
-        utils.seed_all(seed)
-        assert torch.equal(ours(image), exact)
 
 
 KINDS = [(mode, kind) for mode in ('RGB', 'L') for kind in ('png', 'bmp', 'webp', 'tiff', 'jpg')]
@@ -326,9 +303,9 @@ def broken_files(path: Path) -> dict[str, tuple[Path, str]]:
     files = {
         'truncated': (whole[: len(whole) // 2], 'truncated'),
         'corrupt': (bytes(corrupt), ''),
-        'empty': (b'', 'no image in a format'),
-        'text': (b'not an image\n', 'no image in a format'),
-        'eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'no image in a format'),
+        'empty': (b'', 'no image in a supported'),
+        'text': (b'not an image\n', 'no image in a supported'),
+        'eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'no image in a supported'),
         'large': (png_header(9000, 8000), '9000 x 8000'),
         'larger than Pillow opens': (png_header(60000, 60000), '3600000000 pixels'),
         'wide': (png_header(3000, 1), '3000 x 1'),
@@ -338,7 +315,7 @@ def broken_files(path: Path) -> dict[str, tuple[Path, str]]:
     for name, (content, word) in files.items():
         out[name] = path / f'{name}.jpg', word
         out[name][0].write_bytes(content)
-    out['gif'] = path / 'gif.jpg', 'no image in a format'
+    out['gif'] = path / 'gif.jpg', 'no image in a supported'
     picture().save(out['gif'][0], 'gif')
     out['float'] = path / 'float.jpg', 'mode F'
     Image.fromarray(np.ones((9, 9), np.float32)).save(out['float'][0], 'tiff')
@@ -360,21 +337,17 @@ def test_unusable_files_are_refused_by_name(tmp_path, fast):
 def test_a_broken_image_stops_evaluation_with_its_path(image_root, workers):
     path = image_root / 'val' / 'bee' / '0.png'
     path.write_bytes(path.read_bytes()[:-60])
-    args = flags(
-        '--data-path', image_root, '--input-size', 32, '--batch-size', 3, '--num_workers', workers, evaluate=True
-    )
     with pytest.raises(InputError, match=str(path)):
-        list(make_loaders(args)[1])
+        list(make_loaders(small(image_root, '--num_workers', workers, evaluate=True))[1])
 
 
-@pytest.mark.parametrize('kind', [TypeError, ValueError, RuntimeError])
-def test_an_error_of_the_crop_is_not_an_unreadable_image(image_root, monkeypatch, kind):
+def test_an_error_of_the_crop_is_not_an_unreadable_image(image_root, monkeypatch):
     def breaks(*_):
-        raise kind('a bug')
+        raise ValueError('a bug')
 
     monkeypatch.setattr(image_files.RandomResizedCropAndInterpolation, 'get_params', breaks)
     data = Seeded(make_dataset(True, flags('--data-path', image_root)), seed=0, max_broken=5)
-    with pytest.raises(kind, match='^a bug$') as error:
+    with pytest.raises(ValueError, match='^a bug$') as error:
         data[0, 0, 0]
     assert not isinstance(error.value, InputError)
 
@@ -395,7 +368,7 @@ def test_row_19_folder_labels_go_by_name_and_hidden_files_are_left_out(image_roo
 
 def test_row_19_validation_classes_are_those_of_training(image_root, capsys):
     (image_root / 'val' / 'ant').rename(image_root / 'val' / '.ant')
-    args = flags('--data-path', image_root, '--input-size', 32, '--batch-size', 4)
+    args = small(image_root)
     val = make_loaders(args)[1].dataset
     assert val.classes == ['ant', 'bee', 'cat']
     assert {Path(path).parent.name: label for path, label in val.samples} == {'bee': 1, 'cat': 2}
@@ -410,7 +383,7 @@ def labels(data: datasets.ImageFiles) -> dict[str, int]:
 
 
 def test_a_checkpoint_names_its_classes(image_root):
-    args = flags('--data-path', image_root, '--input-size', 32, evaluate=True)
+    args = small(image_root, evaluate=True)
     data = make_loaders(args, classes=['cat', 'dog', 'bee', 'ant'], num_classes=4)[1].dataset
     assert labels(data) == {'cat': 0, 'bee': 2, 'ant': 3} and len(data.classes) == 4
     with pytest.raises(InputError, match='1 classes that training lacks: bee'):
@@ -425,11 +398,11 @@ def test_classes_without_names_are_those_of_imagenet_or_the_folders_in_order(ima
     assert labels(data) == {synsets[700]: 700, synsets[3]: 3} and data.classes == synsets
     assert 'no images of 998 of 1000 classes' in capsys.readouterr().out
     assert labels(make_dataset(False, args, num_classes=2)) == {synsets[3]: 0, synsets[700]: 1}
-    assert 'does not name its 2 classes; taken for these folders in order' in capsys.readouterr().out
+    assert 'does not name its 2 classes; using the sorted folders' in capsys.readouterr().out
     with pytest.raises(InputError, match='has 10 classes and does not name them, .*val holds 2 class folders$'):
         make_dataset(False, args, num_classes=10)
     args.data_path = image_root
-    with pytest.raises(InputError, match='3 class folders, 3 not named by .* synset: ant, bee, cat'):
+    with pytest.raises(InputError, match='3 class folders, 3 of which are not ImageNet synsets: ant, bee, cat'):
         make_dataset(False, args, num_classes=1000)
 
 
@@ -447,21 +420,21 @@ def test_other_data_sets_have_the_classes_of_the_checkpoint():
 
 def test_evaluation_needs_only_the_validation_folder(tmp_path):
     folder(tmp_path / 'val', {'ant': 2, 'bee': 1})
-    train, val = make_loaders(flags('--data-path', tmp_path, '--input-size', 32, evaluate=True))
-    assert train is None
-    assert (len(val.dataset), val.dataset.classes) == (3, ['ant', 'bee'])
+    train, val = make_loaders(small(tmp_path, evaluate=True))
+    assert train is None and (len(val.dataset), val.dataset.classes) == (3, ['ant', 'bee'])
 
 
 def test_missing_data_is_named_with_what_is_there(tmp_path):
     (tmp_path / 'training').mkdir()
-    with pytest.raises(InputError, match=f'{tmp_path}/train does not exist: .*{tmp_path} holds training'):
-        make_loaders(flags('--data-path', tmp_path))
-    with pytest.raises(InputError, match=f'{tmp_path}/no/such/val does not exist: .*{tmp_path} holds training'):
-        make_loaders(flags('--data-path', tmp_path / 'no' / 'such', evaluate=True))
-    with pytest.raises(InputError, match=f'{tmp_path}/cifar-10-batches-py does not exist.*CIFAR10.*holds training'):
-        make_loaders(flags('--data-path', tmp_path, '--data-set', 'CIFAR10'))
-    with pytest.raises(InputError, match=f'{tmp_path}/train2018.json does not exist'):
-        make_loaders(flags('--data-path', tmp_path, '--data-set', 'INAT'))
+    there = f'does not exist: .*{tmp_path} holds training'
+    for args, message in (
+        (flags('--data-path', tmp_path), f'{tmp_path}/train {there}'),
+        (flags('--data-path', tmp_path / 'no' / 'such', evaluate=True), f'{tmp_path}/no/such/val {there}'),
+        (flags('--data-path', tmp_path, '--data-set', 'CIFAR10'), f'{tmp_path}/cifar-10-batches-py {there}'),
+        (flags('--data-path', tmp_path, '--data-set', 'INAT'), f'{tmp_path}/train2018.json {there}'),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_loaders(args)
     (tmp_path / 'train').mkdir()
     with pytest.raises(InputError, match='no class folders; it holds nothing'):
         make_loaders(flags('--data-path', tmp_path))
@@ -481,63 +454,59 @@ def test_too_few_images_and_odd_batches_are_named_with_numbers(image_root):
 # --- other data sets
 
 
-def write_inat(root: Path, file_name: str = 'train_val2018/Plants/{}/{}.jpg', category: int = 2) -> Path:
-    categories = [{'id': i, 'name': f'species {i}', 'kingdom': 'Plantae' if i else 'Fungi'} for i in range(3)]
-    (root / 'categories.json').write_text(json.dumps(categories))
+def write_inat(root: Path, file_name: str = 'train_val2018/Plants/{}.jpg', categories=(0, 1)) -> Path:
+    """iNaturalist with three categories; images are of `categories` in turn."""
+    known = [{'id': i, 'name': f'species {i}', 'kingdom': 'Plantae' if i else 'Fungi'} for i in range(3)]
+    (root / 'categories.json').write_text(json.dumps(known))
+    (root / 'train_val2018' / 'Plants').mkdir(parents=True, exist_ok=True)
     for split, count in (('train', 6), ('val', 3)):
-        numbers = [(i, i % category if category < 3 else category) for i in range(count)]
-        images = [{'id': 10 + i, 'file_name': file_name.format(c, f'{split}{i}')} for i, c in numbers]
-        annotations = [{'image_id': 10 + i, 'category_id': c} for i, c in reversed(numbers)]
-        (root / f'{split}2018.json').write_text(json.dumps({'images': images, 'annotations': annotations}))
-        for image in images:
-            path = root / image['file_name']
-            if path.is_relative_to(root) and '..' not in path.parts:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture().save(path)
+        images = [{'id': 10 + i, 'file_name': file_name.format(f'{split}{i}')} for i in range(count)]
+        labels = [{'image_id': 10 + i, 'category_id': categories[i % len(categories)]} for i in reversed(range(count))]
+        (root / f'{split}2018.json').write_text(json.dumps({'images': images, 'annotations': labels}))
+        for i in range(count):
+            picture().save(root / 'train_val2018' / 'Plants' / f'{split}{i}.jpg')
     return root
+
+
+def inat_flags(root: Path, *argv):
+    return small(root, '--data-set', 'INAT', *argv)
 
 
 def test_nothing_to_validate_is_said(tmp_path):
     write_inat(tmp_path)
     (tmp_path / 'val2018.json').write_text(json.dumps({'images': [], 'annotations': []}))
-    args = flags('--data-set', 'INAT', '--data-path', tmp_path, '--input-size', 32, '--batch-size', 2)
     with pytest.raises(InputError, match=f'--data-set INAT in {tmp_path}: no validation images'):
-        make_loaders(args)
+        make_loaders(inat_flags(tmp_path))
 
 
 def test_inaturalist_reads_its_lists(tmp_path):
     write_inat(tmp_path)
-    args = flags('--data-path', tmp_path, '--data-set', 'INAT', '--input-size', 32, '--batch-size', 2)
-    train, val = (loader.dataset for loader in make_loaders(args))
+    train, val = (loader.dataset for loader in make_loaders(inat_flags(tmp_path)))
     assert val.classes == ['species 0', 'species 1', 'species 2']
     assert [label for _, label in val.samples] == [0, 1, 0]
     assert [val[i][0].shape for i in range(3)] == [(3, 32, 32)] * 3
-    args.inat_category = 'kingdom'
-    kingdoms = make_dataset(True, args)
-    assert kingdoms.classes == ['Fungi', 'Plantae']
-    assert [label for _, label in kingdoms.samples] == [0, 1] * 3
-    args.inat_category = 'genus'
+    kingdoms = make_dataset(True, inat_flags(tmp_path, '--inat-category', 'kingdom'))
+    assert kingdoms.classes == ['Fungi', 'Plantae'] and [label for _, label in kingdoms.samples] == [0, 1] * 3
     with pytest.raises(InputError, match='3 categories lack a genus'):
-        make_dataset(True, args)
-
-
-@pytest.mark.parametrize('name', ['../{}/{}.jpg', '/{}/{}.jpg', 'a/../../{}/{}.jpg'])
-def test_inaturalist_paths_stay_inside(tmp_path, name):
-    write_inat(tmp_path, name)
-    with pytest.raises(InputError, match='names a path outside'):
-        make_dataset(True, flags('--data-path', tmp_path, '--data-set', 'INAT'))
-
-
-def test_inaturalist_labels_are_known_and_images_there(tmp_path):
-    write_inat(tmp_path, category=7)
-    args = flags('--data-path', tmp_path, '--data-set', 'INAT')
-    with pytest.raises(InputError, match='train2018.json: .*train0.jpg has category 7, none of the 3'):
-        make_dataset(True, args)
-    write_inat(tmp_path)
-    first = Path(make_dataset(False, args).samples[0][0])
+        make_dataset(True, inat_flags(tmp_path, '--inat-category', 'genus'))
+    first = Path(val.samples[0][0])
     first.unlink()
     with pytest.raises(InputError, match=f'{first} does not exist'):
-        make_dataset(False, args)
+        make_dataset(False, inat_flags(tmp_path))
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        ({'file_name': '../{}.jpg'}, 'names a path outside'),
+        ({'file_name': '/{}.jpg'}, 'names a path outside'),
+        ({'file_name': 'a/../../{}.jpg'}, 'names a path outside'),
+        ({'categories': [7]}, 'train2018.json: .*train0.jpg has category 7, none of the 3'),
+    ],
+)
+def test_inaturalist_paths_stay_inside_and_labels_are_known(tmp_path, wrong, message):
+    with pytest.raises(InputError, match=message):
+        make_dataset(True, inat_flags(write_inat(tmp_path, **wrong)))
 
 
 @pytest.mark.parametrize(
@@ -546,7 +515,7 @@ def test_inaturalist_labels_are_known_and_images_there(tmp_path):
 def test_cifar_is_read_as_torchvision_unpacks_it(tmp_path, monkeypatch, name, base, label):
     kind = torchvision.datasets.CIFAR10 if name == 'CIFAR10' else torchvision.datasets.CIFAR100
     (tmp_path / base).mkdir()
-    args = flags('--data-path', tmp_path, '--data-set', name, '--input-size', 32)
+    args = small(tmp_path, '--data-set', name, '--mean', 0, '--std', 1)
     with pytest.raises(InputError, match=f'{tmp_path}/{base} is not the whole of {kind.__name__}'):
         make_dataset(True, args)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
@@ -557,26 +526,15 @@ def test_cifar_is_read_as_torchvision_unpacks_it(tmp_path, monkeypatch, name, ba
     data = make_dataset(False, args)
     assert data.classes == list('abcd')
     image, target = data[0]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     assert target == 3
-    torch.testing.assert_close(image * std + mean, torch.from_numpy(pixels[0]).view(3, 32, 32) / 255)
+    torch.testing.assert_close(image, torch.from_numpy(pixels[0]).view(3, 32, 32) / 255)
 
 
 # --- transforms
 
 
-def test_evaluation_transform_is_the_published_one(tmp_path):
-    image = picture(500, 375)
-    resized = image.resize((341, 256), Image.Resampling.BICUBIC)  # 256 / 224 of the size
-    crop = np.asarray(resized.crop((58, 16, 282, 240))) / 255
-    expected = (crop - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
-    found = make_transform(False, flags())(image).permute(1, 2, 0)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert make_transform(False, flags('--input-size', 384)).transforms[0].size == 438
-
-
 def reference_transform(train: bool, size: int):
-    """What the published code does, from torchvision and timm, for ImageNet's statistics and bicubic resizing."""
+    """The transform of the original Evo-ViT, built from torchvision and timm."""
     bicubic = transforms.InterpolationMode.BICUBIC
     normalise = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
     if not train:
@@ -599,9 +557,8 @@ def reference_transform(train: bool, size: int):
         ('evo_deit_small_patch16_384', 384), ('EvoLeViT_384_384', 384), ('evo_deit_nano_patch4_32', 32),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize('given', [False, True])
-def test_published_models_see_the_published_pixels(name, size, given):
-    args = flags('--model', name, *(['--input-size', size] if given else []))
+def test_published_models_see_the_published_pixels(name, size):
+    args = flags('--model', name)
     for train in (False, True):
         ours, theirs = make_transform(train, args), reference_transform(train, size)
         for i, shape in enumerate([(500, 375), (333, 512), (40, 30)]):
@@ -615,8 +572,8 @@ def test_published_models_see_the_published_pixels(name, size, given):
 @pytest.mark.parametrize(
     'name, mode, size',
     [
-        ('vit_small_patch16_224', 'center', 224), ('levit_128s', 'center', 224), ('cspresnet50', 'center', 256),
-        ('coat_lite_medium_384', 'squash', 384), ('deepseek_vit_412m', 'border', None),
+        ('vit_small_patch16_224', 'center', 224), ('coat_lite_medium_384', 'squash', 384),
+        ('deepseek_vit_412m', 'border', None),
     ],
 )  # fmt: skip
 def test_other_models_see_what_timm_gives_them(name, mode, size):
@@ -627,29 +584,15 @@ def test_other_models_see_what_timm_gives_them(name, mode, size):
     for shape in ((500, 375), (333, 512)):
         expected = timm.data.create_transform(**published, is_training=False)(picture(*shape))
         assert torch.equal(make_transform(False, args)(picture(*shape)), expected)
-    steps = timm.data.create_transform(
-        found.input_size, is_training=True, color_jitter=0.4, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25,
-        re_mode='pixel', interpolation='bicubic', mean=published['mean'], std=published['std'],
-    )  # fmt: skip
-    utils.seed_all(0)
-    expected = steps(picture(500, 375))
-    utils.seed_all(0)
-    assert torch.equal(make_transform(True, args)(picture(500, 375)), expected)
 
 
 def test_flags_stand_in_for_the_configuration_and_the_start_says_so():
     args = flags('--model', 'vit_small_patch16_224')
     expected = 'images: 224 px, evaluated at crop_pct 0.9 (center), bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5'
     assert datasets.describe(config(args)) == expected
-    args = flags(
-        '--model', 'vit_small_patch16_224', '--input-size', 96, '--mean', 0.1, '--std', 0.2, 0.3, 0.4, '--crop-pct', 1,
-        '--crop-mode', 'squash', '--interpolation', 'bilinear',
-    )  # fmt: skip
-    before = dict(vars(args))
-    given = datasets.DataConfig(96, (0.1,) * 3, (0.2, 0.3, 0.4), 1.0, 'squash', 'bilinear')
-    assert config(args) == given and vars(args) == before
-    expected = 'images: 96 px, evaluated at crop_pct 1 (squash), bilinear, mean 0.1 0.1 0.1, std 0.2 0.3 0.4'
-    assert datasets.describe(given) == expected
+    given = ['--input-size', 96, '--mean', 0.1, '--std', 0.2, 0.3, 0.4, '--crop-pct', 1, '--crop-mode', 'squash']
+    args = flags('--model', 'vit_small_patch16_224', *given, '--interpolation', 'bilinear')
+    assert config(args) == datasets.DataConfig(96, (0.1,) * 3, (0.2, 0.3, 0.4), 1.0, 'squash', 'bilinear')
     expected = picture(300, 200).resize((96, 96), Image.Resampling.BILINEAR)
     expected = (np.asarray(expected) / 255 - 0.1) / [0.2, 0.3, 0.4]
     np.testing.assert_allclose(make_transform(False, args)(picture(300, 200)).permute(1, 2, 0), expected, atol=1e-5)
@@ -658,8 +601,8 @@ def test_flags_stand_in_for_the_configuration_and_the_start_says_so():
 @pytest.mark.parametrize(
     'wrong, message',
     [
-        (['--mean', 0.1, 0.2], r'--mean: expected one number or three, found \[0.1, 0.2\]'),
-        (['--std', 0.1, 0.2, 0.3, 0.4], r'--std: expected one number or three, found \[0.1, 0.2, 0.3, 0.4\]'),
+        (['--mean', 0.1, 0.2], r'--mean: expected 1 or 3 values, found \[0.1, 0.2\]'),
+        (['--std', 0.1, 0.2, 0.3, 0.4], r'--std: expected 1 or 3 values, found \[0.1, 0.2, 0.3, 0.4\]'),
         (['--model', 'vit_base_patch16_sapiens2'], 'takes images of 3 x 1024 x 768; expected 3 channels and a square'),
     ],
 )
@@ -675,26 +618,11 @@ def test_an_unknown_crop_mode_is_refused(monkeypatch):
         config(flags('--model', 'resnet50'))
 
 
-def test_small_images_are_evaluated_whole():
-    image = picture(32, 32)
-    found = make_transform(False, flags('--input-size', 32))(image)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    np.testing.assert_array_equal(((found * std + mean) * 255).round().permute(1, 2, 0), np.asarray(image))
-
-
 @pytest.mark.parametrize('size', [24, 32, 40])
 @pytest.mark.parametrize('shape', [(32, 32), (70, 31), (9, 40)])
 def test_any_image_fits_any_size(size, shape):
     for train in (True, False):
         assert make_transform(train, flags('--input-size', size))(picture(*shape)).shape == (3, size, size)
-
-
-def test_small_training_images_are_cropped_from_a_padded_border():
-    transform = make_transform(True, flags('--input-size', 32, '--aa', '', '--color-jitter', 0, '--reprob', 0))
-    image = Image.new('RGB', (32, 32), 'white')
-    black = torch.stack([(transform(image)[0] < 0).float().mean() for _ in range(60)])
-    assert black.min() < 0.1  # hardly moved
-    assert 0.1 < black.max() <= 1 - (28 / 32) ** 2  # moved by four pixels both ways
 
 
 def test_scale_limits_how_much_of_an_image_a_random_crop_takes():
@@ -710,13 +638,12 @@ def test_scale_limits_how_much_of_an_image_a_random_crop_takes():
     assert min(widths()) < 0.5, 'published: from 0.08 of the image on'
     assert min(widths('--scale', 0.8, 1)) > 0.75
     assert max(widths('--scale', 0.08, 0.1)) < 0.5
-    with pytest.raises(InputError, match='--scale: images of 32 px or less'):
+    with pytest.raises(InputError, match='--scale: images up to 32 px'):
         widths('--scale', 0.5, 1, '--input-size', 32)
 
 
 def test_default_augmentation_runs_over_many_images():
-    args = flags('--input-size', 40)
-    data = Seeded(Shapes('train', 40, transform=make_transform(True, args)), seed=0)
+    data = Seeded(Shapes('train', 40, transform=make_transform(True, flags('--input-size', 40))), seed=0)
     for i in range(1000):
         assert data[0, i, i][0].isfinite().all()
 
@@ -729,61 +656,53 @@ def batches(loader, epoch: int, start: int = 0) -> list:
     return list(loader)
 
 
+def assert_same(batches: list, others: list):
+    for (images, labels), (images2, labels2) in zip(batches, others, strict=True):
+        assert torch.equal(images, images2) and torch.equal(labels, labels2)
+
+
 def test_batches_are_the_same_bits_with_any_number_of_workers(image_root, monkeypatch):
     monkeypatch.setattr(datasets.os, 'sched_getaffinity', lambda pid: {0, 1}, raising=False)
     runs = []
     for workers in (0, 1, 2):
+        torch.manual_seed(workers)
         random.seed(workers)
         np.random.seed(workers)
-        torch.manual_seed(workers)
-        args = flags('--data-path', image_root, '--input-size', 48, '--batch-size', 4, '--num_workers', workers)
-        loader = make_loaders(args)[0]
+        loader = make_loaders(small(image_root, '--num_workers', workers))[0]
         assert loader.num_workers == workers
         runs.append([batches(loader, epoch) for epoch in (0, 1)])
     for run in runs[1:]:
         for epoch, same in zip(runs[0], run, strict=True):
-            assert len(epoch) == 3
-            for (images, labels), (images2, labels2) in zip(epoch, same, strict=True):
-                assert torch.equal(images, images2) and torch.equal(labels, labels2)
-    assert not torch.equal(runs[0][0][0][0], runs[0][1][0][0])
+            assert_same(epoch, same)
+    assert len(runs[0][0]) == 3 and not torch.equal(runs[0][0][0][0], runs[0][1][0][0])
 
 
 def test_an_epoch_resumed_has_the_batches_that_were_left(image_root):
-    loader = make_loaders(flags('--data-path', image_root, '--input-size', 32, '--batch-size', 3))[0]
-    whole = batches(loader, 5)
-    rest = batches(loader, 5, start=6)
-    assert (len(whole), len(rest)) == (4, 2)
-    for (images, labels), (images2, labels2) in zip(whole[2:], rest, strict=True):
-        assert torch.equal(images, images2) and torch.equal(labels, labels2)
+    loader = make_loaders(small(image_root, '--batch-size', 3))[0]
+    whole, rest = batches(loader, 5), batches(loader, 5, start=6)
+    assert len(whole) == 4
+    assert_same(whole[2:], rest)
 
 
 def test_the_seed_changes_order_and_augmentation(image_root):
-    first = []
-    for seed in (0, 1):
-        args = flags('--data-path', image_root, '--input-size', 32, '--batch-size', 4, '--seed', seed)
-        loader = make_loaders(args)[0]
-        loader.sampler.set_epoch(0)
-        keys = list(loader.sampler)
-        first.append((keys, loader.dataset[0, 0, 0][0]))
-    assert first[0][0] != first[1][0]
-    assert not torch.equal(first[0][1], first[1][1])
+    first, second = (make_loaders(small(image_root, '--seed', seed))[0] for seed in (0, 1))
+    assert list(first.sampler) != list(second.sampler)
+    assert not torch.equal(first.dataset[0, 0, 0][0], second.dataset[0, 0, 0][0])
 
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_evaluating_leaves_the_random_numbers_alone(image_root, workers):
-    loader = make_loaders(
-        flags('--data-path', image_root, '--input-size', 32, '--num_workers', workers, evaluate=True)
-    )[1]
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    def state() -> tuple:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    loader, before = make_loaders(small(image_root, '--num_workers', workers, evaluate=True))[1], state()
     list(loader)
-    assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]
-    assert torch.equal(torch.get_rng_state(), before[2])
+    assert state() == before
 
 
 @pytest.mark.parametrize('world_size', [1, 3, 8])
 def test_processes_evaluate_each_image_once(image_root, world_size):
-    args = flags('--data-path', image_root, '--input-size', 32, '--batch-size', 2, evaluate=True)
+    args = small(image_root, '--batch-size', 2, evaluate=True)
     found = [batch for rank in range(world_size) for batch in make_loaders(args, rank, world_size)[1]]
     assert sorted(torch.cat([labels for _, labels in found]).tolist()) == [0, 0, 1, 1, 2, 2, 2]
 
@@ -795,12 +714,11 @@ def test_training_data_can_be_sent_to_another_process():
     assert not torch.equal(copy[2, 40, 5][0], data[2, 41, 5][0])
 
 
-def test_workers_are_at_most_the_cores_of_a_process(image_root, monkeypatch):
+@pytest.mark.parametrize('processes, expected', [(1, 8), (2, 4), (16, 1)])
+def test_workers_are_at_most_the_cores_of_a_process(image_root, monkeypatch, processes, expected):
     monkeypatch.setattr(datasets.os, 'sched_getaffinity', lambda pid: set(range(8)), raising=False)
-    for processes, expected in ((1, 8), (2, 4), (16, 1)):
-        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-        args = flags('--data-path', image_root, '--num_workers', 10, evaluate=True)
-        assert make_loaders(args)[1].num_workers == expected
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+    assert make_loaders(small(image_root, '--num_workers', 10, evaluate=True))[1].num_workers == expected
 
 
 def test_mixup_is_off_where_nothing_is_mixed():

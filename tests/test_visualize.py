@@ -24,6 +24,8 @@ from models.evolution import Selection
 from pictures import curves, drawing
 from utils import InputError
 
+NANO = 'evo_deit_nano_patch4_32'
+
 
 def photograph(width: int, height: int) -> Image.Image:
     """Noise, whose patches all differ."""
@@ -33,7 +35,7 @@ def photograph(width: int, height: int) -> Image.Image:
 def unfaded(image: np.ndarray, copy: np.ndarray, rows: int) -> list[int]:
     """Raster indices of the patches that a written copy shows as they are.
 
-    All others must be 30 % image on 70 % veil, which is white but for grey lines, both in each patch.
+    All others must be 30 % image on 70 % veil, which is white but for gray lines, both in each patch.
     """
     edges = [-(-len(image) * i // rows) for i in range(rows + 1)]
     patches = []
@@ -42,8 +44,8 @@ def unfaded(image: np.ndarray, copy: np.ndarray, rows: int) -> list[int]:
         if np.array_equal(copy[y, x], image[y, x]):
             patches.append(i)
         else:
-            white, grey = (np.abs(copy[y, x] - (0.3 * image[y, x] + 0.7 * v)).max(2) <= 0.51 for v in (255, 128))
-            assert (white | grey).all() and white.any() and grey.any()
+            white, gray = (np.abs(copy[y, x] - (0.3 * image[y, x] + 0.7 * v)).max(2) <= 0.51 for v in (255, 128))
+            assert (white | gray).all() and white.any() and gray.any()
     return patches
 
 
@@ -68,6 +70,23 @@ def checkpoint(tmp_path_factory):
         return path
 
     return make
+
+
+@pytest.fixture
+def draw(script, checkpoint, tmp_path):
+    """Draw with random weights of the nano model, by default in.png to out/; returns what was printed."""
+
+    def run(*flags, paths=('in.png',), resume=None, model=NANO) -> str:
+        photograph(40, 32).save(tmp_path / 'in.png')
+        flags = [*flags, *(['--img-path', *(tmp_path / path for path in paths)] if paths else [])]
+        flags += ['--model', model] if model else []
+        return script('visualize', *flags, '--resume', resume or checkpoint(model), '--output_dir', tmp_path / 'out')
+
+    return run
+
+
+def drawn(tmp_path, folder: str = 'out') -> set[str]:
+    return {path.name for path in (tmp_path / folder).iterdir()}
 
 
 def load_model(*flags) -> nn.Module:
@@ -95,13 +114,10 @@ def test_pictures_show_the_golden_selection(schedule, tmp_path):
 @pytest.mark.parametrize(
     'name, kwargs, grids',
     [
-        ('evo_deit_nano_patch4_32', {}, [8, 8]),
-        ('evo_deit_small_patch16_384', dict(embed_dim=64, num_heads=2), [24, 24]),
-        ('EvoLeViT_128', dict(img_size=32), [2, 1, 1]),
-        ('EvoLeViT_128', {}, [14, 7, 4]),
-        ('EvoLeViT_128_384', {}, [24, 12, 6]),
+        (NANO, {}, [8, 8]), ('evo_deit_small_patch16_384', dict(embed_dim=64, num_heads=2), [24, 24]),
+        ('EvoLeViT_128', dict(img_size=32), [2, 1, 1]), ('EvoLeViT_128', {}, [14, 7, 4]),
     ],
-)
+)  # fmt: skip
 def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4, **kwargs).eval()
@@ -115,23 +131,22 @@ def test_pictures_show_the_selection_of_every_model(name, kwargs, grids):
         for (selection, kept), rows in zip(selections.items(), grids, strict=True):
             shown, score, *_ = prediction.selections[selection]
             assert unfaded(prediction.image, drawing.fade(prediction.image, shown), rows) == kept[i].tolist()
-            assert score[shown].min(initial=np.inf) >= score[~shown].max() and score.mean() == pytest.approx(
-                1, abs=1e-3
-            )
+            assert score[shown].min(initial=np.inf) >= score[~shown].max()
+            assert score.mean() == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize('side, rows', [(32, 8), (224, 14), (224, 28), (224, 4), (384, 24)])
+@pytest.mark.parametrize('side, rows', [(32, 8), (224, 28), (224, 4), (384, 24)])
 def test_placeholders_are_told_from_kept_patches_on_any_image(side, rows):
-    """Seen in grey too: each patch has pixels that change visibly, and marks of its own on an even image."""
+    """Seen in gray too: each patch has pixels that change visibly, and marks of its own on an even image."""
     noise = np.random.default_rng(0).integers(0, 2, (side, side, 3))
     plain = [np.full((side, side, 3), level) for level in range(0, 256, 5)]
-    colours = [np.broadcast_to(255 * np.array(rgb), (side, side, 3)) for rgb in np.ndindex(2, 2, 2)]
-    for image in (*plain, *colours, 40 * noise, 215 + 40 * noise, 255 * noise):
+    colors = [np.broadcast_to(255 * np.array(rgb), (side, side, 3)) for rgb in np.ndindex(2, 2, 2)]
+    for image in (*plain, *colors, 40 * noise, 215 + 40 * noise, 255 * noise):
         image = image.astype(np.uint8)
         faded = drawing.fade(image, np.zeros((rows, rows), bool))
         before, after = (
-            np.stack([part for row in np.array_split(grey, rows) for part in np.array_split(row, rows, 1)])
-            for grey in (np.asarray(Image.fromarray(pixels).convert('L')).astype(int) for pixels in (image, faded))
+            np.stack([part for row in np.array_split(gray, rows) for part in np.array_split(row, rows, 1)])
+            for gray in (np.asarray(Image.fromarray(pixels).convert('L')).astype(int) for pixels in (image, faded))
         )
         assert np.abs(after - before).max((1, 2)).min() >= 40
         if np.ptp(before) == 0:
@@ -148,19 +163,13 @@ def test_a_coarser_patch_covers_the_one_it_comes_from(rows):
         assert (drawing.fade(image, kept)[drawing.fade(image, fine) == 0] == 0).all()
 
 
-NEAREST = {
-    'evo_deit_nano_patch4_32': {},
-    'EvoLeViT_128': {},
-    'evolved': dict(img_size=(32, 64), patch_size=4, embed_dim=64, depth=6, num_heads=2),
-}
-
-
-@pytest.mark.parametrize('name', NEAREST)
+@pytest.mark.parametrize('name', [NANO, 'EvoLeViT_128', 'evolved'])
 def test_clusters_are_those_of_the_model(name):
-    """Also on grids that are not square: kept patches as they are, the others in the mean colour of their cluster."""
+    """Also on grids that are not square: kept patches as they are, the others in the mean color of their cluster."""
     torch.manual_seed(0)
     if name == 'evolved':
-        model = models.evolve(VisionTransformer(num_classes=4, **NEAREST[name])).eval()
+        vit = VisionTransformer((32, 64), patch_size=4, embed_dim=64, depth=6, num_heads=2, num_classes=4)
+        model = models.evolve(vit).eval()
     else:
         model = timm.create_model(name, num_classes=4, representative='nearest').eval()
     height, width = getattr(model, 'img_size', None) or model.patch_embed.img_size
@@ -182,36 +191,10 @@ def test_clusters_are_those_of_the_model(name):
             for number in np.unique(labels[~informative]):
                 mean = prediction.image[labels == number].mean(0)
                 inner = picture[(labels == number) & ~informative]
-                # Pixels have the mean colour or, at the edge, a darker or lighter one.
+                # Pixels have the mean color or, at the edge, a darker or lighter one.
                 filled = (np.abs(inner - mean) <= 0.51).all(1)
                 line = 0.55 * mean + (0.45 * 255 if mean @ (0.299, 0.587, 0.114) < 128 else 0)
                 assert filled.any() and (filled | (np.abs(inner - line) <= 0.51).all(1)).all()
-
-
-@pytest.mark.parametrize('side, rows', [(32, 8), (224, 14), (224, 4), (384, 24)])
-def test_clusters_are_told_apart_on_any_image(side, rows):
-    """Seen in grey too: a visible line parts each placeholder from its neighbours in other clusters."""
-    cluster = np.arange(rows * rows).reshape(rows, rows)
-    cluster[:, 1] = cluster[:, 0]  # pairs side by side
-    cluster = np.unique(cluster, return_inverse=True)[1].reshape(rows, rows)
-    kept = np.zeros((rows, rows), bool)
-    y = x = np.arange(side) * rows // side
-    labels = cluster[y][:, x]
-    for rgb in (*np.ndindex(2, 2, 2), *((level / 16,) * 3 for level in range(17))):
-        image = np.broadcast_to(np.rint(255 * np.array(rgb)), (side, side, 3)).astype(np.uint8)
-        picture = drawing.mosaic(image, kept, cluster)
-        grey = np.asarray(Image.fromarray(picture).convert('L')).astype(int)
-        plain = int(Image.fromarray(image[:1, :1]).convert('L').getpixel((0, 0)))
-        for pixels, numbers in ((grey, labels), (grey.T, labels.T)):
-            parted = numbers[1:] != numbers[:-1]
-            assert np.abs(pixels[1:] - plain)[parted].min() >= 50 and np.abs(pixels[:-1] - plain)[parted].min() >= 50
-        together = labels[:, 1:] == labels[:, :-1]
-        inner = np.ones_like(labels, bool)
-        inner[:, 1:] &= together
-        inner[:, :-1] &= together
-        inner[1:] &= labels[1:] == labels[:-1]
-        inner[:-1] &= labels[1:] == labels[:-1]
-        assert (np.abs(grey - plain)[inner] <= 1).all() and inner.any()
 
 
 @pytest.mark.parametrize(
@@ -235,26 +218,25 @@ def test_grids_that_are_not_square_are_outlined_in_place():
     assert len(axes.collections[0].get_segments()) == 4
 
 
-def test_any_vit_of_timm_is_evolved(script, tmp_path):
+def test_any_vit_of_timm_is_evolved(draw, tmp_path):
     """From a plain state dict, with the flags of the schedule; without --evolve it is refused."""
     torch.manual_seed(0)
     model = timm.create_model('vit_tiny_patch16_224', num_classes=4, img_size=64).eval()
     save_file(model.state_dict(), tmp_path / 'w.safetensors')
-    photograph(80, 64).save(tmp_path / 'a.png')
-    flags = ['--model', 'vit_tiny_patch16_224', '--input-size', 64, '--resume', tmp_path / 'w.safetensors']
-    flags += ['--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out']
+    vit = dict(model='vit_tiny_patch16_224', resume=tmp_path / 'w.safetensors')
     with pytest.raises(InputError, match='or --evolve'):
-        script('visualize', *flags)
-    with pytest.raises(InputError, match='selects no patches that could be shown'):
-        script('visualize', *flags, '--method', 'merge')
-    assert not list((tmp_path / 'out').iterdir())
-    script('visualize', *flags, '--evolve', '--keep-ratio', 0.75, 0.25, '--stages', 3, 6)
-    names = {'a_sheet.png', 'a.png', *(f'a_block{i}{end}.png' for i in (3, 6) for end in ('', '_clusters'))}
-    assert {p.name for p in (tmp_path / 'out').iterdir()} == names
-    image = read(tmp_path / 'out' / 'a.png')
-    assert [len(unfaded(image, read(tmp_path / f'out/a_block{i}.png'), 4)) for i in (3, 6)] == [12, 4]
-    script('visualize', *flags, '--evolve', '--representative', 'none', '--save-name', 'b')
-    assert not list((tmp_path / 'out').glob('b*clusters*')) and (tmp_path / 'out' / 'b_block4.png').exists()
+        draw('--input-size', 64, **vit)
+    with pytest.raises(InputError, match='--method merge selects no patches'):
+        draw('--input-size', 64, '--method', 'merge', **vit)
+    assert not drawn(tmp_path)
+    draw('--input-size', 64, '--evolve', '--keep-ratio', 0.75, 0.25, '--stages', 3, 6, **vit)
+    blocks = {f'in_block{i}{suffix}.png' for i in (3, 6) for suffix in ('', '_clusters')}
+    assert drawn(tmp_path) == blocks | {'in_sheet.png', 'in.png'}
+    image = read(tmp_path / 'out' / 'in.png')
+    assert [len(unfaded(image, read(tmp_path / f'out/in_block{i}.png'), 4)) for i in (3, 6)] == [12, 4]
+    draw('--input-size', 64, '--evolve', '--representative', 'none', '--save-name', 'b', **vit)
+    rest = {f'b{suffix}.png' for suffix in ('', '_sheet', '_block4', '_block8')}
+    assert drawn(tmp_path) == blocks | {'in_sheet.png', 'in.png'} | rest
 
 
 def test_a_sheet_of_a_grid_without_clusters():
@@ -268,14 +250,13 @@ def test_a_sheet_of_a_grid_without_clusters():
     assert clusters == [True, False, False] and sum(bool(axes.images) for axes in figure.axes) == 1 + 2 * 3 + 1
 
 
-def test_a_backbone_without_a_head_is_shown(script, tmp_path, image_folder):
+def test_a_backbone_without_a_head_is_shown(draw, tmp_path, image_folder):
     model = timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=32)
     save_file(model.state_dict(), tmp_path / 'w.safetensors')
-    flags = ['--model', 'vit_tiny_patch16_224', '--input-size', 32, '--resume', tmp_path / 'w.safetensors', '--evolve']
-    flags += ['--stages', 6, '--keep-ratio', 0.5, '--data-path', image_folder, '--batch-size', 2]
-    printed = script('visualize', *flags, '--output_dir', tmp_path / 'out')
-    assert '[2/2]' in printed and '%' not in printed
-    assert len(list((tmp_path / 'out').iterdir())) == 2 * 4 + 1
+    flags = ['--input-size', 32, '--evolve', '--stages', 6, '--keep-ratio', 0.5]
+    flags += ['--data-path', image_folder, '--batch-size', 2]
+    printed = draw(*flags, model='vit_tiny_patch16_224', resume=tmp_path / 'w.safetensors', paths=())
+    assert '[2/2]' in printed and '%' not in printed and len(drawn(tmp_path)) == 2 * 4 + 1
 
 
 def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
@@ -284,9 +265,9 @@ def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
         kept = np.arange(16).reshape(4, 4) < 8
         prediction.selections[f'blocks.{block}'] = Selection(kept, np.ones((4, 4)), np.arange(16).reshape(4, 4) % 8)
     figure = drawing.draw_contact([prediction] * 7, ['ant', 'bee'])
-    drawn = [axes for axes in figure.axes if axes.images]
-    texts = [text.get_text() for axes in drawn for text in axes.texts]
-    assert len(drawn) == 7 * 5 and texts.count('bee 80%') == 7
+    shown = [axes for axes in figure.axes if axes.images]
+    texts = [text.get_text() for axes in shown for text in axes.texts]
+    assert len(shown) == 7 * 5 and texts.count('bee 80%') == 7
     bands = texts.count('image')
     titles = [f'block {block}:\n8 of 16\ninformative' for block in (0, 2, 3)]
     assert bands >= 1 and [texts.count(title) for title in (*titles, '8 patches\nrepresent\nall 16')] == [bands] * 4
@@ -294,21 +275,23 @@ def test_a_contact_sheet_shows_the_clusters_of_the_last_selection():
 
 def test_the_commands_of_the_readme(script, checkpoint, tmp_path):
     path = checkpoint('evo_deit_small_vis_patch16_224', 2)
-    common = '--model evo_deit_small_vis_patch16_224 --resume'.split() + [path, '--output_dir', tmp_path / 'save']
+    common = ['--model', 'evo_deit_small_vis_patch16_224', '--resume', path, '--output_dir', tmp_path / 'save']
     for kind in 'ab':
         folder = tmp_path / 'imagenet/val' / kind
         folder.mkdir(parents=True)
         photograph(300, 250).save(folder / 'x.jpeg')
-    script('visualize', *common, '--data-path', tmp_path / 'imagenet', '--batch-size', 64)
-    script('visualize', *common, '--img-path', ROOT / 'imgs/a.jpg', '--save-name', 'evo_test')
-    names = {p.name for p in (tmp_path / 'save').iterdir()}
+    printed = script('visualize', *common, '--data-path', tmp_path / 'imagenet', '--batch-size', 64)
+    assert f'written: {tmp_path}/save/seed0_contact.png, and a sheet' in printed
+    printed = script('visualize', *common, '--img-path', ROOT / 'imgs/a.jpg', '--save-name', 'evo_test')
+    assert f'written: {tmp_path}/save/evo_test_sheet.png' in printed
+    names = drawn(tmp_path, 'save')
     assert {'evo_test.png', 'evo_test_block4.png', 'evo_test_block8.png', 'evo_test_sheet.png'} < names
     assert {'seed0_contact.png'} < names and len(names) == 4 + 2 * 4 + 1
     assert sum(name.endswith(('_right_block8.png', '_wrong_block8.png')) for name in names) == 2
 
 
 def test_a_batch_is_a_function_of_the_seed(script, checkpoint, image_folder, tmp_path):
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
+    flags = ['--model', NANO, '--resume', checkpoint(NANO)]
     flags += ['--data-path', image_folder, '--batch-size', 2, '--output_dir']
     for folder, seed in (('one', 3), ('two', 3), ('three', 4)):
         printed = script('visualize', *flags, tmp_path / folder, '--seed', seed)
@@ -326,87 +309,54 @@ def test_a_batch_is_a_function_of_the_seed(script, checkpoint, image_folder, tmp
             np.testing.assert_array_equal(read(tmp_path / 'one' / name.replace('_sheet', '')), image)
 
 
-def test_formats(script, checkpoint, tmp_path):
-    photograph(40, 32).save(tmp_path / 'a.png')
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
-    for kind, magic in (('png', b'\x89PNG'), ('jpg', b'\xff\xd8'), ('pdf', b'%PDF')):
-        out = tmp_path / kind
-        script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', out, '--format', kind)
-        assert (out / f'a_sheet.{kind}').read_bytes().startswith(magic)
-        assert {p.name for p in out.iterdir()} == {'a.png', 'a_block4.png', 'a_block8.png', f'a_sheet.{kind}'}
+@pytest.mark.parametrize('kind, magic', [('png', b'\x89PNG'), ('jpg', b'\xff\xd8'), ('pdf', b'%PDF')])
+def test_formats(draw, tmp_path, kind, magic):
+    draw('--format', kind)
+    assert (tmp_path / f'out/in_sheet.{kind}').read_bytes().startswith(magic)
+    assert drawn(tmp_path) == {'in.png', 'in_block4.png', 'in_block8.png', f'in_sheet.{kind}'}
 
 
-def test_pictures_are_of_the_network_that_was_trained(script, checkpoint, tmp_path, image_folder):
-    path = checkpoint('evo_deit_nano_patch4_32')
-    torch.save(torch.load(path) | {'args': {'keep_ratio': [0.25], 'representative': True}}, tmp_path / 'a.pth')
-    model = load_model('--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth', '--input-size', 32)
+def test_pictures_are_of_the_model_that_the_checkpoint_says(draw, checkpoint, tmp_path):
+    """Its network, schedule, size and classes, without flags."""
+    args = dict(model=NANO, keep_ratio=[0.25], representative=True, input_size=16, precision='bf16')
+    names = ['ant', 'bee', 'cat', 'dog', 'emu']
+    torch.save(torch.load(checkpoint(NANO, 5, img_size=16)) | {'args': args, 'classes': names}, tmp_path / 'a.pth')
+    model = load_model('--resume', tmp_path / 'a.pth', '--model', NANO)
     assert (model.keep_ratio, model.representative) == ((0.25, 0.25), 'one')
+    assert model.patch_embed.img_size == (16, 16)
+    printed = draw(model=None, resume=tmp_path / 'a.pth')
+    assert f'{NANO}, one representative, keeps 0.25 from block 4 and 0.25 from block 8, ' in printed
+    assert any(f'in: {name} ' in printed for name in names) and 'trained in bf16, computed in fp32' in printed
 
 
-def test_predictions_have_the_names_of_the_checkpoint(script, checkpoint, tmp_path):
-    names = ['ant', 'bee', 'cat', 'dog']
-    torch.save(torch.load(checkpoint('evo_deit_nano_patch4_32')) | {'classes': names}, tmp_path / 'a.pth')
-    photograph(40, 32).save(tmp_path / 'a.png')
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth', '--output_dir', tmp_path / 'out']
-    printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png')
-    assert any(f'a: {name} ' in printed for name in names) and 'computed in fp32' not in printed
-    torch.save(torch.load(tmp_path / 'a.pth') | {'args': {'precision': 'bf16'}}, tmp_path / 'a.pth')
-    assert 'trained in bf16, computed in fp32' in script('visualize', *flags, '--img-path', tmp_path / 'a.png')
-
-
-def test_pictures_show_the_image_whatever_its_normalisation(script, checkpoint, tmp_path):
+def test_pictures_show_the_image_whatever_its_normalization(draw, tmp_path):
     photograph(32, 32).save(tmp_path / 'a.png')
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
-    script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out', '--mean', 0.2)
+    draw('--mean', 0.2, paths=['a.png'])
     np.testing.assert_array_equal(read(tmp_path / 'out' / 'a.png'), read(tmp_path / 'a.png'))
 
 
-def test_a_plain_vit_is_shown_from_its_class_token(script, tmp_path):
+def test_a_plain_vit_is_shown_from_its_class_token(tmp_path):
     torch.manual_seed(0)
     plain = VisionTransformer(img_size=32, patch_size=4, embed_dim=64, num_heads=2, num_classes=4).eval()
-    for p in plain.parameters():
-        p.data += 0.05 * torch.randn_like(p)
     save_file(plain.state_dict(), tmp_path / 'w.safetensors')
-    photograph(32, 32).save(tmp_path / 'a.png')
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'w.safetensors', '--keep-ratio', 0.9]
-    printed = script('visualize', *flags, '--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out')
-    assert 'predicts from its class token' in printed and 'evolved without training' in printed
-    model, x = load_model(*flags), torch.randn(2, 3, 32, 32)
+    model, x = load_model('--model', NANO, '--resume', tmp_path / 'w.safetensors'), torch.randn(2, 3, 32, 32)
     model.set_schedule(True, evolving=False)
     with torch.no_grad():
         predictions, expected = visualize.predict(model, x, [None, None]), plain(x).softmax(1)
     np.testing.assert_allclose([p.probabilities for p in predictions], expected, atol=1e-6)
 
 
-def test_pictures_are_of_the_model_that_the_checkpoint_says(script, checkpoint, tmp_path):
-    name = 'evo_deit_nano_patch4_32'
-    torch.save(torch.load(checkpoint(name)) | {'args': {'model': name}}, tmp_path / 'c.pth')
-    photograph(40, 32).save(tmp_path / 'a.png')
-    flags = ['--resume', tmp_path / 'c.pth', '--output_dir', tmp_path / 'out', '--img-path', tmp_path / 'a.png']
-    said = f'{name}, no representative, keeps 0.5 from block 4 and 0.5 from block 8, '
-    assert said in script('visualize', *flags) and (tmp_path / 'out' / 'a_block4.png').exists()
-
-
-def test_pictures_have_the_size_of_the_training(checkpoint, tmp_path):
-    path = checkpoint('evo_deit_nano_patch4_32', num_classes=5, img_size=16)
-    torch.save(torch.load(path) | {'args': {'input_size': 16}}, tmp_path / 'a.pth')
-    model = load_model('--model', 'evo_deit_nano_patch4_32', '--resume', tmp_path / 'a.pth')
-    assert model.patch_embed.img_size == (16, 16)
-
-
-def test_layers_and_animation(script, checkpoint, tmp_path):
-    photograph(40, 32).save(tmp_path / 'a.png')
-    flags = ['--model', 'EvoLeViT_128S', '--resume', checkpoint('EvoLeViT_128S'), '--img-path', tmp_path / 'a.png']
-    script('visualize', *flags, '--output_dir', tmp_path / 'out', '--layer-wise-prune', '--animate')
-    layers = {f'a_stage{i}_block{j}.png' for i, depth in ((1, 3), (2, 4)) for j in range(depth)}
-    assert {p.name for p in (tmp_path / 'out').iterdir()} == layers | {'a.png', 'a_sheet.png', 'a.gif'}
-    with Image.open(tmp_path / 'out/a.gif') as gif:
+def test_layers_and_animation(draw, tmp_path):
+    draw('--layer-wise-prune', '--animate', model='EvoLeViT_128S')
+    layers = {f'in_stage{i}_block{j}.png' for i, depth in ((1, 3), (2, 4)) for j in range(depth)}
+    assert drawn(tmp_path) == layers | {'in.png', 'in_sheet.png', 'in.gif'}
+    with Image.open(tmp_path / 'out/in.gif') as gif:
         assert (gif.n_frames, gif.info['loop']) == (1 + len(layers), 0)
 
 
 def test_frames_go_through_the_selections():
     """Their pixels are those of the copies; titles leave the image where it is."""
-    model = timm.create_model('evo_deit_nano_patch4_32', num_classes=4, representative='nearest').eval()
+    model = timm.create_model(NANO, num_classes=4, representative='nearest').eval()
     with torch.inference_mode():
         (prediction,) = visualize.predict(model, torch.randn(1, 3, 32, 32), [None])
     frames, views = drawing.draw_frames(prediction), drawing.views(prediction, prediction.selections)
@@ -418,70 +368,52 @@ def test_frames_go_through_the_selections():
     assert len({tuple(frame.axes[0].get_window_extent().bounds) for frame in frames}) == 1
 
 
-def test_any_photograph(script, checkpoint, tmp_path):
-    """Grey, palette, transparent and turned images are shown upright and in three channels, resized and cropped."""
-    turned, folder = Image.Exif(), tmp_path / 'in'
+def test_any_photograph(draw, tmp_path):
+    """Gray, palette, transparent and turned images are shown upright and in three channels, resized and cropped."""
+    turned, folder = Image.Exif(), tmp_path / 'photos'
     folder.mkdir()
     turned[0x0112] = 6  # to be turned by a quarter
     half = Image.new('RGB', (64, 32), 'black')
     half.paste('white', (0, 0, 32, 32))  # its left half; upright, the upper one
-    half.convert('L').save(folder / 'grey.jpg', quality=95)
+    half.convert('L').save(folder / 'gray.jpg', quality=95)
     half.convert('P').save(folder / 'palette.png', exif=turned)
     half.save(folder / 'turned.jpg', exif=turned, quality=95)
     clear = half.convert('RGBA')
     clear.putalpha(half.convert('L').point(lambda v: 255 - v))  # white where it is clear
     clear.save(folder / 'clear.png', exif=turned)
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
-    script('visualize', *flags, '--img-path', folder, '--output_dir', tmp_path / 'out', '--save-name', 'any')
-    for name in ('grey', 'palette', 'turned', 'clear'):
+    draw('--save-name', 'any', paths=['photos'])
+    for name in ('gray', 'palette', 'turned', 'clear'):
         image = read(tmp_path / f'out/any_{name}.png').astype(int)
         assert image.shape == (32, 32, 3) and (np.ptp(image, axis=2) < 8).all()
-        bright, dark = (image[:, :12], image[:, 20:]) if name == 'grey' else (image[:12], image[20:])
+        bright, dark = (image[:, :12], image[:, 20:]) if name == 'gray' else (image[:12], image[20:])
         assert bright.min() > 200 and dark.max() < 55
     assert (tmp_path / 'out/any_contact1.png').exists()
     assert not list((tmp_path / 'out').glob('.*'))
 
 
 @pytest.mark.parametrize(
-    'files',
-    [
-        ['a.jpg', 'a.png', 'a_1.jpg'],
-        ['a.jpg', 'A.png'],
-        ['a.jpg', 'a_block4.jpg'],
-        ['a.jpg', 'a_block4_clusters.jpg'],
-        ['a.jpg', 'a_Sheet.jpg'],
-        ['a.jpg', 'contact1.jpg'],
-    ],
+    'files', ['a.jpg a.png a_1.jpg', 'a.jpg A.png', 'a.jpg a_block4_clusters.jpg', 'a.jpg a_Sheet.jpg contact1.jpg']
 )
-def test_no_picture_takes_the_name_of_another(files, script, checkpoint, tmp_path):
-    folder = tmp_path / 'in'
-    folder.mkdir()
-    for i, name in enumerate(files):
-        Image.new('RGB', (32, 32), (40 * i, 0, 0)).save(folder / name)
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
-    script('visualize', *flags, '--img-path', folder, '--output_dir', tmp_path / 'out')
+def test_no_picture_takes_the_name_of_another(files, draw, tmp_path):
+    (tmp_path / 'photos').mkdir()
+    for i, name in enumerate(files.split()):
+        Image.new('RGB', (32, 32), (40 * i, 0, 0)).save(tmp_path / 'photos' / name)
+    draw(paths=['photos'])
     # For each image: what the model sees, two selections, a sheet; and one contact sheet.
-    assert len({p.name.casefold() for p in (tmp_path / 'out').iterdir()}) == 4 * len(files) + 1
+    assert len({name.casefold() for name in drawn(tmp_path)}) == 4 * len(files.split()) + 1
 
 
 def test_names_are_those_of_the_files_where_they_can_be():
     files = [Path('x/IMG_1.jpg'), Path('x/IMG_12.png'), Path('y/IMG.jpg')]
     assert visualize.picture_names(files, 'p_') == ['p_IMG_1', 'p_IMG_12', 'p_IMG']
-    assert visualize.picture_names([*files, Path('z/IMG.jpg')], 'p_') == [
-        'p_1_IMG_1',
-        'p_2_IMG_12',
-        'p_3_IMG',
-        'p_4_IMG',
-    ]
+    numbered = ['p_1_IMG_1', 'p_2_IMG_12', 'p_3_IMG', 'p_4_IMG']
+    assert visualize.picture_names([*files, Path('z/IMG.jpg')], 'p_') == numbered
 
 
-def test_pictures_of_an_earlier_run_are_mentioned(script, checkpoint, tmp_path):
-    photograph(40, 32).save(tmp_path / 'a.png')
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
-    flags += ['--img-path', tmp_path / 'a.png', '--output_dir', tmp_path / 'out']
-    assert 'which holds' not in script('visualize', *flags)
-    assert 'out, which holds 4 files: they stay' in script('visualize', *flags, '--save-name', 'b')
-    assert len(list((tmp_path / 'out').iterdir())) == 8
+def test_pictures_of_an_earlier_run_are_mentioned(draw, tmp_path):
+    assert 'which holds' not in draw()
+    assert 'out, which holds 4 files; those with the same names are replaced' in draw('--save-name', 'b')
+    assert len(drawn(tmp_path)) == 8
 
 
 class Chooser(nn.Module):
@@ -497,7 +429,7 @@ class Chooser(nn.Module):
         return None, {'blocks.4': Selection(score.topk(32).indices, score)}, []
 
 
-def test_the_share_of_the_object():
+def test_the_coverage_of_the_object():
     dataset = shapes.Shapes('val', 32, length=150, transform=lambda _: torch.zeros(3, 32, 32))
 
     def covered(index: int) -> torch.Tensor:
@@ -507,25 +439,24 @@ def test_the_share_of_the_object():
     torch.manual_seed(0)
     found = {}
     for name, score in (('best', covered), ('worst', lambda i: -covered(i)), ('chance', lambda _: torch.rand(64))):
-        shares, found['by chance'] = visualize.object_shares(Chooser(score), dataset, 64)['blocks.4']
-        assert len(shares) == 150
-        found[name] = shares.mean()
+        fractions, found['by chance'] = visualize.object_coverage(Chooser(score), dataset, 64)['blocks.4']
+        assert len(fractions) == 150
+        found[name] = fractions.mean()
     assert found['best'] > 0.99 and found['worst'] < 0.15 and found['by chance'] == 0.5
     assert found['chance'] == pytest.approx(0.5, abs=0.03)
 
 
-def test_score_is_printed_and_drawn(script, checkpoint, tmp_path, monkeypatch):
+def test_score_is_printed_and_drawn(draw, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.Shapes.LENGTHS, 'val', 20)
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32', 10)]
-    flags += ['--data-set', 'SHAPES', '--score', '--batch-size', 1, '--layer-wise-prune', '--output_dir', tmp_path]
-    printed = script('visualize', *flags)
+    flags = ['--data-set', 'SHAPES', '--score', '--batch-size', 1, '--layer-wise-prune']
+    printed = draw(*flags, resume=checkpoint(NANO, 10), paths=())
     assert printed.count('% of the object, chance 50.0 %') == 8 and '20 images' in printed and 'scored' not in printed
-    assert (tmp_path / 'score.png').exists()
+    assert 'score.png' in drawn(tmp_path)
 
 
 def test_the_figure_of_the_score_has_its_numbers():
-    shares = {'blocks.4': (np.array([0.5, 1.0]), 0.7), 'blocks.8': (np.array([0.25, 0.25]), 0.3)}
-    (axes,) = drawing.draw_shares(shares).axes
+    coverage = {'blocks.4': (np.array([0.5, 1.0]), 0.7), 'blocks.8': (np.array([0.25, 0.25]), 0.3)}
+    (axes,) = drawing.draw_coverage(coverage).axes
     mean, chance = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_marker() in 'os']
     assert list(mean.get_ydata()) == [75, 25] and list(chance.get_ydata()) == pytest.approx([70, 30])
     (bars,) = axes.collections
@@ -535,18 +466,16 @@ def test_the_figure_of_the_score_has_its_numbers():
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {'of the object', 'by chance'}
 
 
-def test_a_broken_image_does_not_stop_the_others(script, checkpoint, tmp_path, capfd):
-    (tmp_path / 'in').mkdir()
+def test_a_broken_image_does_not_stop_the_others(draw, tmp_path, capfd):
+    (tmp_path / 'photos').mkdir()
     for name in 'bd':
-        photograph(40, 40).save(tmp_path / 'in' / f'{name}.png')
+        photograph(40, 40).save(tmp_path / 'photos' / f'{name}.png')
     for name in ('a.jpg', 'c.png'):
-        (tmp_path / 'in' / name).write_bytes(b'no photograph')
-    flags = ['--model', 'evo_deit_nano_patch4_32', '--resume', checkpoint('evo_deit_nano_patch4_32')]
+        (tmp_path / 'photos' / name).write_bytes(b'no photograph')
     with pytest.raises(SystemExit) as end:
-        script('visualize', *flags, '--img-path', tmp_path / 'in', '--output_dir', tmp_path / 'out')
+        draw(paths=['photos'])
     assert end.value.code == 1
-    names = [path.name for path in (tmp_path / 'out').iterdir()]
-    assert sorted(name for name in names if 'sheet' in name) == ['b_sheet.png', 'd_sheet.png']
+    assert sorted(name for name in drawn(tmp_path) if 'sheet' in name) == ['b_sheet.png', 'd_sheet.png']
     errors = capfd.readouterr().err
     assert '2 of 4 images could not be drawn' in errors and 'a.jpg' in errors and 'c.png' in errors
 
@@ -558,33 +487,33 @@ def test_the_noise_of_a_run_that_converged_does_not_fill_its_panel():
 
 
 def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, image_folder):
-    nano, plain = checkpoint('evo_deit_nano_patch4_32'), checkpoint('deit_tiny_patch16_224')
+    nano, plain = checkpoint(NANO), checkpoint('deit_tiny_patch16_224')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'torn.jpg').write_bytes(b'\xff\xd8\xff\xe0 no photograph')
     photograph(40, 40).save(tmp_path / 'a.jpg')
     dense = torch.load(nano)
     dense['model']['_extra_state'] = torch.tensor([True, False])
     torch.save(dense, tmp_path / 'dense.pth')
-    good = {'--model': 'evo_deit_nano_patch4_32', '--resume': nano, '--img-path': tmp_path / 'a.jpg'}
+    good = {'--model': NANO, '--resume': nano, '--img-path': tmp_path / 'a.jpg'}
     good |= {'--output_dir': tmp_path / 'out'}
     for wrong, message in (
         ({'--save-name': '../x'}, "'../x': expected up to 50"),
-        ({'--save-name': '.'}, 'no dot'),
-        ({'--save-name': '/etc/x'}, 'no folders'),
+        ({'--save-name': '.'}, 'leading dot'),
+        ({'--save-name': '/etc/x'}, 'without folders'),
         ({'--save-name': 'x' * 300}, 'expected up to 50'),
         ({'--img-path': tmp_path / 'none.jpg'}, 'none.jpg does not exist'),
-        ({'--img-path': tmp_path / 'empty'}, 'no images there'),
+        ({'--img-path': tmp_path / 'empty'}, 'holds no images'),
         ({'--img-path': tmp_path / 'torn.jpg'}, 'torn.jpg'),
         ({'--img-path': None}, 'no images: expected'),
         ({'--img-path': None, '--data-path': tmp_path / 'none'}, 'none/val does not exist'),
         ({'--data-set': 'SHAPES'}, '4 classes, the data set 10'),
-        ({'--data-path': image_folder, '--score': None}, 'only SHAPES'),
+        ({'--data-path': image_folder, '--score': None}, 'expected --data-set SHAPES, found IMNET'),
         ({'--resume': tmp_path / 'none.pth'}, 'none.pth is not a file'),
         ({'--resume': tmp_path / 'a.jpg'}, 'a.jpg is no readable checkpoint'),
         ({'--resume': plain}, 'does not fit EvoDeiT'),
         ({'--resume': tmp_path / 'dense.pth'}, 'every patch is informative'),
         ({'--model': 'deit_tiny_patch16_224', '--resume': plain}, 'selects no patches'),
-        ({'--model': 'evo_deit_nona_patch4_32'}, 'evo_deit_nano_patch4_32'),
+        ({'--model': 'evo_deit_nona_patch4_32'}, NANO),
         ({'--output_dir': tmp_path}, 'could overwrite'),
         ({'--output_dir': tmp_path / 'a.jpg/out'}, 'cannot be written to'),
     ):
@@ -594,41 +523,13 @@ def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, i
         assert not list(tmp_path.glob('out/*')) and not list(tmp_path.glob('out/.*')), wrong
 
 
-def test_a_batch_of_no_images_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        visualize.get_parser().parse_args(['--resume', 'x', '--batch-size', '0'])
-    assert 'argument --batch-size: expected 1 or more, found 0' in capsys.readouterr().err
-
-
-def test_a_failed_picture_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def breaks(figure, file, **kwargs):
-        file.write(b'half')
-        raise OSError('no space left')
-
-    monkeypatch.setattr(Figure, 'savefig', breaks)
-    with pytest.raises(InputError, match='x.png could not be written.*no space left'):
-        visualize.write_figure(tmp_path, 'x', Figure(), 'png')
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('flag', ['--mixup', '--aa', '--reprob', '--num_workers', '--smoothing'])
-def test_pictures_have_no_flags_of_training(flag, capsys):
-    with pytest.raises(SystemExit):
-        visualize.get_parser().parse_args(['--resume', 'x', flag, '1'])
-    assert f'unrecognized arguments: {flag}' in capsys.readouterr().err
-
-
 def write_run(folder, losses=(2.0, 1.5, 1.25)) -> list[dict]:
     """A run's log, as training writes it; evaluated in the first and the last epoch."""
     folder.mkdir(parents=True)
     lines = []
     for epoch, loss in enumerate(losses):
-        line = dict(
-            epoch=epoch,
-            train_loss=loss,
-            train_lr=1e-3 / (epoch + 1),
-            selection=f'{"layer" if epoch < 2 else "stage"}-wise',
-        )
+        line = dict(epoch=epoch, train_loss=loss, train_lr=1e-3 / (epoch + 1))
+        line |= dict(selection='layer-wise' if epoch < 2 else 'stage-wise')
         if epoch in (0, len(losses) - 1):
             line |= dict(test_loss=loss - 0.1, test_acc1=50.0 + epoch, test_ema_acc1=None if epoch else 40.0)
         lines.append(line)
@@ -637,11 +538,8 @@ def write_run(folder, losses=(2.0, 1.5, 1.25)) -> list[dict]:
 
 
 def curves_of(axes) -> list[list[tuple]]:
-    return [
-        list(zip(*line.get_data(), strict=True))
-        for line in axes.lines
-        if len(line.get_xdata()) != 2 or line.get_marker() != 'None'
-    ]
+    lines = [line for line in axes.lines if len(line.get_xdata()) != 2 or line.get_marker() != 'None']
+    return [list(zip(*line.get_data(), strict=True)) for line in lines]
 
 
 def test_learning_curves_are_the_numbers_of_the_log(tmp_path, script):
@@ -660,7 +558,7 @@ def test_learning_curves_are_the_numbers_of_the_log(tmp_path, script):
     assert [curve for curve in curves_of(top1) if curve[0][1] == 50] == [[(0, 50), (2, 52)], [(0, 50), (1, 51)]]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ['a: best 52.00 % in epoch 2', 'b: best 51.00 % in epoch 1']
-    # Without colour too, runs differ by their markers, and training from validation by the line.
+    # Without color too, runs differ by their markers, and training from validation by the line.
     assert len({line.get_marker() for line in rate.lines}) == 2
     assert [line.get_linestyle() for line in loss.lines] == ['-', '--'] * 2
     out = tmp_path / 'out'
@@ -686,12 +584,10 @@ def test_logs_of_runs_with_the_same_name_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     'content, message',
     [
-        (None, 'is not a file.*first epoch'),
-        ('', 'is empty'),
+        (None, 'is not a file.*first epoch'), ('', 'is empty'), ('[1]\n', 'expected a line'),
         ('{"epoch": 0}\nnot json\n', 'expected a line of JSON'),
-        ('[1]\n', 'expected a line'),
     ],
-)
+)  # fmt: skip
 def test_logs_that_cannot_be_drawn(content, message, tmp_path, script):
     if content is not None:
         (tmp_path / 'log.txt').write_text(content)
