@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from common import BUDGETS, Rows, build, find_setting, get_parser, gmacs, schedule
 from matplotlib.figure import Figure
 from PIL import Image
-from plots import GMACS_AXIS, draw_methods, speed_axes
+from plots import GMACS_AXIS, draw_methods, save, speed_axes
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -218,7 +218,7 @@ def draw(rows: list[dict], path: Path):
     figure.suptitle(
         f'CamVid, {dense["n_test"]} test images, {size}, linear classifier on frozen tokens{hidden}', fontsize=10
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 if __name__ == '__main__':

@@ -65,6 +65,11 @@ def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str
             axes.errorbar(places, [row[y] for row in own], bars, elinewidth=0.7, capsize=1.5, **look)
 
 
+def save(figure: Figure, path: Path):
+    figure.savefig(path, dpi=150)
+    print(f'wrote {path}')
+
+
 def draw_seeds(rows: list[dict], title: str, path: Path):
     """Print top-1 and the verdicts for nearest and dense against every other method; plot top-1 over speed-up."""
     methods, speeds, points = list(dict.fromkeys(row['method'] for row in rows)), speed_axes(rows), []
@@ -89,4 +94,4 @@ def draw_seeds(rows: list[dict], title: str, path: Path):
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, fontsize=8)
     title += ': mean and 95 % interval over pairs of one seed and device; speed-up in training'
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

@@ -30,6 +30,7 @@ import torch
 from common import Rows, add_images, find_images, get_parser, image_transform, mean_interval
 from matplotlib.figure import Figure
 from PIL import Image
+from plots import save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import functional
@@ -185,7 +186,7 @@ def draw(rows: list[dict], path: Path):
         f'{middle["n"]} ImageNet validation images, half of the patches kept; dotted: chance; 95 % intervals',
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 if __name__ == '__main__':

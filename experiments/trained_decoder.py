@@ -50,7 +50,7 @@ from common import (
     schedule,
 )
 from matplotlib.figure import Figure
-from plots import GMACS_AXIS, draw_methods, speed_axes
+from plots import GMACS_AXIS, draw_methods, save, speed_axes
 from torch import Tensor, nn
 
 from measure.timing import progress
@@ -197,7 +197,7 @@ def draw(rows: list[dict], path: Path):
         "distance of saliency maps from the dense ViT's, without training: means over images, 95 % intervals",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def distance(row: dict, name: str) -> dict:

@@ -51,7 +51,7 @@ from common import (
     unpack,
 )
 from matplotlib.figure import Figure
-from plots import GMACS_AXIS, draw_methods, speed_axes
+from plots import GMACS_AXIS, draw_methods, save, speed_axes
 from torch import Tensor, nn
 
 MEASURES = {  # see common.report
@@ -199,7 +199,7 @@ def draw(rows: list[dict], path: Path):
         + (f'; methods that lose more than {-LOWEST} points are not shown' if hidden else ''),
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def with_bounds(rows: list[dict]) -> list[dict]:
@@ -222,7 +222,7 @@ def draw_headline(rows: list[dict], path: Path):
     axes.set(xlabel=label, ylabel='top-1 minus dense, percentage points')
     axes.legend(frameon=False, fontsize=8)
     axes.set_title(f'{rows[0]["model"]} without training, {rows[0]["n"]} ImageNet images', fontsize=10)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 if __name__ == '__main__':
