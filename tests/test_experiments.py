@@ -189,9 +189,8 @@ def test_trained_decoder(run, tmp_path, capsys):
     assert [float(rows[0][name]) for name in ('correlation', 'error', 'iou')] == [1, 0, 1]
     assert all(0 < float(row['error']) < 1 and float(row['correlation']) < 1 for row in rows[1:])
     assert all(float(row['gmacs']) < float(row['gmacs_whole']) and row['speedup'] for row in rows)
-    assert re.search(
-        r'nearest at budget 0.6, to late, merge_norm: .* in correlation, .* in IoU', capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert re.search('nearest at budget 0.6, to late, merge_norm: .* in correlation, .* in IoU', printed)
 
 
 def test_maps_are_compared_image_by_image():
@@ -348,11 +347,9 @@ def test_methods_are_compared_over_pairs_of_one_seed_and_device():
 
 
 def test_values_of_images_come_back_from_their_text():
-    right = torch.rand(13, generator=torch.Generator().manual_seed(0)) < 0.5
-    assert right.any() and torch.equal(common.unpack(common.pack(right), 13), right.float())
-    torch.testing.assert_close(
-        common.unpack(common.pack(torch.arange(13) / 7), 13), torch.arange(13) / 7, rtol=1e-3, atol=0
-    )
+    values = torch.rand(13, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(common.unpack(common.pack(values), 13), values, rtol=1e-3, atol=0)
+    assert torch.equal(common.unpack(common.pack(values < 0.5), 13), (values < 0.5).float())
 
 
 def test_boxes_go_where_the_crop_shows_them():
