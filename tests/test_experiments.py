@@ -5,7 +5,6 @@ import csv
 import importlib
 import json
 import re
-import subprocess
 import sys
 from functools import partial
 
@@ -220,29 +219,6 @@ def test_selection(run, tmp_path, capsys):
     ]  # fmt: skip
     assert all(0 < float(row['kept_of_box']) < 100 for row in rows)
     assert all(0 < float(row['kept_again_8px']) <= 100 for row in rows[1:])
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere allocators do other things')
-def test_what_is_timed_gets_no_new_memory():
-    """Pages from the kernel would take time, more of it in the calls of one model than in those of another."""
-    code = """if True:
-        import resource, timm, torch
-        from common import images_per_second
-
-        torch.set_num_threads(1)
-        model = timm.create_model('vit_tiny_patch16_224').eval()
-
-        def new_pages(turns):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            images_per_second(model, model, 16, turns=turns)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-        new_pages(1)
-        print(new_pages(4))
-    """
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT / 'experiments', capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 20_000  # for five calls, of which each would take 54,000
 
 
 def test_images_are_those_of_a_list(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -127,3 +128,18 @@ def test_what_was_swept_besides_is_in_the_label(monkeypatch, tmp_path):
     rows = [row_of('m', 'm', 1.0, [1.0, 1.2], mode=mode, batch=batch) for mode, batch in (('a', 1), ('b', 32))]
     panels = draw(monkeypatch, tmp_path, rows).axes
     assert [[line.get_label() for line in panel.containers] for panel in panels] == [['m'], ['m']]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere allocators do other things')
+def test_what_is_timed_gets_no_new_memory():
+    """Pages from the kernel would take time, more of it in the calls of one model than in those of another."""
+    code = """if True:
+        import resource, torch
+        from measure.timing import time_alternately
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        time_alternately([lambda: torch.ones(2**22)], 20, 0, torch.device('cpu'))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3 * 4096  # each of the 20 calls would take 4,096
