@@ -183,6 +183,15 @@ def find_setting(make: Callable[[float], nn.Module], target: float) -> float:
     return round(min(found, key=lambda t: abs(found[t] - target)), 4)
 
 
+def combine(methods: Iterable[str], budgets: Iterable[float | str]) -> list[tuple[str, float | str]]:
+    """Dense, and every method at every budget; 'recommended' only for methods whose paper recommends a schedule."""
+    pairs = [(method, budget) for budget in budgets for method in methods]
+    return [
+        ('dense', 1.0),
+        *(pair for pair in pairs if pair[1] != 'recommended' or pair[0] in (*RECOMMENDED, *MERGING)),
+    ]
+
+
 class Budgets:
     """Models at fractions of the dense GMACs. `make` builds a model from a method and its setting."""
 
@@ -191,12 +200,7 @@ class Budgets:
         self.dense_gmacs = gmacs(self.dense)
 
     def build(self, method: str, budget: float | str) -> tuple[float | str, nn.Module, float] | None:
-        """Setting, model and GMACs of a method at a budget, or None if it has no setting within TOLERANCE of it.
-
-        The budget 'recommended' is the schedule of the method's own paper; None if it has none.
-        """
-        if budget == 'recommended' and method not in (*RECOMMENDED, *MERGING):
-            return None
+        """Setting, model and GMACs of a method at a budget, or None if no setting comes within TOLERANCE of it."""
         key = method, budget
         if key not in self._settings:
             search = method != 'dense' and budget != 'recommended'

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import BUDGETS, Rows, build, find_setting, get_parser, gmacs, schedule
+from common import BUDGETS, Rows, build, combine, find_setting, get_parser, gmacs, schedule
 from matplotlib.figure import Figure
 from PIL import Image
 from plots import GMACS_AXIS, draw_methods, save, speed_axes
@@ -155,7 +155,7 @@ def main():
     rows = Rows(output.with_suffix('.csv'), setup | dict(width=size[0], height=size[1], seeds=args.seeds))
     make = partial(build, args, img_size=size[::-1])
     dense, reference = make('dense', 1.0), None
-    todo = rows.missing([('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)])
+    todo = rows.missing(combine(args.methods, args.budgets))
     if todo:
         train_labels, test_labels = (load_labels(paths, size) for paths in (train_paths, test_paths))
         edges, dense_gmacs = boundaries(test_labels), gmacs(dense)

@@ -40,6 +40,7 @@ from common import (
     Rows,
     add_images,
     build,
+    combine,
     find_sets,
     get_parser,
     gmacs,
@@ -158,8 +159,7 @@ def main():
     setup = {name: Path(path).name for name, path in (('weights', args.weights), ('decoder', args.decoder))}
     rows = Rows(output.with_suffix('.csv'), setup | dict(model=args.model))
     setup, weights = rows.setup, torch.load(args.decoder, weights_only=True)
-    keys = [('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)]
-    keys += [(method, 'recommended') for method in args.methods]
+    keys = combine(args.methods, (*args.budgets, 'recommended'))
 
     def attach(vit: nn.Module) -> Network:
         return Network(vit, Decoder(weights)).eval().to(args.device)

@@ -40,6 +40,7 @@ from common import (
     Rows,
     add_images,
     build,
+    combine,
     find_sets,
     get_parser,
     load_images,
@@ -97,7 +98,7 @@ def images_of(row: dict) -> tuple[Tensor, ...]:
 
 def run(rows: Rows, args: argparse.Namespace, budgets: Budgets, paths: list[Path], labels: Tensor):
     """Add the missing rows of one set of images."""
-    todo = rows.missing([('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)])
+    todo = rows.missing(combine(args.methods, args.budgets))
     if not todo:
         return
     images = load_images(paths, budgets.dense)
