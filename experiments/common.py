@@ -273,7 +273,7 @@ class Rows:
         dense = make('dense', 1.0)
         for key in groups:
             speed, speedups = images_per_second(make(*key), dense, batch_size, train=train)
-            low, speedup, high = speedups.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+            low, speedup, high = np.percentile(speedups, (10, 50, 90)).tolist()
             measured = dict(images_per_second=round(speed, 2), speedup=round(speedup, 3))
             measured |= dict(speedup_p10=round(low, 3), speedup_p90=round(high, 3), speed_batch=batch_size)
             measured |= {f'speed_{name}': value for name, value in conditions.items()}
@@ -436,14 +436,14 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
 
 def images_per_second(
     model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 15, train: bool = False
-) -> tuple[float, Tensor]:
+) -> tuple[float, np.ndarray]:
     """Median img/s of a model, and its speed-up over dense in each turn of the two, (turns,).
 
     Of inference, or with `train` of AdamW steps; autocast to bfloat16 on GPUs. Each model gets images of its own size.
     """
     steps = [_make_step(each, batch_size, train) for each in (dense, model)]
-    seconds = torch.from_numpy(time_alternately(steps, turns, 1, next(model.parameters()).device))
-    return batch_size / seconds[:, 1].median().item(), seconds[:, 0] / seconds[:, 1]
+    seconds = time_alternately(steps, turns, 1, next(model.parameters()).device)
+    return batch_size / np.median(seconds[:, 1]).item(), seconds[:, 0] / seconds[:, 1]
 
 
 def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:

@@ -286,7 +286,7 @@ def test_speeds_of_a_gpu_stand_beside_those_of_a_cpu(monkeypatch, tmp_path):
         rows.add(method=method, setting=1.0)
     speeds = iter([2.0, 1.0, 3.0, 1.5])
     monkeypatch.setattr(common, 'circumstances', lambda _, device=None: {'device': str(device)})
-    monkeypatch.setattr(common, 'images_per_second', lambda *_, **__: (speed := next(speeds), torch.full((3,), speed)))
+    monkeypatch.setattr(common, 'images_per_second', lambda *_, **__: (speed := next(speeds), [speed] * 3))
     for device in ('cpu', 'cuda', 'cuda'):  # the third time there is nothing left to measure
         rows.measure('missing', device, lambda *_: None, 4)
     found = [(row['speedup'], row['gpu_speedup'], row['gpu_speed_batch']) for row in rows.rows]
