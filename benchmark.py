@@ -287,8 +287,9 @@ def describe_plan(cases: list[Namespace]) -> str:
         count *= 3 if case.mode == 'train' else 1
         gmacs += len(listed) * count * case.batch_size * (case.num_warm_iter + count_turns(case))
         rows += len(listed)
-    what = f'{" and ".join(dict.fromkeys(case.mode for case in cases))} of {len({case.model for case in cases})} models'
-    what = f'measuring {rows} rows: {what}{" and their dense baselines" if case.compare else ""}'
+    names = len({case.model for case in cases})
+    what = f'{" and ".join(dict.fromkeys(case.mode for case in cases))} of {names} model{"s"[: names > 1]}'
+    what = f'measuring {rows} rows: {what}{", with dense baselines" if case.compare else ""}'
     if case.data_path:
         return f'{what}; the time depends on the loader'
     minutes = gmacs / measure_gmacs_per_second(case.tensors) / 60 + rows / 20  # building and counting takes seconds

@@ -27,12 +27,12 @@ import shlex
 import subprocess
 import sys
 import time
-import timeit
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from torch import Tensor
 import benchmark
 import models
 from measure import results
+from measure.timing import time_alternately
 from models import evolution
 
 # Batch, heads, tokens of 64 channels: both stages of DeiT-S and B, the first of ViT-L at 384, 518 and 1,024 px.
@@ -140,7 +141,7 @@ def measure_kernels(args: argparse.Namespace, rows: Rows, key: dict, make: Calla
 
         ms = do_bench_cudagraph(run, rep=50, quantiles=(0.5, 0.1, 0.9))
     else:
-        ms = [1000 * seconds for seconds in timeit.repeat(run, number=1, repeat=3)]
+        ms = np.percentile(1000 * time_alternately([run], 3, 0, args.device), (50, 10, 90)).tolist()
     total = 'self_cpu_time_total' if args.device.type == 'cpu' else 'self_device_time_total'
     events = [event for event in profiler.key_averages() if event.device_type.name.lower() == args.device.type]
     events = sorted(events, key=lambda event: -getattr(event, total))[:20]

@@ -120,7 +120,7 @@ def table_line(row: dict, model_width: int) -> str:
     return '\n'.join(['  '.join(cells).rstrip(), *([error] if error else [])])
 
 
-def write_row(row: dict, path: str | None):
+def write_row(row: dict, path: str):
     """Append a row to a .csv or .jsonl file."""
     row = {name: float(f'{row[name]:.6g}') if isinstance(row.get(name), float) else row.get(name) for name in COLUMNS}
     with open(path, 'a', newline='') as file:

@@ -181,7 +181,7 @@ def test_the_plan_says_what_and_how_long(bench, monkeypatch):
     with pytest.raises(FileNotFoundError):  # no row was written
         bench('--model', NAME, 'resnet10t', '--bench', 'both', *sizes)
     # Twice the dense 0.6 and once 0.2, for 1 + 3 passes of 100 images and 6 calls: 3,360 seconds; 3 more for each row.
-    plan = 'measuring 6 rows: inference and train of 2 models and their dense baselines, about 56 minutes'
+    plan = 'measuring 6 rows: inference and train of 2 models, with dense baselines, about 56 minutes'
     assert plan in said and said[-1].startswith('wrote ')
 
 
