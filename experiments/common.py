@@ -1,16 +1,17 @@
-"""What the experiments share: methods at equal arithmetic, a CSV that resumes, training, intervals, speed."""
+"""What the experiments share: methods at equal GMACs, a CSV that resumes, training, intervals, speed."""
 
 import argparse
 import base64
 import copy
 import csv
+import io
 import json
 import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,33 +28,33 @@ from torchvision.transforms import Compose  # noqa: E402
 import models  # noqa: E402
 from measure.costs import count_gmacs  # noqa: E402
 from measure.results import circumstances  # noqa: E402
-from measure.timing import time_alternately  # noqa: E402
+from measure.timing import progress, time_alternately  # noqa: E402
+from utils import atomic_write  # noqa: E402
 
-# Validation images: the first list is for choices, the second one judges. No choice was made on it.
+# Validation images of ImageNet. The defaults were chosen on the first list, and not on the second one, which judges.
 IMAGES = [ROOT / 'experiments' / f'imagenet_{n}.txt' for n in (500, 800)]
-BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # of the dense model's GMACs
+BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # fractions of dense GMACs
+TOLERANCE = 0.09  # relative; a method that does not come closer to a budget has no row
 
 
 def around(t: float) -> tuple[float, float]:
-    """Keep ratios of two stages around t, as 0.7 and 0.3 are around 0.5; below, in proportion."""
-    # With 0.2 everywhere the last stage would keep next to nothing at small t: see docs/log.md.
+    """Keep ratios of two stages, t + 0.2 and t - 0.2; closer to t where t is small."""
+    # At a distance of 0.2 the last stage would keep almost nothing: see docs/log.md.
     distance = min(0.2, 0.4 * t)
     return round(min(t + distance, 1.0), 4), round(max(t - distance, 0.02), 4)
 
 
 METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge', 'merge_norm', 'random'
 MERGING = 'merge', 'merge_norm'
-# Merging with other rates: ToMe's decreasing schedule, and from the block on at which evolving begins.
+# Merging at other rates: ToMe's decreasing schedule, and only from the block on at which evolving starts.
 SCHEDULED = tuple(f'{schedule}, {method}' for schedule in ('decreasing', 'late') for method in MERGING)
-# Methods whose images have shorter sides, and what is done besides: a method of models.apply and its arguments.
+# On images with shorter sides: a method of models.apply besides, and its arguments.
 SMALLER = {
     'smaller image': (None, {}),
     'smaller, nearest': ('evolve', dict(keep_ratio=(0.7, 0.3), representative='nearest')),
     'smaller, merge': ('merge', dict(merge_r=8)),
 }
-
-
-# The schedules that the papers recommend, for networks of 12 blocks: ours, Evo-ViT's, EViT's.
+# The schedules of the papers, for networks of 12 blocks: ours, Evo-ViT's, EViT's.
 RECOMMENDED = {
     'nearest': dict(keep_ratio=(0.7, 0.3), representative='nearest'),
     'none': dict(keep_ratio=0.5, representative='none'),
@@ -64,17 +65,17 @@ RECOMMENDED = {
 
 
 def merge_rates(method: str, total: float, depth: int) -> int | tuple[int, ...]:
-    """How many patches each of `depth` blocks merges away, `total` in all, by a method of MERGING or SCHEDULED."""
+    """Patches that each of `depth` blocks merges away, `total` in all, by a method of MERGING or SCHEDULED."""
     if method in MERGING:
         return round(total / depth)
-    if method.startswith('decreasing'):  # linear, from twice the mean to none
+    if method.startswith('decreasing'):  # linearly, from twice the mean to zero
         return tuple(round(2 * total / depth * (1 - i / (depth - 1))) for i in range(depth))
     dense = depth // 3
     return (0,) * dense + (round(total / (depth - dense)),) * (depth - dense)
 
 
 def settings(method: str, t: float | str, model: nn.Module) -> tuple[str, dict]:
-    """The method of models.apply, if any, and its arguments, at t in (0, 1): the more, the more arithmetic.
+    """The method of models.apply, if any, and its arguments at t in (0, 1); GMACs grow with t.
 
     t = 'recommended' is the schedule of the method's own paper.
     """
@@ -83,7 +84,7 @@ def settings(method: str, t: float | str, model: nn.Module) -> tuple[str, dict]:
     name = method.rpartition(', ')[2]
     if name in MERGING:
         patches, depth = model.patch_embed.num_patches, len(model.blocks)
-        # At t = 0 so many that none would be left after half of the blocks; ToMe: 13 of 196 in each of 12 blocks.
+        # At t = 0, none would be left after half of the blocks. ToMe's paper: 13 of 196 in each of 12 blocks.
         total = 12 * 13 / 196 * patches if t == 'recommended' else 2 * (1 - t) * patches
         return name, dict(merge_r=merge_rates(method, total, depth))
     if t == 'recommended':
@@ -96,7 +97,7 @@ def settings(method: str, t: float | str, model: nn.Module) -> tuple[str, dict]:
 
 
 def schedule(method: str, t: float | str, model: nn.Module) -> str:
-    """What a method is called with at t, for the rows: 'keep_ratio 0.7 0.3, representative nearest'; '' if dense."""
+    """Arguments of a method at t, for the rows: 'keep_ratio 0.7 0.3, representative nearest'; '' for dense."""
     if method == 'dense':
         return ''
     size = dict(image_size=smaller(model, t)) if method in SMALLER else {}
@@ -105,13 +106,13 @@ def schedule(method: str, t: float | str, model: nn.Module) -> str:
 
 
 def smaller(model: nn.Module, t: float) -> tuple[int, int]:
-    """Rows and columns of an image whose sides are t times those that a model takes, in whole patches."""
+    """Height and width of the model's images times t, in whole patches."""
     patch, size = model.patch_embed.patch_size[0], model.patch_embed.img_size
     return tuple(patch * max(round(t * side / patch), 1) for side in size)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is written, and the default of each flag."""
+    """Keeps the description as written; shows defaults."""
 
 
 def get_parser(
@@ -128,26 +129,22 @@ def get_parser(
     add('--model', default=model, metavar='NAME', help='a model of timm')
     if pretrained:
         add('--weights', required=True, metavar='PATH', help='its weights: .pth, .safetensors or URL')
-    folders = (
-        dict(nargs='+', help='folders of the data, see above')
-        if several
-        else dict(help='folder of the data, see above')
-    )
-    add('--data-path', required=True, metavar='PATH', **folders)
-    add('--output', default=f'experiments/{output}', metavar='PATH', help='of the rows and the picture, without ending')
+    folders = {'nargs': '+'} if several else {}
+    add('--data-path', required=True, metavar='PATH', help='folder of the data, see above', **folders)
+    add('--output', default=f'experiments/{output}', metavar='PATH', help='of the rows and the plot, without suffix')
     add('--device', default=device, help='cpu, cuda, ...')
-    add('--batch-size', type=int, default=32, metavar='N', help='images at a time')
+    add('--batch-size', type=int, default=32, metavar='N', help='images per batch')
     if speed:
         add(
             '--speed', choices=['missing', 'all', 'none'], default='missing',
-            help='measure the speed of these rows at the end, on a quiet machine; none: draw nothing either',
+            help='rows whose speed is measured at the end, on a quiet machine; with none, nothing is plotted either',
         )  # fmt: skip
     return parser
 
 
 @lru_cache(maxsize=1)
 def pretrained(name: str, weights: str) -> nn.Module:
-    """A model of timm with its weights, not to be changed: a search builds it dozens of times."""
+    """A model of timm with its weights. Copy it before changing it: it is cached, since a search needs it often."""
     model = timm.create_model(name)
     models.load_weights(model, weights)
     return model
@@ -156,7 +153,7 @@ def pretrained(name: str, weights: str) -> nn.Module:
 def build(
     args: argparse.Namespace, method: str, t: float | str, img_size: int | tuple[int, int] | None = None
 ) -> nn.Module:
-    """The pretrained model in evaluation, dense, with a method at t, or for images with sides t times as long."""
+    """The pretrained model for evaluation, dense, with a method at t, or for images with sides t times as long."""
     model = copy.deepcopy(pretrained(args.model, args.weights))
     if img_size is not None:
         model.set_input_size(img_size)
@@ -170,14 +167,14 @@ def build(
 
 
 def gmacs(model: nn.Module) -> float:
-    """GMACs an image, of the matrix products, convolutions and attentions."""
+    """GMACs per image."""
     x = torch.zeros(1, 3, *model.patch_embed.img_size, device=next(model.parameters()).device)
     with torch.inference_mode():
         return count_gmacs(model, [x])
 
 
 def find_setting(make: Callable[[float], nn.Module], target: float) -> float:
-    """The number t in (0, 1) at which the GMACs of a method are nearest to `target`."""
+    """The t in (0, 1) at which the GMACs of `make(t)` are nearest to `target`, by bisection."""
     low, high, found = 0.0, 1.0, {}
     for _ in range(9):
         middle = (low + high) / 2
@@ -186,14 +183,41 @@ def find_setting(make: Callable[[float], nn.Module], target: float) -> float:
     return round(min(found, key=lambda t: abs(found[t] - target)), 4)
 
 
-def setting_finder(make: Callable[[str, float | str], nn.Module]) -> Callable[[str, float], float]:
-    """A function that finds, once for each, the setting of a method at a fraction of dense's GMACs."""
-    dense = gmacs(make('dense', 1.0))
-    return cache(lambda method, budget: find_setting(partial(make, method), budget * dense))
+def combine(methods: Iterable[str], budgets: Iterable[float | str]) -> list[tuple[str, float | str]]:
+    """Dense, and every method at every budget; 'recommended' only for methods whose paper recommends a schedule."""
+    pairs = [(method, budget) for budget in budgets for method in methods]
+    return [
+        ('dense', 1.0),
+        *(pair for pair in pairs if pair[1] != 'recommended' or pair[0] in (*RECOMMENDED, *MERGING)),
+    ]
+
+
+class Budgets:
+    """Models at fractions of the dense GMACs. `make` builds a model from a method and its setting."""
+
+    def __init__(self, make: Callable[[str, float | str], nn.Module]):
+        self.make, self.dense, self._settings = make, make('dense', 1.0), {}
+        self.dense_gmacs = gmacs(self.dense)
+
+    def build(self, method: str, budget: float | str) -> tuple[float | str, nn.Module, float] | None:
+        """Setting, model and GMACs of a method at a budget, or None if no setting comes within TOLERANCE of it."""
+        key = method, budget
+        if key not in self._settings:
+            search = method != 'dense' and budget != 'recommended'
+            make = partial(self.make, method)
+            self._settings[key] = find_setting(make, budget * self.dense_gmacs) if search else budget
+        t = self._settings[key]
+        model = self.make(method, t)
+        cost = gmacs(model)
+        if budget != 'recommended' and abs(cost / (budget * self.dense_gmacs) - 1) > TOLERANCE:
+            return None
+        if method in SMALLER and smaller(self.dense, t) == tuple(self.dense.patch_embed.img_size):  # is not smaller
+            return None
+        return t, model, cost
 
 
 class Rows:
-    """A CSV file of results; what it has of the same setup (model, weights, sizes) is not computed again."""
+    """A CSV file of results. What it holds of the same setup (model, weights, sizes) is not computed again."""
 
     def __init__(self, path: Path, setup: dict):
         self.path, self.setup, self.rows = path, setup, []
@@ -208,8 +232,12 @@ class Rows:
     def has(self, **key) -> bool:
         return any(all(row[name] == value for name, value in key.items()) for row in self.ours())
 
+    def missing(self, keys: Iterable[tuple[str, float | str]]) -> list[tuple[str, float | str]]:
+        """Methods and budgets without a row of this setup."""
+        return [(method, budget) for method, budget in keys if not self.has(method=method, budget=budget)]
+
     def add(self, **row):
-        """Write a row, with the circumstances of its measurement, and keep the file whole."""
+        """Add a row, with the circumstances of its measurement, and write the file."""
         row |= self.setup | circumstances(row.get('precision', 'fp32'))
         row = {k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
@@ -217,14 +245,12 @@ class Rows:
         print(', '.join(f'{k} {v}' for k, v in list(row.items())[:10]), flush=True)
 
     def write(self):
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        names, text = list(dict.fromkeys(name for row in self.rows for name in row)), io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix('.tmp')
-        with open(temporary, 'w', newline='') as file:
-            writer = csv.DictWriter(file, names, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(self.rows)
-        temporary.replace(self.path)
+        atomic_write(self.path, lambda file: file.write(text.getvalue().encode()))
 
     def measure(
         self,
@@ -234,9 +260,9 @@ class Rows:
         batch_size: int,
         train: bool = False,
     ):
-        """Images a second of the rows whose speed is missing, or of all, a method and setting once.
+        """Measure img/s of the rows whose speed is missing, or of all, once per method and setting.
 
-        `make` builds a model from both, on the device. The columns of a GPU begin with `gpu_`: a row can have both.
+        `make` builds a model from both, on the device. Columns of a GPU start with `gpu_`, so a row can have both.
         """
         kind = 'gpu_' if torch.device(device).type == 'cuda' else ''
         pending = [row for row in self.ours() if which == 'all' or row.get(f'{kind}speedup', '') == '']
@@ -247,19 +273,19 @@ class Rows:
         dense = make('dense', 1.0)
         for key in groups:
             speed, speedups = images_per_second(make(*key), dense, batch_size, train=train)
-            low, speedup, high = speedups.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+            low, speedup, high = np.percentile(speedups, (10, 50, 90)).tolist()
             measured = dict(images_per_second=round(speed, 2), speedup=round(speedup, 3))
             measured |= dict(speedup_p10=round(low, 3), speedup_p90=round(high, 3), speed_batch=batch_size)
             measured |= {f'speed_{name}': value for name, value in conditions.items()}
             for row in pending:
                 if (row['method'], row['setting']) == key:
                     row.update({f'{kind}{name}': value for name, value in measured.items()})
-            print(*key, f'{speed:.1f} img/s, {speedup:.2f}x dense', flush=True)
+            print(*key, f'{speed:.1f} img/s, speed-up {speedup:.2f}', flush=True)
             self.write()
 
 
 def _number(column: str, text: str) -> float | int | str:
-    for kind in (int, float) if column != 'commit' else ():  # 3e80123 is none
+    for kind in (int, float) if column != 'commit' else ():  # 3e80123 is no number
         try:
             return kind(text)
         except ValueError:
@@ -268,17 +294,17 @@ def _number(column: str, text: str) -> float | int | str:
 
 
 def add_images(parser: argparse.ArgumentParser, several: bool = False):
-    """The flags that say which images of ImageNet are used, of one folder or of several."""
-    kind, what = ({}, 'numbers') if not several else (dict(nargs='+'), 'for each folder numbers')
+    """The flags that select images of ImageNet, from one folder or from several."""
+    kind, what = (dict(nargs='+'), 'for each folder, numbers') if several else ({}, 'numbers')
     parser.add_argument(
         '--images', default=IMAGES if several else IMAGES[0], metavar='FILE', **kind,
-        help=f'{what} of the validation images to use; all: every image that is there',
+        help=f'{what} of the validation images to use; all: every image in the folder',
     )  # fmt: skip
-    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, to try it')
+    parser.add_argument('--limit', type=int, metavar='N', help='only the first N images, for a trial')
 
 
 def find_sets(args: argparse.Namespace) -> dict[str, tuple[list[Path], Tensor]]:
-    """For each folder of --data-path the name of its set, and its image files and labels."""
+    """Image files and labels of each folder of --data-path, by the name of its set."""
     lists = args.images[: len(args.data_path)] if args.images is IMAGES else args.images
     if len(lists) != len(args.data_path):
         raise SystemExit(
@@ -294,7 +320,7 @@ def find_sets(args: argparse.Namespace) -> dict[str, tuple[list[Path], Tensor]]:
 
 
 def find_images(folder: str | Path, images: str | Path, limit: int | None = None) -> tuple[list[Path], Tensor]:
-    """Image files in folders named by ImageNet's synsets, and their labels: those of a list, or 'all'."""
+    """Files and labels of the images of a list, or 'all', from folders named by ImageNet's synsets."""
     root = Path(folder)
     root = root / 'val' if (root / 'val').is_dir() else root
     label = {synset: i for i, synset in enumerate(ImageNetInfo().label_names())}
@@ -309,8 +335,8 @@ def find_images(folder: str | Path, images: str | Path, limit: int | None = None
         found = [path for path in paths if path.stem in names]
         if missing := names - {path.stem for path in found}:
             raise SystemExit(
-                f'{root}: expected the images of {images}, found {len(found)} of {len(names)}, not '
-                f'{min(missing)}.JPEG; --images all takes the {len(paths)} images that are there'
+                f'{root}: expected the images of {images}, found {len(found)} of {len(names)}; {min(missing)}.JPEG is '
+                f'missing. --images all uses the {len(paths)} images that are there'
             )
         paths = found
     paths = paths[:limit]
@@ -320,16 +346,16 @@ def find_images(folder: str | Path, images: str | Path, limit: int | None = None
 
 
 def load_images(paths: list[Path], model: nn.Module) -> Tensor:
-    """Images (n, 3, rows, columns) as the model's own configuration wants them, at its size."""
+    """Images (n, 3, H, W), preprocessed for the model at its current size."""
     size = 3, *model.patch_embed.img_size
     transform = create_transform(**resolve_data_config({'input_size': size}, model=model), is_training=False)
-    return torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
+    return torch.stack([transform(Image.open(path).convert('RGB')) for path in progress(paths, 'loading images')])
 
 
 def pack(values: Tensor) -> str:
-    """A value for each image, (n,), as text: from it anybody can compute paired intervals.
+    """Values of images, (n,), as text in a row, so that paired intervals can be computed later.
 
-    True or false become hexadecimal digits, numbers float16 in base64.
+    Booleans become hexadecimal bits, numbers float16 in base64.
     """
     if values.dtype == torch.bool:
         return '0x' + np.packbits(values.cpu().numpy()).tobytes().hex()
@@ -337,7 +363,7 @@ def pack(values: Tensor) -> str:
 
 
 def unpack(text: str, n: int) -> Tensor:
-    """What was packed, (n,), as float32."""
+    """The values that were packed, (n,), as float32."""
     if text.startswith('0x'):
         values = np.unpackbits(np.frombuffer(bytes.fromhex(text[2:]), dtype=np.uint8))[:n]
     else:
@@ -346,9 +372,9 @@ def unpack(text: str, n: int) -> Tensor:
 
 
 def image_transform(config: dict) -> tuple[int, Callable, Callable]:
-    """From timm's configuration of a model: its crop in px, and functions that resize a PIL image and normalise one."""
-    resize, *_, to_tensor, normalise = create_transform(**config, is_training=False).transforms
-    return config['input_size'][-1], resize, Compose([to_tensor, normalise])
+    """From timm's configuration of a model: the crop in px, and transforms that resize and normalize a PIL image."""
+    resize, *_, to_tensor, normalize = create_transform(**config, is_training=False).transforms
+    return config['input_size'][-1], resize, Compose([to_tensor, normalize])
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:
@@ -363,31 +389,25 @@ def paired_interval(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     return mean_interval(ours.double() - theirs.double())
 
 
-def from_anywhere(weights: str) -> str:
-    """A file of weights as it is called from another folder; an address stays."""
-    return weights if '://' in weights else str(Path(weights).absolute())
-
-
 def train(flags: Sequence, folder: Path) -> dict:
-    """Run main_deit.py in a process of its own to the end, or on from where it stopped; the last line of its log."""
+    """Run or resume main_deit.py in its own process; returns the last record of its log."""
     _run_main([*flags, '--output_dir', folder, '--auto-resume'])
     return json.loads((folder / 'log.txt').read_text().splitlines()[-1])
 
 
 def evaluate(flags: Sequence, folder: Path) -> float:
-    """Top-1 of the last checkpoint of a training run, by main_deit.py."""
+    """Top-1 of the last checkpoint of a run, by main_deit.py."""
     results = folder / 'evaluation.json'
     _run_main([*flags, '--eval', '--resume', folder / 'checkpoint.pth', '--results-file', results])
     return json.loads(results.read_text())['acc1']
 
 
 def _run_main(flags: Sequence):
-    command = [sys.executable, ROOT / 'main_deit.py', *flags]
-    subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
+    subprocess.run([str(word) for word in (sys.executable, ROOT / 'main_deit.py', *flags)], check=True)
 
 
 def run_seeds(rows: Rows, seeds: Iterable[int], methods: Iterable[str], run: Callable[[str, int], dict]):
-    """Add a row for each method and seed that has none; `run` makes it."""
+    """Add the missing rows of each method and seed; `run` makes them."""
     for seed in seeds:
         for method in methods:
             if not rows.has(method=method, seed=seed):
@@ -397,7 +417,7 @@ def run_seeds(rows: Rows, seeds: Iterable[int], methods: Iterable[str], run: Cal
 
 
 def method_flags(method: str, arguments: dict) -> list[str]:
-    """The flags of main_deit.py for a method of models.apply."""
+    """Flags of main_deit.py for a method of models.apply."""
     flags = ['--method', method]
     for name, value in arguments.items():
         flags += [f'--{name.replace("_", "-")}', *(value if isinstance(value, tuple) else [value])]
@@ -405,7 +425,7 @@ def method_flags(method: str, arguments: dict) -> list[str]:
 
 
 def t_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean of a few values, and half of its 95 % interval by Student's t; infinite for one value."""
+    """Mean of a few values, and half of its 95 % interval by Student's t, infinite for one value."""
     values = torch.tensor(list(values), dtype=torch.float64)
     n = len(values)
     if n < 2:
@@ -416,14 +436,14 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
 
 def images_per_second(
     model: nn.Module, dense: nn.Module, batch_size: int, turns: int = 15, train: bool = False
-) -> tuple[float, Tensor]:
-    """Images a second of a model, the median, and how many times as fast as dense it is in each turn of the two.
+) -> tuple[float, np.ndarray]:
+    """Median img/s of a model, and its speed-up over dense in each turn of the two, (turns,).
 
-    Of inference, or with `train` of steps of AdamW; on GPUs with autocast to bfloat16. Each has images of its own size.
+    Of inference, or with `train` of AdamW steps; autocast to bfloat16 on GPUs. Each model gets images of its own size.
     """
     steps = [_make_step(each, batch_size, train) for each in (dense, model)]
-    seconds = torch.from_numpy(time_alternately(steps, turns, 1, next(model.parameters()).device))
-    return batch_size / seconds[:, 1].median().item(), seconds[:, 0] / seconds[:, 1]
+    seconds = time_alternately(steps, turns, 1, next(model.parameters()).device)
+    return batch_size / np.median(seconds[:, 1]).item(), seconds[:, 0] / seconds[:, 1]
 
 
 def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
@@ -453,7 +473,7 @@ def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
 def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float, float, int]:
     """Mean difference in top-1 of two methods, half of its 95 % interval, and the number of pairs.
 
-    A pair has one seed and one device, as devices train in different precision.
+    A pair shares seed and device, because devices train in different precision.
     """
     ours, theirs = (
         {(row['seed'], row['device']): row['top1'] for row in rows if row['method'] == each} for each in (method, other)
@@ -463,5 +483,22 @@ def compare_seeds(rows: Sequence[dict], method: str, other: str) -> tuple[float,
 
 
 def verdict(difference: float, half: float) -> str:
-    """The rule of all experiments: where the interval holds 0, two methods do not differ significantly."""
+    """The rule of all experiments: if the interval contains 0, two methods do not differ significantly."""
     return 'no significant difference' if abs(difference) <= half else 'better' if difference > 0 else 'worse'
+
+
+def report(rows: Sequence[dict], reference: str, measures: dict[str, tuple[str, float, int, int]]):
+    """Print the paired differences of a method to all others at equal GMACs (within 8 %), with the verdicts.
+
+    `measures` are packed columns, each with a unit, a factor, digits, and 1 or -1: is more better, or less?
+    """
+    ours = {row['budget']: row for row in rows if row['method'] == reference}
+    for row in rows:
+        mine = ours.get(row['budget'])
+        if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > 0.08:
+            continue
+        found = []
+        for column, (unit, scale, digits, sign) in measures.items():
+            off, half = paired_interval(*(scale * unpack(each[column], each['n']) for each in (mine, row)))
+            found.append(f'{off:+.{digits}f} ± {half:.{digits}f} {unit}, {verdict(sign * off, half)}')
+        print(f'{reference} at budget {row["budget"]}, to {row["method"]}: {"; ".join(found)}')

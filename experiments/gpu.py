@@ -1,9 +1,9 @@
-"""Everything that a GPU is to show, in one command of at most 8 minutes: `make gpu`, or
+"""Everything that is measured on a GPU, in one command of at most 8 minutes: `make gpu`, or
 
     python3 experiments/gpu.py --output docs/benchmarks
-    python3 experiments/gpu.py --device cpu --tiny --output output/gpu     to try it anywhere; compiles nothing
+    python3 experiments/gpu.py --device cpu --tiny --output output/gpu     a trial anywhere; compiles nothing
 
-Parts, each in a process of its own, so that an error of the GPU in one does not end the others:
+Parts, each in its own process, so that a GPU error in one does not end the others:
 
     tests       tests/test_gpu.py; gpu-tests.txt says what passed
     attention   two exact forms of proportional attention, `with_mask` and `with_channel`; gpu-kernels.csv
@@ -12,12 +12,12 @@ Parts, each in a process of its own, so that an error of the GPU in one does not
     train       training steps of Evo-DeiT-S, EvoLeViT-256 and an evolved DeiT-B; gpu.csv
     large       as deit: ViT-L at 384 and 1,024 px, DINOv2-B and L at 518 px, at batch 1, 8 and 32; gpu.csv
 
-All in bfloat16, compiled and not. What the files have of this GPU is not measured again, so the same command goes on
-where it stopped; after a change of the code give another folder. The time left is divided among the parts that lack
-something. A part whose time is over is stopped, and what it lacks is printed.
+All run in bfloat16, compiled and not. Rows that the files have of this GPU are not measured again, so the same command
+resumes; after a change of the code choose another folder. The remaining time is divided among the parts that lack
+rows. A part that runs out of time is stopped, and the rows that it lacks are printed.
 
-The rule for attention: with a channel from the smallest number of tokens on from which that form, compiled, takes at
-most 0.95 of the time of the form with a mask at every larger number measured; if there is none, with a mask.
+The rule for attention: use the form with a channel from the smallest number of tokens on from which, compiled, it takes
+at most 0.95 of the time of the form with a mask at every larger number that was measured; otherwise the mask.
 """
 
 import argparse
@@ -27,12 +27,12 @@ import shlex
 import subprocess
 import sys
 import time
-import timeit
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from torch import Tensor
 import benchmark
 import models
 from measure import results
+from measure.timing import time_alternately
 from models import evolution
 
 # Batch, heads, tokens of 64 channels: both stages of DeiT-S and B, the first of ViT-L at 384, 518 and 1,024 px.
@@ -51,7 +52,7 @@ DEIT = {f'deit_{size}_patch16_224': 224 for size in ('tiny', 'small', 'base')}
 LARGE = {'vit_large_patch16_384': 384, 'vit_base_patch14_dinov2': 518, 'vit_large_patch14_dinov2': 518}
 LARGE |= {'vit_large_patch16_224': 1024}
 TRAINED = {'evo_deit_small_patch16_224': 224, 'EvoLeViT_256': 224, 'deit_base_patch16_224': 224}
-# Models, batch, compiled, methods. What matters most comes first, as compiling takes most of the time.
+# Models, batch, compiled, methods; the most important first, because compiling takes most of the time.
 FAST, EVERY = ('nearest', 'none'), ('nearest', 'none', 'merge')
 SPEEDS = {
     'deit': [(DEIT, 256, True, FAST), (DEIT, 256, False, EVERY), (DEIT, 1, False, EVERY), (DEIT, 1, True, FAST)]
@@ -60,7 +61,7 @@ SPEEDS = {
     'large': [(LARGE, batch, False, EVERY) for batch in (1, 8, 32)]
     + [(LARGE, batch, True, methods) for methods in (FAST, ('merge',)) for batch in (8, 1, 32)],
 }
-Missing = Iterable[tuple[str, Callable[[], None]]]  # in the files: a description, and what measures it
+Missing = Iterable[tuple[str, Callable[[], None]]]  # what the files lack: a description, and what measures it
 
 
 def find_tests(args: argparse.Namespace, part: str) -> Missing:
@@ -71,7 +72,7 @@ def find_tests(args: argparse.Namespace, part: str) -> Missing:
         command = [sys.executable, '-m', 'pytest', '-vv', '--tb=short', 'tests/test_gpu.py']
         command = shlex.join([*command, *(f'--deselect={name}' for name in passed)])
         run = partial(subprocess.run, f'{command} 2>&1 | tee -a {shlex.quote(str(path))}', shell=True, cwd=ROOT)
-        yield f'tests/test_gpu.py, but for {len(passed)} tests that passed', run
+        yield f'tests/test_gpu.py, except {len(passed)} tests that passed', run
 
 
 # --- kernels
@@ -83,18 +84,16 @@ def with_mask(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor) -> Tensor:
 
 
 def with_channel(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor) -> Tensor:
-    """The same without a mask, which FlashAttention does not take: the log is one more channel of the keys, where
-    queries have 1. Zeros make the channels of all three a multiple of 8.
-    """
+    """The same without a mask, for FlashAttention: the log becomes a channel of the keys, where queries have a 1."""
     channels = q.shape[-1]
-    spare = -(channels + 1) % 8
+    spare = -(channels + 1) % 8  # zeros up to a multiple of 8
     q = F.pad(F.pad(q * channels**-0.5, (0, 1), value=1.0), (0, spare))
     k = F.pad(torch.cat([k, log_size.transpose(2, 3).expand(*k.shape[:3], 1)], -1), (0, spare))
     return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 1 + spare)), scale=1.0)[..., :channels]
 
 
 def make_attention(args: argparse.Namespace, form: Callable, batch: int, heads: int, tokens: int) -> Callable:
-    # As in a network queries, keys and values are views of one product, and the class token has size 1.
+    # As in a network, queries, keys and values are views of one product, and the class token has size 1.
     qkv = torch.randn(batch, tokens, 3 * heads * 64, dtype=args.dtype).chunk(3, -1)
     mask = evolution.log_size_mask(torch.randint(1, 9, (batch, tokens - 1)).float(), 1, args.dtype)
     return partial(form, *(x.unflatten(-1, (heads, 64)).transpose(1, 2) for x in qkv), mask)
@@ -130,19 +129,19 @@ def find_kernels(args: argparse.Namespace, part: str) -> Missing:
 
 @torch.inference_mode()
 def measure_kernels(args: argparse.Namespace, rows: Rows, key: dict, make: Callable[[], Callable]):
-    """Add the ten kernels that take longest, on a CPU operators, and the time of the whole: median, p10 and p90."""
+    """Add rows of the 20 slowest kernels (operators on a CPU), with the time of the call: median, p10 and p90."""
     with args.device:
         call = make()
     run = torch.compile(lambda: call(), dynamic=False) if key['compile'] == 'yes' else call
     run()
     with torch.profiler.profile() as profiler:
         run()
-    if args.device.type == 'cuda':  # as a CUDA graph, which leaves launching out
+    if args.device.type == 'cuda':  # as a CUDA graph, so that launches do not count
         from triton.testing import do_bench_cudagraph
 
         ms = do_bench_cudagraph(run, rep=50, quantiles=(0.5, 0.1, 0.9))
     else:
-        ms = [1000 * seconds for seconds in timeit.repeat(run, number=1, repeat=3)]
+        ms = np.percentile(1000 * time_alternately([run], 3, 0, args.device), (50, 10, 90)).tolist()
     total = 'self_cpu_time_total' if args.device.type == 'cpu' else 'self_device_time_total'
     events = [event for event in profiler.key_averages() if event.device_type.name.lower() == args.device.type]
     events = sorted(events, key=lambda event: -getattr(event, total))[:20]
@@ -176,7 +175,7 @@ def find_speeds(args: argparse.Namespace, part: str) -> Missing:
 def make_case(
     args: argparse.Namespace, mode: str, name: str, size: int, batch: int, compiled: bool, methods: Iterable[str]
 ):
-    """A case of the benchmark; a ViT of timm with `methods`, each at about 0.66 of the dense model's arithmetic."""
+    """A case of the benchmark; a ViT of timm with `methods`, each at about 0.66 of dense GMACs."""
     evolved = models.dense_twin(name) is None
     flags = ['--precision', args.precision, '--num_bench_iter', '2' if args.tiny else '20', '--num_warm_iter', '3']
     flags += ['--compile'] * compiled + ['--evolve'] * evolved
@@ -195,7 +194,7 @@ def measure_speeds(args: argparse.Namespace, case: argparse.Namespace, labels: l
     benchmark.set_up_torch(None, args.precision, args.device, case.compile, False)
     for row in benchmark.measure(case):
         print(results.table_line(row, 40), flush=True)
-        # What does not fit never will; another error leaves the row missing. Either may come before some columns.
+        # Out of memory is final, any other error leaves the row missing. A failed row may lack columns.
         if row['model'] in labels and row.get('error', benchmark.OUT_OF_MEMORY) == benchmark.OUT_OF_MEMORY:
             row = {'compile': 'default' if case.compile else 'no'} | row
             results.write_row(results.circumstances(args.precision, args.device) | row, path)
@@ -205,7 +204,7 @@ def measure_speeds(args: argparse.Namespace, case: argparse.Namespace, labels: l
 # --- all
 
 
-# Of each part: its share of the time, and what finds what it lacks.
+# Of each part: its weight in dividing the time, and the function that finds what it lacks.
 PARTS = {'tests': (80, find_tests), 'attention': (30, find_kernels), 'stage': (40, find_kernels)}
 PARTS |= {'deit': (120, find_speeds), 'train': (80, find_speeds), 'large': (120, find_speeds)}
 
@@ -215,13 +214,13 @@ def main():
     add = parser.add_argument
     add('--output', type=Path, default=ROOT / 'docs/benchmarks', metavar='FOLDER', help='default: docs/benchmarks')
     add('--device', type=torch.device, default='cuda', help='cuda or cpu')
-    add('--tiny', action='store_true', help='tiny models and images, nothing compiled: to try it')
+    add('--tiny', action='store_true', help='tiny models and images, nothing compiled, for a trial')
     add('--parts', nargs='+', choices=PARTS, default=list(PARTS), help='all by default')
-    add('--minutes', type=float, default=8, help='for all parts together')
-    add('--here', action='store_true', help='in this process, without a limit')
+    add('--minutes', type=float, default=8, help='time limit of all parts together')
+    add('--here', action='store_true', help='in this process, without a time limit')
     args = parser.parse_args()
     if args.device.type == 'cuda' and not torch.cuda.is_available():
-        parser.error('expected a GPU, found none; --device cpu --tiny tries the script without')
+        parser.error('expected a GPU, found none; for a trial without one, use --device cpu --tiny')
     args.precision, args.dtype = ('bf16', torch.bfloat16) if args.device.type == 'cuda' else ('fp32', torch.float32)
     args.name = results.circumstances(args.precision, args.device)['device']
     args.output.mkdir(parents=True, exist_ok=True)
@@ -234,11 +233,11 @@ def main():
                     print(line, flush=True)
                     measure()
             continue
-        left = [share for other in args.parts[i:] for share, find in [PARTS[other]] if any(find(args, other))]
+        left = [PARTS[other][0] for other in args.parts[i:] if any(PARTS[other][1](args, other))]
         if any(find(args, part)):
             seconds = f'{max((end - time.monotonic()) * PARTS[part][0] / sum(left), 1):.0f}'
             print(f'{part}: at most {seconds} seconds', flush=True)
-            # It also ends what the part started.
+            # `timeout` also ends the processes that the part started.
             command = ['timeout', '--kill-after=5', seconds, sys.executable, *sys.argv, '--parts', part, '--here']
             subprocess.run(command)
         missing = [line for line, _ in find(args, part)]

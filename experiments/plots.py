@@ -1,4 +1,4 @@
-"""How the experiments draw their rows."""
+"""Plots that the experiments share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from common import METHODS, compare_seeds, t_interval, verdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# How each method is drawn: in words, and with a line and colour that are told apart in grey and by colour-blind eyes.
+# Label, line and color of each method; they differ in gray and for color-blind readers too.
 LOOKS = {
     'nearest': ('evolve (nearest)', 'o-', '#0072B2'),
     'random': ('nearest, random scores', 'x:', 'grey'),
@@ -26,51 +26,58 @@ LOOKS = {
     'smaller, nearest': ('evolve, smaller image', '*-', 'black'),
     'smaller, merge': ('merge, smaller image', '>:', 'black'),
 }
-GMACS_AXIS = 'GMACs an image\n(methods at one budget are drawn side by side)'
+GMACS_AXIS = 'GMACs per image\n(methods at one budget are shown side by side)'
 
 
 def speed_axes(rows: Sequence[dict]) -> dict[str, str]:
-    """Columns of measured speeds, on a CPU and on a GPU as far as there are any, and the labels of their axes."""
+    """Columns of speed-ups measured on a CPU and on a GPU, as far as there are any, with axis labels."""
     found = {}
     for kind in ('', 'gpu_'):
         measured = [row for row in rows if row.get(f'{kind}speedup', '') != '']
         names = [f'{kind}speed_{name}' for name in ('device', 'precision', 'batch')]
         how = [' and '.join(sorted({str(row[name]) for row in measured})) for name in names]
         if measured:
-            found[f'{kind}speedup'] = 'times as fast as dense (thin: p10 to p90)\n{}, {}, batch {}'.format(*how)
+            found[f'{kind}speedup'] = 'speed-up over dense (thin: p10 to p90)\n{}, {}, batch {}'.format(*how)
     return found
 
 
 def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str = ''):
-    """A line for each method, y over x, in the order of arithmetic; columns `interval`_low and _high are its bars.
+    """Plot y over x, one line per method in the order of GMACs, with bars from `interval`_low to `interval`_high.
 
-    Of speeds a thin line goes from the 10th to the 90th percentile.
+    For a speed-up on x, a thin line goes from its 10th to its 90th percentile.
     """
     rows = [row for row in rows if row.get(x, '') != '']
-    for method, (name, style, colour) in LOOKS.items():
+    for method, (name, style, color) in LOOKS.items():
         if own := sorted((row for row in rows if row['method'] == method), key=lambda row: row['gmacs']):
             bars = [[row[y] - row[f'{interval}_low'], row[f'{interval}_high'] - row[y]] for row in own if interval]
-            # At equal arithmetic the intervals would lie upon each other; smaller images have their own.
+            # At equal GMACs the intervals would overlap; smaller images have other GMACs.
             shift = 0.003 * (METHODS.index(method) - 3) if x == 'gmacs' and method in METHODS else 0
             places = [row[x] * (1 + shift) for row in own]
-            others = method in ('drop', 'fuse') or method.endswith(('merge', 'merge_norm'))  # other people's
-            fill = colour if others else 'none'
-            look = dict(fmt=style, color=colour, mfc=fill, label=name, linewidth=1.2, markersize=6)
+            others = method in ('drop', 'fuse') or method.endswith(
+                ('merge', 'merge_norm')
+            )  # filled markers for other people's methods
+            fill = color if others else 'none'
+            look = dict(fmt=style, color=color, mfc=fill, label=name, linewidth=1.2, markersize=6)
             if x.endswith('speedup'):
                 ends = ([row[f'{x}_{end}'] for row in own] for end in ('p10', 'p90'))
-                axes.hlines([row[y] for row in own], *ends, color=colour, linewidth=0.5)
+                axes.hlines([row[y] for row in own], *ends, color=color, linewidth=0.5)
             bars = list(zip(*bars, strict=True)) or None
             axes.errorbar(places, [row[y] for row in own], bars, elinewidth=0.7, capsize=1.5, **look)
 
 
+def save(figure: Figure, path: Path):
+    figure.savefig(path, dpi=150)
+    print(f'wrote {path}')
+
+
 def draw_seeds(rows: list[dict], title: str, path: Path):
-    """Print top-1 and what the rule says of nearest and of dense beside every other method; draw top-1 over speed."""
+    """Print top-1 and the verdicts for nearest and dense against every other method; plot top-1 over speed-up."""
     methods, speeds, points = list(dict.fromkeys(row['method'] for row in rows)), speed_axes(rows), []
     for method in methods:
         own = [row for row in rows if row['method'] == method]
         mean = t_interval(row['top1'] for row in own)[0]
         times = [f'{own[0].get(column) or "?"} on {label.splitlines()[1]}' for column, label in speeds.items()]
-        print(f'{method}: {mean:.2f} % ({len(own)} runs); times as fast as dense in training: {"; ".join(times)}')
+        print(f'{method}: {mean:.2f} % ({len(own)} runs); speed-up in training: {"; ".join(times)}')
         off, half, pairs = compare_seeds(rows, method, 'dense')
         if pairs > 1:
             points.append(own[0] | dict(off=off, off_low=off - half, off_high=off + half))
@@ -85,6 +92,6 @@ def draw_seeds(rows: list[dict], title: str, path: Path):
         axes.axhline(0, color='black', linewidth=0.8, linestyle=':')
         axes.set(xlabel=label, ylabel='top-1 minus dense, percentage points')
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, fontsize=8)
-    title += ': mean and 95 % interval over pairs of one seed and device; speed in training'
+    title += ': mean and 95 % interval over pairs of one seed and device; speed-up in training'
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

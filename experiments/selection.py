@@ -1,22 +1,23 @@
-"""Does the selection find the object, and does it find it again in an image that was flipped or shifted?
+"""Does the selection find the object, and does it find it again in a flipped or shifted image?
 
     python3 experiments/selection.py --weights deit_tiny_patch16_224_in1k.pth --data-path imagenet-val
 
-Twenty minutes on 2 cores. Result: yes from block 2 on, 5 to 15 points above chance, but the middle of each image does
-as well or better (+13.9 ± 1.4); before block 1 the class attention avoids the object (-9 points). Novelty finds it
-better before blocks 1 and 2. In a mirrored image 87 to 92 % of the patches are kept again from block 4 on, by novelty
-85 to 88 %.
+Twenty minutes on 2 cores.
 
-500 validation images of ImageNet (those of imagenet_500.txt; in one no box is in the crop) with the boxes of their
-objects (boxes.json beside val/: {file: [[x0, y0, x1, y1], ...]}, pixels of the original; or --boxes and ImageNet's
-XML). The pretrained model selects half of the patches once, before each of its blocks in turn: by class attention
-('attention', as published), by attention and novelty ('novelty', what 'nearest' selects by), or at random. 'centre' is
-the half nearest to the middle of every image, where objects often are. A row has the share of the box's area that is
-kept, minus the share of patches that is kept (what chance gives), with the 95 % interval over images; and the share of
-the kept patches that is kept again in the mirrored image and in one shifted by 4 and by 8 px.
+Images: 500 validation images of ImageNet (those of imagenet_500.txt; in one, no box is inside the crop) with the boxes
+of their objects: boxes.json beside val/, {file: [[x0, y0, x1, y1], ...]} in pixels of the original, or ImageNet's XML
+files by --boxes.
 
-Rule, stated before it was run: a selection finds the object if the interval of the difference to chance is above 0;
-of two, one finds it better if their intervals do not overlap. (The centre was added after the first run.)
+Methods: the pretrained model selects half of the patches once, before each of its blocks in turn: by class attention
+('attention', as in the original Evo-ViT), by attention and novelty ('novelty', as `nearest` does), or at random.
+'centre' is the half nearest to the middle of every image, where objects often are; it was added after the first run.
+
+Columns: the fraction of the box's area that is kept, minus the fraction of patches that is kept (the chance level),
+with the 95 % interval over images; and the fraction of the kept patches that is kept again in the mirrored image and in
+one shifted by 4 and by 8 px.
+
+Rule, stated before the run: a selection finds the object if the interval of the difference to chance is above 0. One
+finds it better than another if their intervals do not overlap.
 """
 
 import json
@@ -29,15 +30,17 @@ import torch
 from common import Rows, add_images, find_images, get_parser, image_transform, mean_interval
 from matplotlib.figure import Figure
 from PIL import Image
+from plots import save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import functional
 
 import models
+from measure.timing import progress
 
-# Representatives: 'nearest' selects by attention and novelty, 'none' by attention or what stands in for it.
+# Methods and representatives: `nearest` selects by attention and novelty, `none` by attention or random scores.
 METHODS = {'attention': ('evolve', 'none'), 'novelty': ('evolve', 'nearest'), 'random': ('random', 'none')}
-# How each is drawn; the three differ in grey too.
+# Label, marker and color of each; they differ in gray too.
 LOOKS = {
     'attention': ('attention', 'o', 'black'),
     'novelty': ('attention × novelty', 's', '#D55E00'),
@@ -50,7 +53,7 @@ KEEP_RATIO = 0.5
 def load_boxes(path: Path) -> dict[str, list]:
     """Boxes [x0, y0, x1, y1] by the file name of the image, from boxes.json or a folder of ImageNet's XML files."""
     if not path.exists():
-        raise SystemExit(f'{path}: expected boxes.json, or a folder of XML files by --boxes')
+        raise SystemExit(f'{path}: expected boxes.json, or a folder of XML files; name it with --boxes')
     if not path.is_dir():
         return json.loads(path.read_text())
     corners = 'xmin', 'ymin', 'xmax', 'ymax'
@@ -63,7 +66,7 @@ def load_boxes(path: Path) -> dict[str, list]:
 
 
 def crop_boxes(boxes: list, size: tuple[int, int], resized: tuple[int, int], crop: int, grid: int) -> Tensor:
-    """The share of each patch (N,) that boxes cover, after resizing an image of (width, height) and a central crop."""
+    """Fraction of each patch (N,) that boxes cover, after an image of (width, height) is resized and center-cropped."""
     mask = torch.zeros(crop, crop)
     for box in boxes:
         scaled = [value * new / old for value, new, old in zip(box, resized * 2, size * 2, strict=True)]
@@ -74,7 +77,7 @@ def crop_boxes(boxes: list, size: tuple[int, int], resized: tuple[int, int], cro
 
 @torch.inference_mode()
 def kept(model: nn.Module, images: Tensor, block: int, batch_size: int) -> Tensor:
-    """Which patches (n, rows, columns) of images are selected before a block, bool."""
+    """Which patches (n, h, w) of images are selected before a block, bool."""
     device, masks = next(model.parameters()).device, []
     for batch in images.split(batch_size):
         selection = model.evolve(batch.to(device), [block], stop_early=True)[1][f'blocks.{block}']
@@ -83,20 +86,20 @@ def kept(model: nn.Module, images: Tensor, block: int, batch_size: int) -> Tenso
     return torch.cat(masks)
 
 
-def centre(grid: int, count: int) -> Tensor:
+def center(grid: int, count: int) -> Tensor:
     """The patches (grid, grid) nearest to the middle of an image, bool."""
     to_middle = (torch.arange(grid) - (grid - 1) / 2) ** 2
     nearest = (to_middle[:, None] + to_middle).flatten().argsort(stable=True)[:count]
     return torch.zeros(grid**2, dtype=torch.bool).index_fill(0, nearest, True).view(grid, grid)
 
 
-def share_of_box(masks: Tensor, cover: Tensor) -> Tensor:
-    """The share (n,), in percent, of boxes that cover (n, N) of each patch which lies in masks (n, rows, columns)."""
+def percent_of_box(masks: Tensor, cover: Tensor) -> Tensor:
+    """Percentage (n,) of the boxes' area that is in masks (n, h, w); boxes cover fractions (n, N) of the patches."""
     return 100 * (masks.flatten(1) * cover).sum(1) / cover.sum(1)
 
 
 def kept_again(first: Tensor, second: Tensor) -> float:
-    """The share, in percent, of the patches of one selection that the other has too."""
+    """Percentage of the patches of one selection that the other has too."""
     return 100 * ((first & second).sum() / first.sum()).item()
 
 
@@ -108,44 +111,44 @@ def main():
     output, boxes = Path(args.output), load_boxes(Path(args.boxes or Path(args.data_path) / 'boxes.json'))
     paths = find_images(args.data_path, args.images, args.limit)[0]
     if without := [path for path in paths if not boxes.get(path.name)]:
-        print(f'left out, as they have no boxes: {len(without)} of {len(paths)} images, such as {without[0].name}')
+        print(f'without boxes, left out: {len(without)} of {len(paths)} images, such as {without[0].name}')
     paths = [path for path in paths if boxes.get(path.name)]
     if not paths:
-        raise SystemExit('expected boxes of the images, found none')
+        raise SystemExit('--boxes: expected boxes of the images, found none')
     model = timm.create_model(args.model)
     models.load_weights(model, args.weights)
     model.eval().to(args.device)
-    crop, resize, normalise = image_transform(resolve_model_data_config(model))
+    crop, resize, normalize = image_transform(resolve_model_data_config(model))
     views, cover = {'plain': [], 'mirrored': [], **{shift: [] for shift in SHIFTS}}, []
-    for path in paths:
+    for path in progress(paths, 'loading images'):
         image = Image.open(path).convert('RGB')
         small = resize(image)
         cover.append(crop_boxes(boxes[path.name], image.size, small.size, crop, model.patch_embed.grid_size[0]))
         left, top = (round((n - crop) / 2) for n in small.size)
-        views['plain'].append(normalise(small.crop((left, top, left + crop, top + crop))))
+        views['plain'].append(normalize(small.crop((left, top, left + crop, top + crop))))
         views['mirrored'].append(functional.hflip(views['plain'][-1]))
         for shift in SHIFTS:
-            views[shift].append(normalise(small.crop((left + shift, top, left + shift + crop, top + crop))))
+            views[shift].append(normalize(small.crop((left + shift, top, left + shift + crop, top + crop))))
     views, cover = {name: torch.stack(images) for name, images in views.items()}, torch.stack(cover)
     seen, grid = cover.sum(1) > 0, model.patch_embed.grid_size[0]
     setup = dict(model=args.model, weights=Path(args.weights).name, images=Path(args.images).stem, n=len(paths))
     rows = Rows(output.with_suffix('.csv'), setup)
     if not rows.has(method='centre', block=0):
-        inside = share_of_box(centre(grid, int(KEEP_RATIO * grid**2)).expand(len(cover), grid, grid), cover)[seen]
+        inside = percent_of_box(center(grid, int(KEEP_RATIO * grid**2)).expand(len(cover), grid, grid), cover)[seen]
         off, interval = mean_interval(inside - 100 * KEEP_RATIO)
-        share = inside.mean().item()
-        rows.add(method='centre', block=0, keep_ratio=KEEP_RATIO, kept_of_box=share, off=off, interval=interval)
+        percent = inside.mean().item()
+        rows.add(method='centre', block=0, keep_ratio=KEEP_RATIO, kept_of_box=percent, off=off, interval=interval)
     for name, (method, representative) in METHODS.items():
         for block in range(1, len(model.blocks)):
             if rows.has(method=name, block=block):
                 continue
             started = time.perf_counter()
-            torch.manual_seed(block)  # of the random selection
+            torch.manual_seed(block)  # for random selection
             models.apply(model, method, keep_ratio=KEEP_RATIO, stages=(block,))
             model.representative = representative
             masks = {view: kept(model, images, block, args.batch_size) for view, images in views.items()}
             plain = masks['plain']
-            inside = share_of_box(plain, cover)[seen]
+            inside = percent_of_box(plain, cover)[seen]
             off, interval = mean_interval(inside - 100 * plain[seen].float().mean((1, 2)))
             rows.add(
                 method=name, block=block, keep_ratio=KEEP_RATIO, kept_of_box=inside.mean().item(),
@@ -157,12 +160,12 @@ def main():
 
 
 def draw(rows: list[dict], path: Path):
-    """Over the blocks: how much more of the box than by chance is kept, and how much is kept again."""
+    """Plot over the blocks how much more of the box than by chance is kept, and how much is kept again."""
     figure = Figure((10, 4), layout='constrained')
     left, right = figure.subplots(1, 2)
-    for method, (name, marker, colour) in LOOKS.items():
+    for method, (name, marker, color) in LOOKS.items():
         own = sorted((row for row in rows if row['method'] == method), key=lambda row: row['block'])
-        blocks, look = [row['block'] for row in own], dict(color=colour, mfc='none', markersize=5)
+        blocks, look = [row['block'] for row in own], dict(color=color, mfc='none', markersize=5)
         offs, bars = ([row[key] for row in own] for key in ('off', 'interval'))
         left.errorbar(blocks, offs, bars, fmt=f'{marker}-', capsize=2, label=name, **look)
         for view, style in (('mirrored', '-'), (f'{SHIFTS[-1]}px', ':')):
@@ -183,7 +186,7 @@ def draw(rows: list[dict], path: Path):
         f'{middle["n"]} ImageNet validation images, half of the patches kept; dotted: chance; 95 % intervals',
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 if __name__ == '__main__':

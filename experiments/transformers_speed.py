@@ -1,14 +1,14 @@
-"""How much faster is an evolved DINOv2-S of Hugging Face's transformers? Rows of benchmark.py, whose flags it takes.
+"""How much faster is an evolved DINOv2-S of Hugging Face's transformers? Takes the flags of benchmark.py.
 
     python3 experiments/transformers_speed.py --results_file docs/benchmarks/cpu-transformers.csv
 
-Random weights, 518 px, batch 8, evolved and dense alternately. A few minutes on 2 cores.
+A few minutes on 2 cores: random weights, 518 px, batch size 8, evolved and dense in turns.
 """
 
 import sys
 from functools import partial
 
-import common  # noqa: F401, finds the modules of the project
+import common  # noqa: F401, puts the root on the path
 import transformers
 
 import benchmark
@@ -21,7 +21,7 @@ def build(evolved: bool, num_classes: int) -> transformers.Dinov2Model:
     model = transformers.Dinov2Model(transformers.Dinov2Config(**config))
     if evolved:
         schedule = models.evolve(model).encoder.evolution
-        for name in ('schedule', 'set_schedule', 'evolving', 'stage_wise', 'method'):  # for the columns of a row
+        for name in ('schedule', 'set_schedule', 'evolving', 'stage_wise', 'method'):  # read for the columns of a row
             setattr(model, name, getattr(schedule, name))
     return model
 

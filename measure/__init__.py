@@ -1,1 +1,1 @@
-"""Measurement: one alternating timer, FLOPs and peak memory, and the rows, tables and plots of results."""
+"""Measurement: the timer, FLOPs and peak memory, and the rows, tables and plots of results."""

@@ -1,4 +1,4 @@
-"""What a call costs: FLOPs and peak memory."""
+"""Cost of a call: FLOPs and peak memory."""
 
 import gc
 import re
@@ -14,28 +14,28 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from utils import InputError
 
-# Names of operators that multiply matrices, such as addmm, _conv_depthwise2d, mkldnn_linear_backward.
+# Operators that multiply matrices, such as addmm, _conv_depthwise2d, mkldnn_linear_backward.
 MATRIX_PRODUCT = re.compile(
     '(^|_)([a-z]*mm|matmul|linear|conv|conv[123]d|convolution|attention|attn|einsum|(add)?mv|v?dot|bilinear|rnn)(_|$)'
 )
 
 
 class RefuseUncounted(TorchDispatchMode):
-    """InputError for a product of matrices without a formula, which would count as nothing."""
+    """Raises InputError for a matrix product without a FLOP formula, which torch would count as zero."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operator = func.overloadpacket
         if operator not in flop_registry and MATRIX_PRODUCT.search(operator.__name__):
-            raise InputError(f'torch {torch.__version__}: {operator} has no formula, its arithmetic cannot be counted')
+            raise InputError(f'torch {torch.__version__}: {operator} has no formula, so its FLOPs cannot be counted')
         return func(*args, **(kwargs or {}))
 
 
 def count_gmacs(call: Callable, inputs: Sequence[Tensor]) -> float:
-    """Multiply-accumulates in `call(*inputs)`, in 10^9 an image, of matrix products, convolutions and attentions.
+    """GMACs (10^9 multiply-accumulates) per image of the matrix products and convolutions in `call(*inputs)`.
 
-    `inputs` are tensors (B, ...), images first. Attention counts as its products, whichever fused kernel will compute
-    them: not all of these have a formula, and in the backward pass they compute one product again.
+    `inputs` are tensors (B, ...), images first. Raises InputError for an operator that cannot be counted.
     """
+    # Attention runs unfused: some fused kernels have no formula, and their backward pass recomputes a product.
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), RefuseUncounted(), counter:
         call(*inputs)
@@ -43,11 +43,11 @@ def count_gmacs(call: Callable, inputs: Sequence[Tensor]) -> float:
 
 
 def peak_memory(call: Callable, inputs: Sequence[Tensor], kept: list, calls: int, device: torch.device) -> int:
-    """The most memory, in bytes, that is in use in `calls` calls (and on a CPU one more) of `call(*inputs)`.
+    """Peak memory, in bytes, of `calls` calls of `call(*inputs)`, and of one more on a CPU.
 
-    `kept` holds the tensors that stay from call to call, such as weights and the state of an optimizer, in any nesting.
+    `kept` holds the tensors that outlive a call, such as weights and optimizer state, in any nesting.
     """
-    if device.type == 'cuda':  # from the first call on: a CUDA graph allocates when it is captured and never again
+    if device.type == 'cuda':  # from the first call on, because a CUDA graph allocates only when it is captured
         gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

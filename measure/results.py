@@ -1,4 +1,4 @@
-"""Rows of measurements, plain dictionaries: their table, file and plot, and what to know before trusting them."""
+"""Measured rows, as dictionaries: the table, the file, the plot, and warnings about noise."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator
 
 from utils import InputError, atomic_write
 
-# The columns of a file, each with its heading in the table, if it is shown there: few enough for a terminal.
+# Columns of a results file, with their headings in the printed table; those without a heading are not printed.
 COLUMNS = {
     'mode': 'mode', 'input': '', 'model': 'model', 'architecture': '', 'keep_ratio': 'keep', 'stages': '',
     'representative': '', 'selection': '', 'image_size': 'px', 'batch': 'batch', 'images_per_second': 'img/s',
@@ -28,46 +28,46 @@ COLUMNS = {
     'speedup_p90': '', 'arithmetic_ratio': '', 'error': '', 'device': '', 'precision': '', 'autocast': '',
     'compile': '', 'channels_last': '', 'fused': '', 'threads': '', 'torch': '', 'timm': '', 'date': '', 'commit': '',
 }  # fmt: skip
-AXES = {'image_size': 'side of the images, px', 'batch': 'images a call', 'gmacs': 'GMACs an image'}
-MODEL_WIDTH = 33  # longer names are cut off in the table
-P99_CALLS = 100  # with fewer, the 99th percentile is hardly more than the slowest call
-BUSY_LOAD = 0.5  # processes of others that may run before a measurement is called disturbed
-DISTURBED = 1.5  # ratio of a row's img/s, 90th to 10th percentile, from which on it needs a warning
+AXES = {'image_size': 'image size, px', 'batch': 'batch size', 'gmacs': 'GMACs per image'}
+MODEL_WIDTH = 33  # the table truncates longer names
+P99_CALLS = 100  # with fewer calls, the 99th percentile is just the slowest one
+BUSY_LOAD = 0.5  # load by other programs above which a warning is printed
+DISTURBED = 1.5  # ratio of p90 to p10 of img/s above which a warning is printed
 
 
 def check_file(path: str | None, suffixes: Iterable[str]):
-    """InputError where a file cannot be written or, as it has other columns, not be added to."""
+    """Raises InputError if a file cannot be written, or has other columns than the rows to append."""
     if path is None:
         return
     if Path(path).suffix not in suffixes or not Path(path).absolute().parent.is_dir():
-        raise InputError(f'{path}: expected a file in a folder that exists, named {" or ".join(suffixes)}')
+        raise InputError(f'{path}: expected a file in an existing folder, named {" or ".join(suffixes)}')
     header = Path(path).read_text().partition('\n')[0] if path.endswith('.csv') and Path(path).exists() else ''
     if header and header.split(',') != list(COLUMNS):
-        raise InputError(f'{path} has other columns than {",".join(COLUMNS)}; choose another file')
+        raise InputError(f'{path}: expected the columns {",".join(COLUMNS)}, found {header}; choose another file')
 
 
-def summarise(row: dict, seconds: list[float], twin: dict | None = None, twin_seconds: list[float] = ()) -> dict:
-    """Medians and percentiles of the seconds that calls took, and of their ratios to calls of the dense twin.
+def summarize(row: dict, seconds: list[float], dense: dict | None = None, dense_seconds: list[float] = ()) -> dict:
+    """Medians and percentiles of the seconds per call, and of the speed-up over the dense baseline.
 
-    `twin_seconds` are of the neighbouring calls, one for each.
+    `dense_seconds` are those of the neighboring calls of the baseline, in the same order.
     """
     p10, p50, p90, p99 = np.percentile(seconds, (10, 50, 90, 99)).tolist()
     summary = dict(ms=1000 * p50, n=len(seconds))
-    if row['input'] == 'noise':  # end to end there are a few means of many calls, which say nothing about slow ones
+    if row['input'] == 'noise':  # end to end, each value is a mean over many batches, which hides slow calls
         summary |= {'ms_p90': 1000 * p90} | ({'ms_p99': 1000 * p99} if len(seconds) >= P99_CALLS else {})
     for name, value in (('', p50), ('_p10', p90), ('_p90', p10)):
         summary[f'images_per_second{name}'] = row['batch'] / value
-    if twin and 'gmacs' in row:
-        speedups = np.percentile(np.array(twin_seconds) / seconds, (50, 10, 90)).tolist()
+    if dense and 'gmacs' in row:
+        speedups = np.percentile(np.array(dense_seconds) / seconds, (50, 10, 90)).tolist()
         summary |= dict(zip(('speedup', 'speedup_p10', 'speedup_p90'), speedups, strict=True))
-        summary['arithmetic_ratio'] = twin['gmacs'] / row['gmacs']
+        summary['arithmetic_ratio'] = dense['gmacs'] / row['gmacs']
     return summary
 
 
 def circumstances(precision: str = 'fp32', device: torch.device | None = None) -> dict:
-    """What must stand beside every measured number: hardware, precision, versions, commit, date.
+    """The circumstances of a measurement: hardware, precision, versions, commit, date.
 
-    Without a `device` it is the GPU if this process has used one, else the CPU.
+    `device` defaults to the GPU if this process has used one, else the CPU.
     """
     if device is None:
         device = torch.device('cuda' if torch.cuda.is_initialized() else 'cpu')
@@ -88,24 +88,24 @@ def circumstances(precision: str = 'fp32', device: torch.device | None = None) -
 
 
 def warn_if_busy(load: float, threads: int) -> Iterable[str]:
-    """A warning where other programs use the machine, given its load average before the start."""
+    """A warning if other programs use the machine; `load` is its load average before the start."""
     cores = os.cpu_count()
     if load + threads > cores + BUSY_LOAD:
-        used = f'load {load:.1f} of the last minute, {cores} cores, {threads} needed here'
-        yield f'warning: the machine was busy before this started ({used}): times may be too long, speed-ups too small'
+        used = f'load {load:.1f} in the last minute, {cores} cores, {threads} needed here'
+        yield f'warning: the machine was busy before the start ({used}): times may be too long, speed-ups too small'
 
 
 def warn_of_spread(rows: list[dict]) -> Iterable[str]:
-    """A warning for each row whose calls differed so much that something else must have disturbed them."""
+    """A warning for each row whose calls differ so much that something else must have disturbed them."""
     for row in rows:
         spread = row.get('images_per_second_p90', 1) / row.get('images_per_second_p10', 1)
         if spread > DISTURBED:
             case = f'{row["mode"]}, {row["model"]}, {row["image_size"]} px, batch {row["batch"]}'
-            yield f'warning: {case}: img/s differ by {spread:.1f} times (p90 / p10); take more calls or an idle machine'
+            yield f'warning: {case}: img/s vary {spread:.1f}-fold (p90 / p10); use more calls or an idle machine'
 
 
 def table_line(row: dict, model_width: int) -> str:
-    """A line of the table for a row, or for the headings, of up to 120 letters; an error has lines of its own."""
+    """A line of the table, at most 120 characters, for a row or for the headings; an error gets lines of its own."""
     cells = []
     for name, heading in COLUMNS.items():
         value = row.get(name, '')
@@ -120,10 +120,8 @@ def table_line(row: dict, model_width: int) -> str:
     return '\n'.join(['  '.join(cells).rstrip(), *([error] if error else [])])
 
 
-def write_row(row: dict, path: str | None):
-    """Add a row to a file of comma-separated values or of JSON lines, if there is one."""
-    if path is None:
-        return
+def write_row(row: dict, path: str):
+    """Append a row to a .csv or .jsonl file."""
     row = {name: float(f'{row[name]:.6g}') if isinstance(row.get(name), float) else row.get(name) for name in COLUMNS}
     with open(path, 'a', newline='') as file:
         if path.endswith('.jsonl'):
@@ -136,10 +134,9 @@ def write_row(row: dict, path: str | None):
 
 
 def plot(rows: list[dict], x: str, path: str):
-    """Draw img/s against the column `x`, a panel for each mode, a line for each model and each value of what was swept
-    besides `x`, bars from p10 to p90.
+    """Plot img/s over the column `x`: a panel per mode, a line per model and per value of another swept column.
 
-    A model has the colour of its dense twin, whose line is dashed and hollow.
+    Bars go from p10 to p90. A model has the color of its dense baseline, which is dashed and hollow.
     """
     rows = sorted((row for row in rows if 'gmacs' in row and 'error' not in row), key=lambda row: row[x])
     modes = list(dict.fromkeys(row['mode'] for row in rows))

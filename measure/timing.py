@@ -1,20 +1,25 @@
-"""The timer of the benchmark, of export.py --bench, and of the experiments.
+"""The timer of the benchmark, of export.py --bench, and of the experiments; and their progress bar.
 
-The speed of a machine drifts by more than models differ, so models that are compared take turns: each call of one is
-next to a call of the other, and the speed-up is the median ratio of these pairs.
+The speed of a machine drifts by more than the models differ, so models that are compared take turns. Each call of one
+has a neighboring call of the other, and the speed-up is the median ratio of these pairs.
 """
 
 import ctypes
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+# For loops that may take longer than ten seconds. On a terminal only; it clears itself, so printed tables stay whole.
+progress = partial(tqdm, leave=False, delay=10, disable=None)
 
 
 def time_call(call: Callable, device: torch.device) -> float:
-    """Seconds of one call, on a GPU until its last kernel has finished."""
+    """Seconds that a call takes, on a GPU until its last kernel has finished."""
     on_gpu = device.type == 'cuda'
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -26,16 +31,17 @@ def time_call(call: Callable, device: torch.device) -> float:
 
 
 def time_alternately(calls: Sequence[Callable], turns: int, warm_up: int, device: torch.device) -> np.ndarray:
-    """Seconds (turns, len(calls)) of calls that take turns, after `warm_up` turns that do not count."""
+    """Seconds (turns, len(calls)) of calls that take turns, after `warm_up` untimed turns."""
     keep_freed_memory()
-    return np.array([[time_call(call, device) for call in calls] for _ in range(warm_up + turns)])[warm_up:]
+    rounds = progress(range(warm_up + turns), 'timing')
+    return np.array([[time_call(call, device) for call in calls] for _ in rounds])[warm_up:]
 
 
 def keep_freed_memory():
-    """Let this process keep the memory that tensors on the CPU give back; for measuring time, on Linux.
+    """Make malloc keep the memory of freed CPU tensors (Linux with glibc).
 
-    Otherwise large blocks go back to the kernel, and new pages take time in each call: by chance in those of one model
-    and not in those of another, and more of it in those of the model with the larger tensors.
+    Otherwise large blocks return to the kernel and every call pays for new pages. That slows some models and not
+    others, and the model with larger tensors more.
     """
     with suppress(OSError, AttributeError, TypeError):  # a C library other than GNU's
         library = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""costs.py: arithmetic is that of the published models and of closed forms, memory is the most at a time."""
+"""measure/costs.py: FLOPs are those of the original models and of closed forms, memory is the peak."""
 
 import copy
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from utils import InputError
 CPU = torch.device('cpu')
 KEPT = 0.7, 0.3
 
-# GMACs of the models as published, and of their dense twins.
+# GMACs of the original models, and of their dense baselines.
 GMACS = {
     'evo_deit_tiny_patch16_224': (0.818, 1.254),
     'evo_deit_small_patch16_224': (3.033, 4.599),
@@ -50,16 +50,16 @@ def count(name: str, size: int = 224, representative: str | None = None) -> floa
 
 
 @pytest.mark.parametrize('name', GMACS)
-def test_arithmetic_is_that_of_the_published_models(name):
+def test_flops_are_those_of_the_original_models(name):
     size = timm.get_pretrained_cfg(name).input_size[-1]
-    twin, options = models.dense_twin(name)
-    assert not options
-    for model, expected in zip((name, twin), GMACS[name], strict=False):
+    for model, expected in zip((name, models.dense_twin(name)[0]), GMACS[name], strict=False):
         assert count(model, size) == pytest.approx(expected, rel=2e-3)
 
 
-def closed_form(dim: int, evolving: bool) -> int:
-    """Multiply-accumulates in an image of 224 px in a DeiT of width `dim`, evolving or dense."""
+@pytest.mark.parametrize('evolving', [False, True])
+def test_flops_are_the_closed_form(evolving):
+    """Of DeiT-Ti at 224 px."""
+    dim = 192
 
     def block(tokens: int) -> int:
         qkv, projection, mlp = 3 * tokens * dim**2, tokens * dim**2, 2 * 4 * tokens * dim**2
@@ -70,13 +70,8 @@ def closed_form(dim: int, evolving: bool) -> int:
     blocks = 4 * block(197) + 8 * block(99) if evolving else 12 * block(197)
     # The class token's row of the attention, which selects: of block 3, and of 4 to 7.
     rows = (197 + 4 * 99) * dim if evolving else 0
-    return patch_embed + blocks + rows + head
-
-
-@pytest.mark.parametrize('name, dim', [('evo_deit_tiny_patch16_224', 192), ('evo_deit_small_patch16_224', 384)])
-def test_arithmetic_is_the_closed_form(name, dim):
-    assert count(name) == pytest.approx(closed_form(dim, True) / 1e9, rel=1e-12)
-    assert count(models.dense_twin(name)[0]) == pytest.approx(closed_form(dim, False) / 1e9, rel=1e-12)
+    name = 'evo_deit_tiny_patch16_224' if evolving else 'deit_tiny_patch16_224'
+    assert count(name) == pytest.approx((patch_embed + blocks + rows + head) / 1e9, rel=1e-12)
 
 
 def test_nearest_costs_its_similarities():
@@ -90,11 +85,9 @@ def test_nearest_costs_its_similarities():
     assert nearest - none == pytest.approx(similarities, rel=1e-6)
 
 
-def attend_by_products(q, k, v):
-    return (q @ k.mT).softmax(-1) @ v
-
-
-@pytest.mark.parametrize('attend', [nn.functional.scaled_dot_product_attention, attend_by_products])
+@pytest.mark.parametrize(
+    'attend', [nn.functional.scaled_dot_product_attention, lambda q, k, v: (q @ k.mT).softmax(-1) @ v]
+)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_attention_is_counted_fused_and_not(attend, dtype):
     q, k, v = torch.randn(3, 5, 2, 7, 4, dtype=dtype, requires_grad=True)
@@ -126,7 +119,7 @@ def test_what_is_no_product_counts_nothing():
     assert count_gmacs(call, [torch.randn(2, 3, 4, 4)]) == 0
 
 
-def test_memory_is_the_most_at_a_time():
+def test_memory_is_the_peak():
     def step(images, targets):
         first = torch.empty(2**20)
         second = torch.empty(2**20)
@@ -142,22 +135,19 @@ def test_memory_is_the_most_at_a_time():
     assert peak_memory(step, inputs, [[*model.parameters()], moments], 1, CPU) == grown + 4 * (2 + 1 + 2 * 3 * 5 + 5)
 
 
-@pytest.mark.parametrize('representative', ['none', 'nearest'])
-def test_inference_needs_no_more_memory_than_the_dense_model(representative):
-    dense = timm.create_model('vit_tiny_patch16_224', depth=6).eval()
+# Both peak in the MLP of a dense block, where the scores, a float32 for each patch, come on top. A matrix (N, N) or
+# (K, N) of the 900 patches of a large grid would be several times the hidden layer of an MLP.
+LARGE_GRID = dict(depth=3, embed_dim=96, num_heads=3, img_size=480)
+
+
+@pytest.mark.parametrize(
+    'representative, shape, bound',
+    [('none', dict(depth=6), 1.002), ('nearest', dict(depth=6), 1.002), ('nearest', LARGE_GRID, 1.1)],
+)
+def test_inference_needs_no_more_memory_than_the_dense_model(representative, shape, bound):
+    dense = timm.create_model('vit_tiny_patch16_224', **shape).eval()
     evolving = models.evolve(copy.deepcopy(dense), representative=representative)
-    images = torch.randn(4, 3, 224, 224)
-    with torch.inference_mode():
-        peaks = [peak_memory(model, [images], [*model.parameters()], 1, CPU) for model in (evolving, dense)]
-    # Both peak in the MLP of a dense block, where the scores, a float32 for each patch, come on top.
-    assert peaks[0] <= 1.002 * peaks[1]
-
-
-def test_large_grids_need_no_more_memory_than_the_dense_model():
-    """A matrix (N, N) or (K, N) of 900 patches would be several times the hidden layer of an MLP."""
-    dense = timm.create_model('vit_tiny_patch16_224', depth=3, embed_dim=96, num_heads=3, img_size=480).eval()
-    evolving = models.evolve(copy.deepcopy(dense))
-    images = torch.randn(2, 3, 480, 480)
+    images = torch.randn(4, 3, *dense.patch_embed.img_size)
     with torch.inference_mode():
         peaks = [peak_memory(model, [images], [*model.parameters()], 0, CPU) for model in (evolving, dense)]
-    assert peaks[0] <= 1.1 * peaks[1]
+    assert peaks[0] <= bound * peaks[1]

@@ -3,9 +3,8 @@
 import argparse
 import csv
 import importlib
-import importlib.util
 import json
-import subprocess
+import re
 import sys
 from functools import partial
 
@@ -16,42 +15,47 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from models import evolution
+sys.path.append(str(ROOT / 'experiments'))  # where scripts find them
+
+import common  # noqa: E402
+import gpu  # noqa: E402
+import plots  # noqa: E402
+import selection  # noqa: E402
+from trained_decoder import compare  # noqa: E402
+
+from measure import results  # noqa: E402
+from models import evolution  # noqa: E402
 
 
 @pytest.fixture
-def common(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    return importlib.import_module('common')
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, common):
+def run(monkeypatch, tmp_path):
     """Run an experiment's main with flags, twice as if it had been stopped; returns its rows."""
     torch.manual_seed(0)
     torch.save(timm.create_model('vit_tiny_patch16_224').state_dict(), tmp_path / 'w.pth')
     monkeypatch.setattr(common, 'images_per_second', partial(common.images_per_second, turns=2))
 
     def start(name: str, *flags) -> list[dict]:
-        spec = importlib.util.spec_from_file_location(name, ROOT / 'experiments' / f'{name}.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        common = ['--output', tmp_path / 'out' / name, '--data-path', tmp_path, '--batch-size', 2]
+        path = tmp_path / 'out' / name
+        given = ['--output', path, '--data-path', tmp_path, '--batch-size', 2]
         if name in ('finetune', 'from_scratch'):
-            common += ['--runs', tmp_path / 'runs']
+            given += ['--runs', tmp_path / 'runs']
         if name in ('training_free', 'trained_decoder', 'selection'):
-            common += ['--images', 'all']
+            given += ['--images', 'all']
         if name != 'from_scratch':
-            common += ['--model', 'vit_tiny_patch16_224', '--weights', tmp_path / 'w.pth']
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, [*common, *flags])])
-        for _ in range(2):  # the second time there is nothing left to compute, and the picture is drawn again
-            module.main()
-            with open(tmp_path / 'out' / f'{name}.csv', newline='') as file:
-                rows = list(csv.DictReader(file))
-            assert (tmp_path / 'out' / f'{name}.png').stat().st_size > 10_000
+            given += ['--model', 'vit_tiny_patch16_224', '--weights', tmp_path / 'w.pth']
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, [*given, *flags])])
+        for _ in range(2):  # the second time there is nothing left to compute, and it is plotted again
+            importlib.import_module(name).main()
+            rows = read_csv(path.with_suffix('.csv'))
+            assert path.with_suffix('.png').stat().st_size > 10_000
         return rows
 
     return start
+
+
+def read_csv(path) -> list[dict]:
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
 
 
 def noise(path, *size: int):
@@ -60,22 +64,19 @@ def noise(path, *size: int):
 
 
 @pytest.fixture
-def gpu(common, monkeypatch, tmp_path, capsys):
-    """The GPU script; `run` calls it on the CPU with tiny settings, and returns what it printed."""
-    module = importlib.import_module('gpu')
+def run_gpu(monkeypatch, tmp_path, capsys):
+    """Run the GPU script on the CPU with tiny settings; returns what it printed."""
 
-    def run(*flags) -> str:
-        script = ROOT / 'experiments' / 'gpu.py'
+    def start(*flags) -> str:
         flags = ['--device', 'cpu', '--tiny', '--output', tmp_path, *flags]
-        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, flags)])
-        module.main()
+        monkeypatch.setattr(sys, 'argv', [str(ROOT / 'experiments' / 'gpu.py'), *map(str, flags)])
+        gpu.main()
         return capsys.readouterr().out
 
-    module.run = run
-    return module
+    return start
 
 
-def test_both_forms_of_attention_attend_to_each_member_of_a_cluster(gpu):
+def test_both_forms_of_attention_attend_to_each_member_of_a_cluster():
     for channels in (32, 63, 64, 80):
         q, k, v = torch.randn(3, 2, 3, 13, channels)
         size = torch.randint(1, 9, (2, 12))
@@ -88,11 +89,11 @@ def test_both_forms_of_attention_attend_to_each_member_of_a_cluster(gpu):
                 torch.testing.assert_close(form(q, k, v, mask)[i], expected, rtol=0, atol=1e-5)
 
 
-def test_the_gpu_script_measures_what_is_missing(gpu, tmp_path):
+def test_the_gpu_script_measures_what_is_missing(run_gpu, tmp_path):
     parts = ['attention', 'stage', 'deit', 'train', 'large']
-    gpu.run('--here', '--parts', *parts)
+    run_gpu('--here', '--parts', *parts)
     files = {path.name: path.read_text() for path in tmp_path.glob('gpu*.csv')}
-    rows, kernels = (list(csv.DictReader(files[name].splitlines())) for name in ('gpu.csv', 'gpu-kernels.csv'))
+    rows, kernels = (read_csv(tmp_path / name) for name in ('gpu.csv', 'gpu-kernels.csv'))
     dense = 'vit_tiny_patch16_224 depth=3 embed_dim=48 num_heads=3'
     names = {*(f'vit_tiny_patch16_224 {method}' for method in ('nearest', 'none', 'merge')), dense}
     for compiled in (True, False):
@@ -106,13 +107,13 @@ def test_the_gpu_script_measures_what_is_missing(gpu, tmp_path):
         assert found == stages | {('attention', 'with_mask'), ('attention', 'with_channel')}
     assert all(float(row['ms']) > 0 for row in rows + kernels)
     # The second time nothing is missing, so no process is started.
-    assert gpu.run('--parts', *parts) == ''.join(f'{part}: nothing missing\n' for part in parts)
+    assert run_gpu('--parts', *parts) == ''.join(f'{part}: nothing missing\n' for part in parts)
     assert {path.name: path.read_text() for path in tmp_path.glob('gpu*.csv')} == files
 
 
 @pytest.mark.slow
-def test_a_part_without_time_says_what_is_missing(gpu):
-    printed = gpu.run('--parts', 'train', '--minutes', 0)
+def test_a_part_without_time_says_what_is_missing(run_gpu):
+    printed = run_gpu('--parts', 'train', '--minutes', 0)
     assert 'train: at most 1 seconds\ntrain: 4 missing\n    train, 64 px, batch 2: vit_tiny_patch16_224' in printed
 
 
@@ -159,9 +160,8 @@ def test_dense_prediction(run, tmp_path):
             (tmp_path / f'{split}annot').mkdir(exist_ok=True)
             labels = np.random.default_rng(i).integers(0, 12, (6, 8), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
             Image.fromarray(labels).save(tmp_path / f'{split}annot' / f'{i}.png')
-    rows = run(
-        'dense_prediction', '--budgets', 0.6, '--methods', 'nearest', 'smaller image', '--seeds', 1, '--size', 96, 64
-    )
+    methods = '--methods', 'nearest', 'smaller image'
+    rows = run('dense_prediction', '--budgets', 0.6, *methods, '--seeds', 1, '--size', 96, 64)
     assert [row['method'] for row in rows] == ['dense', 'nearest', 'smaller image']
     assert rows[2]['schedule'] == 'image_size 48 80' and float(rows[2]['width']) == 96
     assert float(rows[0]['off']) == 0 and 0 <= float(rows[1]['miou']) <= 100
@@ -172,12 +172,12 @@ def test_trained_decoder(run, tmp_path, capsys):
         noise(tmp_path / 'val' / 'n01440764' / f'{i}.png', 100 + i, 120)
     torch.manual_seed(0)
     widths = 192, 8, 4, 4
-    weights = {f'upconv{i}.weight': torch.randn(*widths[i - 1 : i + 1], 4, 4) / 8 for i in (1, 2, 3)}
-    weights |= {'final_conv.weight': torch.randn(1, 4, 1, 1), 'final_conv.bias': torch.zeros(1)}
+    weights = {'final_conv.weight': torch.randn(1, 4, 1, 1), 'final_conv.bias': torch.zeros(1)}
     for i in (1, 2, 3):
-        weights |= {f'upconv{i}.bias': torch.zeros(widths[i]), f'bn{i}.bias': torch.zeros(widths[i])}
-        weights |= {f'bn{i}.weight': torch.ones(widths[i]), f'bn{i}.running_mean': torch.zeros(widths[i])}
-        weights |= {f'bn{i}.running_var': torch.ones(widths[i])}
+        weights[f'upconv{i}.weight'] = torch.randn(*widths[i - 1 : i + 1], 4, 4) / 8
+        zeros = f'upconv{i}.bias', f'bn{i}.bias', f'bn{i}.running_mean'
+        weights |= dict.fromkeys(zeros, torch.zeros(widths[i]))
+        weights |= dict.fromkeys((f'bn{i}.weight', f'bn{i}.running_var'), torch.ones(widths[i]))
     torch.save(weights, tmp_path / 'decoder.pth')
     methods = 'nearest', 'late, merge_norm', 'smaller image'
     flags = '--decoder', tmp_path / 'decoder.pth', '--sizes', 64, '--budgets', 0.6, '--methods', *methods
@@ -188,12 +188,11 @@ def test_trained_decoder(run, tmp_path, capsys):
     assert [float(rows[0][name]) for name in ('correlation', 'error', 'iou')] == [1, 0, 1]
     assert all(0 < float(row['error']) < 1 and float(row['correlation']) < 1 for row in rows[1:])
     assert all(float(row['gmacs']) < float(row['gmacs_whole']) and row['speedup'] for row in rows)
-    assert 'nearest at budget 0.6, to late, merge_norm: correlation ' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search('nearest at budget 0.6, to late, merge_norm: .* in correlation, .* in IoU', printed)
 
 
-def test_maps_are_compared_image_by_image(common):
-    from trained_decoder import compare
-
+def test_maps_are_compared_image_by_image():
     dense = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[0.1, 0.2], [0.3, 0.4]], [[0.9, 0.9], [0.9, 0.1]]])
     maps = torch.stack([1 - dense[0], dense[1] / 2, torch.tensor([[0.9, 0.9], [0.1, 0.1]])])
     found = compare(maps, dense)
@@ -213,86 +212,53 @@ def test_selection(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match='boxes.json: expected boxes.json, or a folder of XML files'):
         run('selection')
     rows = run('selection', '--boxes', tmp_path / 'own.json')
-    assert 'left out, as they have no boxes: 1 of 4 images, such as d.png' in capsys.readouterr().out
+    assert 'without boxes, left out: 1 of 4 images, such as d.png' in capsys.readouterr().out
     assert {row['n'] for row in rows} == {'3'}
     assert [(row['method'], row['block']) for row in (rows[0], *rows[1::11])] == [
-        ('centre', '0'),
-        ('attention', '1'),
-        ('novelty', '1'),
-        ('random', '1'),
-    ]
+        ('centre', '0'), ('attention', '1'), ('novelty', '1'), ('random', '1'),
+    ]  # fmt: skip
     assert all(0 < float(row['kept_of_box']) < 100 for row in rows)
     assert all(0 < float(row['kept_again_8px']) <= 100 for row in rows[1:])
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere allocators do other things')
-def test_what_is_timed_gets_no_new_memory():
-    """Pages from the kernel would take time, more of it in the calls of one model than in those of another."""
-    code = """if True:
-        import resource, timm, torch
-        from common import images_per_second
-
-        torch.set_num_threads(1)
-        model = timm.create_model('vit_tiny_patch16_224').eval()
-
-        def new_pages(turns):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            images_per_second(model, model, 16, turns=turns)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-        new_pages(1)
-        print(new_pages(4))
-    """
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT / 'experiments', capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 20_000  # for five calls, of which each would take 54,000
-
-
-def test_images_are_those_of_a_list(common, tmp_path):
+def test_images_are_those_of_a_list(tmp_path):
     for number in (3, 4, 293):
         noise(tmp_path / 'val' / 'n01440764' / f'ILSVRC2012_val_{number:08}.JPEG', 8, 8)
-    parser = argparse.ArgumentParser()
-    common.add_images(parser)
-    args = argparse.Namespace(folder=tmp_path, images=tmp_path / 'list.txt', limit=None)
-    args.images.write_text('293\n4')
-    assert [path.stem[-3:] for path in common.find_images(*vars(args).values())[0]] == ['004', '293']
-    args.limit = 1  # of those of the list
-    assert [path.stem[-3:] for path in common.find_images(*vars(args).values())[0]] == ['004']
+    listing = tmp_path / 'list.txt'
+
+    def found(text: str, limit: int | None = None) -> list[str]:
+        listing.write_text(text)
+        return [path.stem[-3:] for path in common.find_images(tmp_path, listing, limit)[0]]
+
+    assert found('293\n4') == ['004', '293'] and found('293\n4', limit=1) == ['004']
     for text, message in (
-        ('4 5', 'found 1 of 2, not ILSVRC2012_val_00000005.JPEG; --images all takes the 3 images'),
+        ('4 5', 'found 1 of 2; ILSVRC2012_val_00000005.JPEG is missing. --images all uses the 3 images'),
         ('4 n5', '--images .*list.txt: expected a file of numbers, or all: .*n5'),
         ('', 'expected images, found none'),
     ):
-        args.images.write_text(text)
         with pytest.raises(SystemExit, match=message):
-            common.find_images(*vars(args).values())
-    args.images = tmp_path / 'none.txt'
+            found(text)
     with pytest.raises(SystemExit, match='expected a file of numbers, or all: .*No such file'):
-        common.find_images(*vars(args).values())
-    numbers = (ROOT / parser.get_default('images')).read_text().split()
-    assert len(set(numbers)) == 500
+        common.find_images(tmp_path, tmp_path / 'none.txt')
+    parser = argparse.ArgumentParser()
+    common.add_images(parser)
+    assert len({*(ROOT / parser.get_default('images')).read_text().split()}) == 500
 
 
-def test_weights_are_files_or_addresses(common, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert common.from_anywhere('w.pth') == str(tmp_path / 'w.pth')
-    assert common.from_anywhere('https://host/w.pth') == 'https://host/w.pth'
-
-
-def test_boxes_are_read_from_the_xml_files_of_imagenet(common, tmp_path):
+def test_boxes_are_read_from_the_xml_files_of_imagenet(tmp_path):
     box = '<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>'
     (tmp_path / 'a.xml').write_text(f'<annotation><object>{box}</object><object>{box}</object></annotation>')
-    assert importlib.import_module('selection').load_boxes(tmp_path) == {'a.JPEG': [[1, 2, 30, 40]] * 2}
+    assert selection.load_boxes(tmp_path) == {'a.JPEG': [[1, 2, 30, 40]] * 2}
 
 
-def test_the_setting_is_that_with_the_nearest_arithmetic(common, monkeypatch):
+def test_the_setting_is_that_with_the_nearest_gmacs(monkeypatch):
     # A method in steps of ten: 42 is nearer to 40, 46 to 50.
     monkeypatch.setattr(common, 'gmacs', lambda model: model)
     steps = lambda t: 10 * round(10 * t)  # noqa: E731
     assert [steps(common.find_setting(steps, target)) for target in (42, 46)] == [40, 50]
 
 
-def test_schedules_of_merging_merge_as_many_patches(common):
+def test_schedules_of_merging_merge_as_many_patches():
     assert common.merge_rates('merge', 120, 12) == 10
     assert common.merge_rates('late, merge_norm', 120, 12) == (0,) * 4 + (15,) * 8
     decreasing = common.merge_rates('decreasing, merge', 120, 12)
@@ -303,41 +269,33 @@ def test_schedules_of_merging_merge_as_many_patches(common):
     assert common.settings('fuse', 'recommended', model) == ('fuse', {'keep_ratio': 0.7})  # as in EViT's
 
 
-def test_rows_keep_a_commit_that_reads_as_a_number(common, monkeypatch, tmp_path):
-    for commit in ('3e80123', '0123456'):
-        monkeypatch.setattr(common, 'circumstances', lambda precision, commit=commit: {'commit': commit})
-        common.Rows(tmp_path / 'a.csv', {'n': 2}).add(method=commit)
-    assert [row['commit'] for row in common.Rows(tmp_path / 'a.csv', {'n': 2}).rows] == ['3e80123', '0123456']
+def test_rows_keep_the_commit_and_the_precision(monkeypatch, tmp_path):
+    """A commit may read as a number."""
+    for commit, precision in (('3e80123', {}), ('0123456', {'precision': 'bf16'})):
+        circumstances = results.circumstances() | {'commit': commit}
+        monkeypatch.setattr(common, 'circumstances', lambda name, row=circumstances: row | {'precision': name})
+        common.Rows(tmp_path / 'a.csv', {'n': 2}).add(method=commit, **precision)
+    rows = common.Rows(tmp_path / 'a.csv', {'n': 2}).rows
+    assert [(row['commit'], row['precision']) for row in rows] == [('3e80123', 'fp32'), ('0123456', 'bf16')]
+    assert rows[0]['device'] == circumstances['device'] and rows[0]['torch'] == torch.__version__
 
 
-def test_rows_have_the_precision_of_their_training(common, tmp_path):
-    rows = common.Rows(tmp_path / 'a.csv', {'n': 2})
-    rows.add(method='a', precision='bf16')
-    rows.add(method='b')
-    assert [row['precision'] for row in rows.rows] == ['bf16', 'fp32']
-
-
-def test_speeds_of_a_gpu_stand_beside_those_of_a_cpu(common, monkeypatch, tmp_path):
+def test_speeds_of_a_gpu_stand_beside_those_of_a_cpu(monkeypatch, tmp_path):
     rows = common.Rows(tmp_path / 'a.csv', {'n': 2})
     for method in ('dense', 'a'):
         rows.add(method=method, setting=1.0)
     speeds = iter([2.0, 1.0, 3.0, 1.5])
     monkeypatch.setattr(common, 'circumstances', lambda _, device=None: {'device': str(device)})
-    monkeypatch.setattr(common, 'images_per_second', lambda *_, **__: (speed := next(speeds), torch.full((3,), speed)))
+    monkeypatch.setattr(common, 'images_per_second', lambda *_, **__: (speed := next(speeds), [speed] * 3))
     for device in ('cpu', 'cuda', 'cuda'):  # the third time there is nothing left to measure
         rows.measure('missing', device, lambda *_: None, 4)
-    assert [(row['speedup'], row['gpu_speedup'], row['gpu_speed_batch']) for row in rows.rows] == [
-        (2, 3, 4),
-        (1, 1.5, 4),
-    ]
+    found = [(row['speedup'], row['gpu_speedup'], row['gpu_speed_batch']) for row in rows.rows]
+    assert found == [(2, 3, 4), (1, 1.5, 4)]
     assert {(row['speed_device'], row['gpu_speed_device']) for row in rows.rows} == {('cpu', 'cuda')}
 
 
-def test_a_line_goes_through_its_points_by_arithmetic(common):
-    from matplotlib.figure import Figure
-
-    plots = importlib.import_module('plots')
-    speeds = {1.0: 0.9, 2.0: 1.4, 3.0: 1.1}  # on a GPU, more arithmetic may be faster
+def test_a_line_goes_through_its_points_by_gmacs():
+    speeds = {1.0: 0.9, 2.0: 1.4, 3.0: 1.1}  # on a GPU, more GMACs may be faster
     rows = [
         dict(method='nearest', gmacs=gmacs, gpu_speedup=speed, off=-gmacs, off_low=-gmacs - 1, off_high=0.0)
         | dict(gpu_speed_device='GPU', gpu_speed_precision='bf16', gpu_speed_batch=4)
@@ -345,8 +303,8 @@ def test_a_line_goes_through_its_points_by_arithmetic(common):
         for gmacs, speed in speeds.items()
     ]
     (column,), (label,) = zip(*plots.speed_axes([*rows, {'method': 'merge'}]).items(), strict=True)
-    assert (column, label) == ('gpu_speedup', 'times as fast as dense (thin: p10 to p90)\nGPU, bf16, batch 4')
-    axes = Figure().subplots()
+    assert (column, label) == ('gpu_speedup', 'speed-up over dense (thin: p10 to p90)\nGPU, bf16, batch 4')
+    axes = plots.Figure().subplots()
     plots.draw_methods(axes, rows[::-1] + [{'method': 'nearest', 'gmacs': 9}], column, 'off', 'off')
     (container,) = axes.containers
     assert container.lines[0].get_xydata().tolist() == [[0.9, -1], [1.4, -2], [1.1, -3]]
@@ -354,7 +312,7 @@ def test_a_line_goes_through_its_points_by_arithmetic(common):
     assert axes.collections[0].get_segments()[0].tolist() == [[0.45, -1], [1.8, -1]]
 
 
-def test_methods_are_compared_over_pairs_of_one_seed_and_device(common):
+def test_methods_are_compared_over_pairs_of_one_seed_and_device():
     top1 = {('a', 0): 81.0, ('a', 1): 83.0, ('a', 2): 10.0, ('b', 0): 80.0, ('b', 1): 81.0}
     rows = [dict(method=method, seed=seed, top1=value, device='cpu') for (method, seed), value in top1.items()]
     rows.append(dict(method='b', seed=2, top1=90.0, device='gpu'))
@@ -364,32 +322,21 @@ def test_methods_are_compared_over_pairs_of_one_seed_and_device(common):
     assert common.verdict(off, half) == 'no significant difference' and common.verdict(-7, half) == 'worse'
 
 
-def test_which_images_were_right_comes_back_from_its_digits(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    from common import pack, unpack
-
-    right = torch.rand(13, generator=torch.Generator().manual_seed(0)) < 0.5
-    assert right.any() and torch.equal(unpack(pack(right), 13), right.float())
+def test_values_of_images_come_back_from_their_text():
+    values = torch.rand(13, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(common.unpack(common.pack(values), 13), values, rtol=1e-3, atol=0)
+    assert torch.equal(common.unpack(common.pack(values < 0.5), 13), (values < 0.5).float())
 
 
-def test_boxes_go_where_the_crop_shows_them(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    from selection import crop_boxes
-
+def test_boxes_go_where_the_crop_shows_them():
     # Twice as wide as high, halved, cropped to its middle: the left half of the crop, and one beside the crop.
-    cover = crop_boxes([[200, 0, 400, 400], [0, 0, 150, 400]], (800, 400), (400, 200), 200, 4).view(4, 4)
+    cover = selection.crop_boxes([[200, 0, 400, 400], [0, 0, 150, 400]], (800, 400), (400, 200), 200, 4).view(4, 4)
     assert cover[:, :2].eq(1).all() and cover[:, 2:].eq(0).all()
-
-
-def test_the_middle_of_an_image(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'experiments'))
-    from selection import centre, share_of_box
-
-    mask = centre(4, 4)
+    mask = selection.center(4, 4)
     assert mask[1:3, 1:3].all() and mask.sum() == 4
     # A box over the upper half of the image: two of its eight patches are in the middle.
     cover = torch.zeros(4, 4).index_fill(0, torch.tensor([0, 1]), 1)
-    assert share_of_box(mask[None], cover.view(1, 16)).tolist() == [25]
+    assert selection.percent_of_box(mask[None], cover.view(1, 16)).tolist() == [25]
 
 
 @pytest.fixture
@@ -399,7 +346,7 @@ def classes(tmp_path):
             noise(tmp_path / split / f'class{i % 2}' / f'{i}.png', 32, 32)
 
 
-def test_finetune(run, classes, common, script, monkeypatch):
+def test_finetune(run, classes, script, monkeypatch):
     def run_here(flags):  # to start a process takes seconds; test_from_scratch does
         arguments = sys.argv
         script('main_deit', *flags)
