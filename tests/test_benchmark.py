@@ -414,7 +414,6 @@ def test_a_failed_model_is_gone_before_its_baseline_is_built(bench, monkeypatch)
         ('--plot plot.txt', 'plot.txt: expected a file in an existing folder, named .png'),
         ('--results_file other.csv', 'other.csv: expected the columns .*, found model,speed; choose another file'),
         ('--amp --precision float32', '--amp is autocast to half precision, found --precision fp32 as well'),
-        ('--data-path . --data-set wds/ --num_classes 4', '--data-set wds/ is a stream.*expected .* read by index'),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(bench, monkeypatch, tmp_path, flags, message):
