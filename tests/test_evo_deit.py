@@ -17,7 +17,6 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block, ParallelScalingBlock
 from torch import nn
 
-import utils
 from models import weights
 from models.evo_deit import EvoDeiT
 
@@ -213,7 +212,7 @@ def test_plain_vits_load_by_name():
     assert set(loaded.filled) == filled and not loaded.missing and not loaded.dropped
     assert torch.equal(model.head_cls.weight, plain.head.weight)
     larger = timm.create_model('evo_deit_tiny_patch16_224', img_size=(48, 64), num_classes=3, depth=5)
-    with pytest.raises(utils.InputError, match='10 classes, the model 3'):
+    with pytest.raises(weights.InputError, match='10 classes, the model 3'):
         weights.load_weights(larger, {'model': plain.state_dict()})
     head = larger.head.weight.clone()
     loaded = weights.load_weights(larger, {'model': plain.state_dict()}, adapt=True)
@@ -279,7 +278,7 @@ def test_the_pooling_asked_for_stays_in_finetuning_and_without_a_head():
 
 def test_a_distilled_deit_is_no_plain_one():
     state = plain_vit('deit_tiny_distilled_patch16_224').state_dict()
-    with pytest.raises(utils.InputError, match='mean of two heads.*--finetune, or adapt=True'):
+    with pytest.raises(weights.InputError, match='mean of two heads.*--finetune, or adapt=True'):
         weights.load_weights(dense(), state)
 
 
@@ -312,11 +311,11 @@ def test_what_evo_deit_cannot_compute_is_refused(adapt):
         ('vit_medium_patch16_reg4_gap_256', 'has no class token'),
         ('vit_small_patch14_reg4_dinov2', '4 register tokens'),
     ):
-        with pytest.raises(utils.InputError, match=f'{says}.*such as DeiT, DINO or MAE'):
+        with pytest.raises(weights.InputError, match=f'{says}.*such as DeiT, DINO or MAE'):
             weights.load_weights(dense(), plain_vit(name).state_dict(), adapt=adapt)
     state = plain_vit().state_dict()
     state['pos_embed'] = torch.zeros(1, 12, 192)
-    with pytest.raises(utils.InputError, match='12 positions are of a grid'):
+    with pytest.raises(weights.InputError, match='12 positions are of a grid'):
         weights.load_weights(dense(), state, adapt=adapt)
 
 
@@ -327,8 +326,8 @@ def test_a_backbone_without_a_head_can_be_finetuned():
     loaded = weights.load_weights(model, state, adapt=True)
     assert set(loaded.missing) == {f'{h}.{leaf}' for h in ('head', 'head_cls') for leaf in ('weight', 'bias')}
     assert torch.equal(model.norm_cls.weight, state['norm.weight']) and not loaded.dropped
-    with pytest.raises(utils.InputError, match='4 missing: head.weight'):
+    with pytest.raises(weights.InputError, match='4 missing: head.weight'):
         weights.load_weights(dense(), state)
     del state['norm.bias']
-    with pytest.raises(utils.InputError, match='2 missing: norm.bias, norm_cls.bias'):
+    with pytest.raises(weights.InputError, match='2 missing: norm.bias, norm_cls.bias'):
         weights.load_weights(model, state, adapt=True)

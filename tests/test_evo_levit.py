@@ -218,7 +218,7 @@ def test_placeholders_move_alike_or_not_at_all():
     for representative in (True, False):
         model = small('EvoLeViT_128', representative=representative)
         x = images(2, 3, 64, 64)
-        _, selections, outputs = model.evolve(x, [3, 7])
+        _, selections, outputs = model.forward_blocks(x, [3, 7])
         kept = selections['stages.1.blocks.0'].kept
         before = model.stages[1].downsample(outputs[0], None, 0.5)[0]
         moved = torch.ones(2, 4).scatter(1, kept, 0).bool()

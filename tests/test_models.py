@@ -157,7 +157,7 @@ def test_intermediates_are_the_tokens_on_the_way(family, stage_wise):
         with pytest.raises(ValueError, match=message):
             model.forward_intermediates(x, **wrong)
     with pytest.raises(ValueError, match='stop_early: expected out_indices'):
-        model.evolve(x, stop_early=True)
+        model.forward_blocks(x, stop_early=True)
 
 
 class OnGPU(TorchDispatchMode):

@@ -47,8 +47,7 @@ def test_hooks_run_once_and_see_the_tokens_of_their_block(dense):
         model(images(model))
     called = {name for name in seen if not name.endswith(('drop', 'q_norm', 'k_norm'))}
     for i, kept in enumerate(KEPT):
-        for layer in ('', '.attn', '.attn.proj', '.norm1', '.norm2', '.mlp', '.mlp.fc2'):
-            assert f'{i}{layer}' in called
+        assert called >= {f'{i}{x}' for x in ('', '.attn', '.attn.proj', '.norm1', '.norm2', '.mlp', '.mlp.fc2')}
         for name in called:
             if name.startswith(f'{i}.') and name.count('.') == 1:
                 assert len(seen[name]) == 1 and seen[name][0][0].shape[1] == model.num_prefix_tokens + kept, name
@@ -228,18 +227,14 @@ def test_a_forward_pass_has_no_operator_that_is_not_deterministic_on_gpus(dense)
         model(images(model))
     called = {event.key for event in profiler.key_averages()}
     assert 'aten::topk' in called
-    assert not {
-        name for name in called if any(word in name for word in ('sort', 'index_add', 'scatter_add', 'index_put'))
-    }
+    wrong = 'sort', 'index_add', 'scatter_add', 'index_put'
+    assert not [name for name in called if any(word in name for word in wrong)]
 
 
 def test_a_mask_that_a_row_cannot_take_is_refused(dense):
     block, x = evolve(dense).blocks[0], torch.randn(2, 9, dense.embed_dim)
-    for mask in (
-        dict(is_causal=True),
-        dict(attn_mask=torch.ones(9, 9, dtype=torch.bool)),
-        dict(attn_mask=torch.zeros(9, 9)),
-    ):
+    whole = torch.zeros(9, 9)
+    for mask in (dict(is_causal=True), dict(attn_mask=whole.bool()), dict(attn_mask=whole)):
         with pytest.raises(ValueError, match='need_attention: expected no mask, or an additive one'):
             block(x, need_attention=True, **mask)
 
@@ -249,7 +244,7 @@ def test_autocast_does_not_round_the_residual_stream(dense):
     tokens[0, 3] = 1e5  # beyond float16
     score = torch.rand(2, 25)
     with torch.autocast('cpu', torch.bfloat16):
-        out, _, _ = evolution.evolve(tokens, score, [], [], 0.5, 'nearest')
+        out, _, _ = evolution.evolve_group(tokens, score, [], [], 0.5, 'nearest')
     assert out.dtype == torch.float32 and torch.equal(out, tokens)
 
 
@@ -334,8 +329,6 @@ def test_wrong_calls_say_what_to_do():
         models.evolve(model, keep_ratio='0.7')
     with pytest.warns(UserWarning, match=r'keep_ratio rises, \(0.3, 0.7\)'):
         models.evolve(model, keep_ratio=(0.3, 0.7))
-    with pytest.raises(ValueError, match='stop_early: expected out_indices'):
-        model.evolve(images(model), stop_early=True)
 
 
 def test_timm_is_not_changed():

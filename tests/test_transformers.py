@@ -133,7 +133,7 @@ def test_it_computes_what_timm_does(name, representative):
     models.evolve(model, (0.7, 0.3), representative=representative)
     models.evolve(other, (0.7, 0.3), representative=representative)
     out, selection = forward_with_selection(model, images(), output_hidden_states=True)
-    tokens, selections, grids = other.evolve(images(), range(6))
+    tokens, selections, grids = other.forward_blocks(images(), range(6))
     assert {key: kept.shape for key, kept in selection.items()} == {'blocks.2': (2, 44), 'blocks.4': (2, 19)}
     for key, kept in selection.items():
         assert torch.equal(kept, selections[key].kept.sort(1).values)

@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed
 
 import models
 from models import weights
-from utils import InputError
+from models.weights import InputError
 
 
 @pytest.fixture
@@ -30,12 +30,9 @@ def saved(tmp_path):
 
 def test_published_files_with_a_namespace_load(tmp_path):
     arguments = argparse.Namespace(lr=0.1, output_dir=pathlib.PosixPath('a'), nested=argparse.Namespace(x=[1, None]))
+    content = {'model': {'w': torch.ones(2)}, 'args': arguments}
     for zipped in (True, False):
-        torch.save(
-            {'model': {'w': torch.ones(2)}, 'args': arguments},
-            tmp_path / 'p.pth',
-            _use_new_zipfile_serialization=zipped,
-        )
+        torch.save(content, tmp_path / 'p.pth', _use_new_zipfile_serialization=zipped)
         assert weights.read_checkpoint(tmp_path / 'p.pth')['args'] == arguments
 
 
