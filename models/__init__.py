@@ -44,7 +44,7 @@ class Pairs(ParseKwargs):
 HAVE_FLAGS = {
     'in_chans': 'images are read in RGB, with 3 channels',
     'img_size': 'use --input-size',
-    'num_classes': 'the data says it',
+    'num_classes': 'it is that of the data',
     'drop_rate': 'use --drop',
     'drop_path_rate': 'use --drop-path',
 }

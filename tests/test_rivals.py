@@ -156,7 +156,8 @@ def test_merging_takes_a_rate_for_each_block():
     with torch.no_grad():
         tokens = model.forward_blocks(x)[0]
         assert seen == [26, 21, 21, 19]
-        torch.testing.assert_close(model.forward_blocks(x, [0, 1])[0], tokens, rtol=1e-4, atol=1e-4)  # it goes on after a cut
+        cut = model.forward_blocks(x, [0, 1])[0]  # merging goes on after a cut
+        torch.testing.assert_close(cut, tokens, rtol=1e-4, atol=1e-4)
     schedule = model.schedule()
     assert (schedule['method'], schedule['merge_r']) == ('merge_norm', (0, 5, 0, 2))
     for wrong in ([3, 3], [3, -1, 3, 3], -1):
@@ -215,7 +216,7 @@ def test_flags_choose_the_method(method, flags):
         ('--model test_vit --model-kwargs img_size=64', '--model-kwargs img_size: use --input-size'),
         ('--model test_vit --model-kwargs in_chans=1', '--model-kwargs in_chans: images are read in RGB'),
         ('--model test_vit --model-kwargs num_heads=0', 'test_vit cannot be built with .*num_heads'),
-        ('--model test_vit --model-kwargs num_classes=3', '--model-kwargs num_classes: the data says it'),
+        ('--model test_vit --model-kwargs num_classes=3', '--model-kwargs num_classes: it is that of the data'),
         ('--model test_vit --model-kwargs drop_rate=0.1', '--model-kwargs drop_rate: use --drop'),
         ('--model test_vit --model-kwargs drop_path_rate=0.1', '--model-kwargs drop_path_rate: use --drop-path'),
     ],
