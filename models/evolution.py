@@ -313,7 +313,7 @@ def run_blocks(
     return tokens, score
 
 
-def evolve_group(
+def evolve(
     tokens: Tensor,
     score: Tensor | None,
     blocks: Sequence[Block],

@@ -1,6 +1,7 @@
 """Evolved blocks are modules: what people put around a ViT works as on timm's."""
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -244,7 +245,7 @@ def test_autocast_does_not_round_the_residual_stream(dense):
     tokens[0, 3] = 1e5  # beyond float16
     score = torch.rand(2, 25)
     with torch.autocast('cpu', torch.bfloat16):
-        out, _, _ = evolution.evolve_group(tokens, score, [], [], 0.5, 'nearest')
+        out, _, _ = evolution.evolve(tokens, score, [], [], 0.5, 'nearest')
     assert out.dtype == torch.float32 and torch.equal(out, tokens)
 
 
@@ -324,11 +325,22 @@ def test_the_older_onnx_exporter(name, representative, tmp_path):
 def test_wrong_calls_say_what_to_do():
     with pytest.raises(ValueError, match=r"pass timm.create_model\('deit_tiny_patch16_224'"):
         models.evolve('deit_tiny_patch16_224')
+    with pytest.raises(ValueError, match=r"pass transformers.AutoModel.from_pretrained\('facebook/dinov2-small'"):
+        models.evolve('facebook/dinov2-small')
     model = small_vit('deit_tiny_patch16_224', depth=4)
     with pytest.raises(ValueError, match="keep_ratio: expected numbers, found '0.7'"):
         models.evolve(model, keep_ratio='0.7')
     with pytest.warns(UserWarning, match=r'keep_ratio rises, \(0.3, 0.7\)'):
         models.evolve(model, keep_ratio=(0.3, 0.7))
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch):
+    """There are no models of transformers without it; a class that says it is one stands for them."""
+    monkeypatch.setitem(sys.modules, 'models.transformers_vit', None)  # its import fails
+    monkeypatch.delattr(models, 'transformers_vit', raising=False)
+    model = type('ViTModel', (nn.Module,), {'__module__': 'transformers.models.vit.modeling_vit'})()
+    with pytest.raises(ValueError, match=r"ViTModel cannot be evolved .*pip install 'evo-vit\[transformers\]'"):
+        models.evolve(model)
 
 
 def test_timm_is_not_changed():

@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import re
-import sys
 from functools import partial
 
 import pytest
@@ -401,15 +400,6 @@ def test_rivals_are_refused_and_models_that_were_not_evolved_select_nothing():
         models.apply(model, 'drop')
     with pytest.raises(ValueError, match='expected an evolved model, found ViTModel'):
         forward_with_selection(model, images())
-
-
-def test_another_version_of_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'models.transformers_vit', None)  # its import fails
-    monkeypatch.delattr(models, 'transformers_vit')
-    with pytest.raises(ValueError, match=r"pip install 'evo-vit\[transformers\]'"):
-        models.evolve(create('ViTModel'))
-    with pytest.raises(ValueError, match="AutoModel.from_pretrained.'facebook/dinov2-small'"):
-        models.evolve('facebook/dinov2-small')
 
 
 # --- documentation

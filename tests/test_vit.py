@@ -75,11 +75,6 @@ def test_the_interface_stays_and_the_tokens_evolve(pair, representative):
         assert (kept.diff() > 0).all() and kept.min() >= 0 and kept.max() < 25
 
     assert count_gmacs(evolved, [x]) < 0.95 * count_gmacs(model, [x])
-    half = copy.deepcopy(evolved).bfloat16()
-    with torch.no_grad():
-        found, expected = half(x.bfloat16()).float(), logits
-    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.9
-
     evolved.train().zero_grad()
     evolved(x).square().sum().backward()
     assert without_gradient(evolved) == []

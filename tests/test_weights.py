@@ -28,7 +28,7 @@ def saved(tmp_path):
     return path
 
 
-def test_published_files_with_a_namespace_load(tmp_path):
+def test_files_of_the_original_with_a_namespace_load(tmp_path):
     arguments = argparse.Namespace(lr=0.1, output_dir=pathlib.PosixPath('a'), nested=argparse.Namespace(x=[1, None]))
     content = {'model': {'w': torch.ones(2)}, 'args': arguments}
     for zipped in (True, False):
