@@ -90,7 +90,7 @@ def test_training_is_that_of_the_original(golden_model):
 
         gradients = model.to_published({key: p.grad for key, p in model.named_parameters()})
         norms = [gradients[key].norm() for key in state if key in gradients and not key.startswith('stage_blocks')]
-        # Some gradients are zero but for rounding: a bias before batch statistics, a tradeoff whose score no selection reads.
+        # Some gradients are zero but for rounding: biases before batch statistics, tradeoffs that no selection reads.
         np.testing.assert_allclose(norms, golden[f'train_{schedule}_gradnorm'], rtol=1e-5, atol=1e-9)
 
         after = model.to_published(model.state_dict())
