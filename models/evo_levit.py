@@ -133,11 +133,11 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, score: Tensor | None, tradeoff: Tradeoff) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, 1 + N, C) and score (B, N), None if no selection reads it, to those of the next grid."""
-        x = x + self.pos_embed
+        x = x + self.pos_embed  # in place of LeViT's attention biases
         q = split_heads(self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid)], 1)), self.num_heads)
         k, v = split_heads(self.kv(x), self.num_heads).split(self.split, -1)
         x, attention = attend(q, k, v, score is not None)
-        x = self.proj(F.hardswish(x))
+        x = self.proj(F.hardswish(x))  # no residual: channels and grid change
         x = x + self.drop_path(self.mlp(x))
         if score is not None:
             # The score keeps its sum: that of the coarser grid is rescaled to that of the finer one.

@@ -313,16 +313,11 @@ def _check_fit(
 def _load_schedule(model: nn.Module, saved: dict, adapt: bool, where: str, report: Report):
     """Set the schedule that weights were trained with, or with `adapt` keep the model's; report what differs."""
     method = saved.get('method', 'evolve')
-    if not hasattr(model, 'load_schedule') and method != 'evolve':
-        report(f"{where} was trained with {method}, and this model is dense; see models.apply(model, '{method}', ...)")
-        return
     if not hasattr(model, 'load_schedule'):
         names = 'keep_ratio', 'stages', 'representative', 'stage_wise'
         arguments = ', '.join(f'{name}={saved.get(name)!r}' for name in names)
-        report(
-            f'{where} was trained with token evolution, and this {type(model).__name__} does not evolve; '
-            f'models.evolve(model, {arguments}) sets the schedule of training'
-        )
+        call = f'models.evolve(model, {arguments})' if method == 'evolve' else f"models.apply(model, '{method}', ...)"
+        report(f'{where} was trained with {method}, and this {type(model).__name__} does not evolve; see {call}')
         return
     if method != model.method:
         report(f'{where}: the weights were trained with {method}; this model keeps {model.method}')
