@@ -149,7 +149,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
             return pooled
         if not self.training or self.num_classes == 0:
             return self.head(pooled)
-        # A loss on the class token trains the attention that selects patches; the original adds this head for it.
+        # In training the class token, whose attention selects patches, has a loss too.
         heads = Heads(self.head(pooled), self.head_cls(self.head_drop(self.norm_cls(x[:, 0]))))
         return heads if self.distilled_training else sum(heads) / len(heads)
 
