@@ -292,7 +292,7 @@ def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
             if cls.__name__ in LOOPS and hasattr(module.config, 'image_size'):
                 found[name] = module
             if beginning := next((x for x in REASONS if cls.__name__.startswith(x)), None):
-                reasons[beginning] = f'{cls.__name__} {REASONS[beginning]}'
+                reasons.setdefault(beginning, f'{cls.__name__} {REASONS[beginning]}')
     if len(found) == 1:
         return next(iter(found.items()))
     if found:

@@ -362,7 +362,7 @@ TINY = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermed
     'name, config, reason',
     [
         ('Siglip2VisionModel', TINY, 'masks the padding of images of several sizes'),
-        ('BeitModel', TINY | dict(image_size=32), 'adds biases over pairs of places'),
+        ('BeitModel', TINY | dict(image_size=32), 'adds relative position biases'),
         ('SwinModel', dict(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1]), 'attends in windows'),
         ('CLIPTextModel', TEXT, 'found none in CLIPTextModel'),
         ('BertModel', TINY | dict(vocab_size=9), 'found none in BertModel'),
