@@ -220,7 +220,7 @@ def make_case(
     variants: flags in which the models of the case differ,
     autocast, tensors: how the model is called, and device, dtype and memory format of its tensors.
     """
-    dense = models.dense_twin(name)
+    dense = models.dense_baseline(name)
     if 'levit' in name.lower():
         recipe = main_levit.RECIPE | {'distillation_type': 'none'}  # its teacher would take most of the time
     else:

@@ -108,7 +108,7 @@ def check_flags(args: argparse.Namespace):
 
 def check_model(args: argparse.Namespace):
     """Raises InputError for flags that exclude the model, whose name may come from the checkpoint."""
-    ours = models.dense_twin(args.model) is not None
+    ours = models.dense_baseline(args.model) is not None
     if args.format == 'hub' and args.fuse and not ours:
         raise InputError(f'--fuse: timm cannot load a fused {args.model} from a folder; leave --fuse out')
     if args.bench and not (ours or args.method):
@@ -219,7 +219,7 @@ def check(model: nn.Module, format: str, path: Path, images: Tensor, tolerance: 
 
 def build_dense(args: argparse.Namespace, model: nn.Module, size: int) -> nn.Module:
     """The dense baseline, with random weights, prepared as the model is."""
-    name, options = models.dense_twin(args.model) or (args.model, args.model_kwargs or {})
+    name, options = models.dense_baseline(args.model) or (args.model, args.model_kwargs or {})
     dense = models.create(name, model.num_classes, size, **options).eval()
     if args.fuse:
         engine.fuse(dense)

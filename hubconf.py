@@ -1,4 +1,4 @@
-"""For torch.hub: our models by name, and `evolve` for any ViT of timm.
+"""Entry points of torch.hub: our models by name, and `evolve` for any ViT of timm.
 
 model = torch.hub.load('.', 'evo_deit_tiny_patch16_224', source='local', num_classes=10)
 model = torch.hub.load('.', 'evolve', 'deit_tiny_patch16_224', source='local', pretrained=True)

@@ -266,7 +266,7 @@ def predict(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> list[Prediction]:
     """Predictions and selections for images (B, 3, height, width), normalized by `mean` and `std`."""
-    tokens, selections, _ = model.evolve(images)
+    tokens, selections, _ = model.forward_blocks(images)
     logits = model.forward_head(model.norm_tokens(tokens))[:, : model.num_classes]  # none without a head
     probabilities = logits.float().softmax(1).cpu().numpy()
     mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
@@ -298,7 +298,7 @@ def object_coverage(model: nn.Module, dataset: shapes.Shapes, batch_size: int) -
         indices = range(start, min(start + batch_size, len(dataset)))
         images = torch.stack([dataset[i][0] for i in indices]).to(device)
         masks = torch.stack([torch.from_numpy(dataset.mask(i)) for i in indices]).to(device)
-        for name, selection in model.evolve(images)[1].items():
+        for name, selection in model.forward_blocks(images)[1].items():
             kept, score = selection.kept, selection.score
             grid = grid_shape(score.shape[1], *images.shape[2:])
             covered = F.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)

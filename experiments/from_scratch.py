@@ -37,7 +37,7 @@ def main():
     parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
     parser.set_defaults(batch_size=128)
     args = parser.parse_args()
-    output, (baseline, options) = Path(args.output), models.dense_twin(args.model)
+    output, (baseline, options) = Path(args.output), models.dense_baseline(args.model)
     size = models.published_cfg(args.model).input_size[-1]
     classes = len(list((Path(args.data_path) / 'train').iterdir()))
 

@@ -80,7 +80,7 @@ def kept(model: nn.Module, images: Tensor, block: int, batch_size: int) -> Tenso
     """Which patches (n, h, w) of images are selected before a block, bool."""
     device, masks = next(model.parameters()).device, []
     for batch in images.split(batch_size):
-        selection = model.evolve(batch.to(device), [block], stop_early=True)[1][f'blocks.{block}']
+        selection = model.forward_blocks(batch.to(device), [block], stop_early=True)[1][f'blocks.{block}']
         mask = torch.zeros(len(batch), model.patch_embed.num_patches, dtype=torch.bool, device=device)
         masks.append(mask.scatter(1, selection.kept, True).unflatten(1, model.patch_embed.grid_size).cpu())
     return torch.cat(masks)

@@ -1,4 +1,4 @@
-"""The networks. Importing this package registers them with timm: `timm.create_model('EvoLeViT_128')` then works."""
+"""The networks. Importing this package registers them with timm, for `timm.create_model('EvoLeViT_128')`."""
 
 import argparse
 import difflib
@@ -24,7 +24,7 @@ __all__ = [
     'apply',
     'build',
     'create',
-    'dense_twin',
+    'dense_baseline',
     'evolve',
     'fit_schedule',
     'load_weights',
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Pairs(ParseKwargs):
-    """timm's action of a flag with KEY=VALUE, which says what is none."""
+    """timm's argparse action for KEY=VALUE, with an error that names what is not a pair."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if wrong := [value for value in values if '=' not in value]:
@@ -40,11 +40,11 @@ class Pairs(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-# Arguments that another flag, the data or the reader of images decides, which would count, or fail beside.
+# Arguments of a model that flags or data decide; giving them twice would fail, or silently win.
 HAVE_FLAGS = {
     'in_chans': 'images are read in RGB, with 3 channels',
     'img_size': 'use --input-size',
-    'num_classes': 'the data says it',
+    'num_classes': 'it is that of the data',
     'drop_rate': 'use --drop',
     'drop_path_rate': 'use --drop-path',
 }
@@ -56,40 +56,37 @@ def add_arguments(parser: argparse.ArgumentParser):
     add = group.add_argument
     add('--model', metavar='NAME', help='any Evo-ViT or timm model')
     add('--drop', type=float, default=0.0, metavar='RATE', help='dropout before the head')
-    add('--drop-path', type=float, metavar='RATE', help="stochastic depth; without, the model's own")
-    add('--pretrained', action='store_true', help="begin with timm's weights of the model, downloaded once")
-    add('--model-kwargs', nargs='*', action=Pairs, metavar='KEY=VALUE', help='for its constructor')
+    add('--drop-path', type=float, metavar='RATE', help="stochastic depth (default: the model's own)")
+    add('--pretrained', action='store_true', help="start from timm's weights, downloaded once")
+    add('--model-kwargs', nargs='*', action=Pairs, metavar='KEY=VALUE', help='more arguments of the model')
     add(
         '--method', choices=['evolve', *rivals.METHODS],
-        help='make a ViT of timm faster: evolve (models.evolve), or for comparison a rival (models.rivals)',
+        help='evolve a ViT of timm (models.evolve), or for comparison apply a rival (models.rivals)',
     )  # fmt: skip
-    add('--evolve', dest='method', action='store_const', const='evolve', help='the same as --method evolve')
+    add('--evolve', dest='method', action='store_const', const='evolve', help='same as --method evolve')
     add(
         '--fit-schedule', default='', metavar='FOLDER',
-        help='choose stages and keep ratios of --evolve on up to 64 images of this folder, once the weights are loaded',
+        help='choose the stages and keep ratios of --evolve on up to 64 images of this folder',
     )  # fmt: skip
-    add('--merge-r', type=int, metavar='R', help='merge, merge_norm: patches that each block merges away (default: 8)')
+    add('--merge-r', type=int, metavar='R', help='merge, merge_norm: patches merged per block (default: 8)')
     add(
         '--keep-ratio', type=float, nargs='+', metavar='R',
-        help='share of informative patches (drop, fuse: of those left), one or one a stage (default: 0.5 as published, '
-        '0.7 0.3 with --evolve, 0.7 with its rivals)',
+        help='fraction of informative patches (drop, fuse: of those left), one or one per stage (default: 0.5, with '
+        '--evolve 0.7 0.3, with its rivals 0.7)',
     )  # fmt: skip
     add(
         '--stages', type=int, nargs='+', metavar='BLOCK',
-        help='first block of each stage that evolves (default: as published; --evolve: at 1/3 and 2/3 of the depth)',
+        help='first block of each stage that evolves (default: as the original; --evolve: 1/3 and 2/3 of the depth)',
     )  # fmt: skip
     add(
-        '--representative',
-        nargs='?',
-        const='one',
-        choices=evolution.REPRESENTATIVES,
-        help='who represents placeholders (default: as published for the family; nearest with --evolve)',
-    )
-    add('--no-representative', dest='representative', action='store_const', const='none', help='the same as none')
+        '--representative', nargs='?', const='one', choices=evolution.REPRESENTATIVES,
+        help='what placeholders follow (default: as the original; nearest with --evolve)',
+    )  # fmt: skip
+    add('--no-representative', dest='representative', action='store_const', const='none', help='same as none')
 
 
 def build(args: argparse.Namespace, num_classes: int, input_size: int | None = None) -> nn.Module:
-    """The model that the flags ask for; InputError with the nearest names where there is none."""
+    """Build the model of `add_arguments`; InputError for flags that do not fit it, or with the nearest names."""
     if args.merge_r is not None and 'merge_r' not in rivals.ARGUMENTS.get(args.method, ()):
         raise InputError('--merge-r needs --method merge')
     flags = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}
@@ -117,19 +114,17 @@ def build(args: argparse.Namespace, num_classes: int, input_size: int | None = N
 
 
 def apply(model: nn.Module, method: str, **flags) -> nn.Module:
-    """Give a ViT of timm `evolve` or a rival, in place; ValueError for another method, or a flag that it lacks."""
+    """Apply `evolve` or a rival to a ViT of timm, in place; ValueError for another method, or flags without effect."""
     if method not in (known := ('evolve', *rivals.METHODS)):
         raise ValueError(f'method: expected one of {", ".join(known)}, found {method!r}')
     known = ('keep_ratio', 'stages', 'representative') if method == 'evolve' else rivals.ARGUMENTS[method]
     if unknown := [f'--{name.replace("_", "-")}' for name in flags if name not in known]:
-        raise ValueError(f'{", ".join(unknown)} means nothing here')
+        raise ValueError(f'{", ".join(unknown)} has no effect with --method {method}')
     return evolve(model, **flags) if method == 'evolve' else rivals.apply(model, method, **flags)
 
 
 def create(name: str, num_classes: int, input_size: int | None = None, **options) -> nn.Module:
-    """Any registered model for images of `input_size` px (None: its own); InputError if there is none, or none with
-    these options.
-    """
+    """Create a registered model for images of `input_size` px (None: its own). InputError for wrong arguments."""
     cfg = published_cfg(name)
     if options.get('pretrained') and not cfg.has_weights:
         raise InputError(f'--pretrained: timm has no weights of {name}; load a file with --finetune')
@@ -139,7 +134,7 @@ def create(name: str, num_classes: int, input_size: int | None = None, **options
         model = timm.create_model(name, num_classes=num_classes, **options)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what timm's constructors raise for a wrong argument is of any kind
+    except Exception as error:  # timm's constructors raise anything for a wrong argument
         if options.get('pretrained') and isinstance(error, OSError):
             raise InputError(f'--pretrained: the weights of {name} could not be downloaded: {error}') from error
         raise InputError(f'{name} cannot be built with {options}: {error}') from error
@@ -148,8 +143,8 @@ def create(name: str, num_classes: int, input_size: int | None = None, **options
     return model
 
 
-def dense_twin(name: str) -> tuple[str, dict] | None:
-    """timm's model of the same size as one of ours, and the options to create it with; None for any other model."""
+def dense_baseline(name: str) -> tuple[str, dict] | None:
+    """timm's dense model of the same size as one of ours, and the options to create it; None for any other model."""
     size = name.removeprefix('evo_deit_').removeprefix('EvoLeViT_').split('_')[0]
     if name.startswith('evo_deit_nano'):
         embed_dim, num_heads = evo_deit.SIZES[size]
@@ -162,9 +157,9 @@ def dense_twin(name: str) -> tuple[str, dict] | None:
 
 
 def check_input_size(model: nn.Module, name: str, input_size: int | tuple[int, int]):
-    """InputError if the model would cut off the edges of such images without a word.
+    """InputError if the model would silently crop images of this size.
 
-    Convolutions whose windows neither overlap nor are padded do that: patches, and the stem of ConvNeXt.
+    Convolutions do that if their windows neither overlap nor are padded: patch embeddings, and ConvNeXt's stem.
     """
     if getattr(getattr(model, 'patch_embed', None), 'dynamic_img_pad', False):
         return
@@ -183,8 +178,8 @@ def check_input_size(model: nn.Module, name: str, input_size: int | tuple[int, i
 
 
 def published_cfg(name: str) -> PretrainedCfg:
-    """What a registered model was published with; InputError with the nearest names where there is none."""
-    with suppress(RuntimeError):  # of a model that exists, with a tag that does not
+    """The pretrained configuration of a registered model; InputError with the nearest names if there is none."""
+    with suppress(RuntimeError):  # the model exists, its tag does not
         cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
         if cfg is not None:
             return cfg
@@ -194,7 +189,7 @@ def published_cfg(name: str) -> PretrainedCfg:
 def nearest_names(name: str) -> str:
     """A sentence with the registered names nearest to `name`, with tags if it has one.
 
-    Those that begin with it come first, then the most similar; ours before timm's if it begins as ours do.
+    Names that begin with it come first, then the most similar; ours before timm's if it begins like ours.
     """
     tagged = timm.list_models(pretrained=True) if '.' in name else []
     names = {known.lower(): known for known in timm.list_models() + tagged}

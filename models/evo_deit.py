@@ -1,12 +1,11 @@
-"""Evo-DeiT: a DeiT whose blocks 4 to 11 update half of the patches slowly and let the others wait (method:
-evolution.py).
+"""Evo-DeiT: a DeiT in which half of the patches go through blocks 4 to 11 and the others skip them (see evolution.py).
 
-The network is timm's VisionTransformer, with its parameter names, so plain DeiT and ViT weights load by name. What
-differs: blocks also return the attention of the class token; groups of blocks evolve; the prediction comes from the
-mean over all patches, normalised after the mean; in training a second head, `head_cls`, predicts from the class token.
-The head of a plain DeiT was trained on the class token, so there the prediction comes from the class token too.
+The network is timm's VisionTransformer, with its parameter names, so weights of plain DeiTs and ViTs load by name. It
+differs in three ways: groups of blocks evolve; the prediction is made from the mean of all patches, normalized after
+the mean; in training, a second head, `head_cls`, predicts from the class token. With the weights of a plain DeiT, whose
+head was trained on the class token, the prediction is made from the class token too.
 
-Shapes: B batch, N patches, K informative patches, C channels, H heads, D channels of a head.
+Shapes: B batch, N patches, C channels.
 """
 
 import copy
@@ -35,7 +34,7 @@ def pooling_index(pooling: str | None) -> int:
 
 
 class Heads(NamedTuple):
-    """Logits (B, classes) of training: from the mean of the patches, and from the class token."""
+    """Logits (B, classes) in training, from the mean of the patches and from the class token."""
 
     head: Tensor
     head_cls: Tensor
@@ -45,23 +44,23 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     """Vision transformer with slow-fast token evolution.
 
     Takes the arguments of timm's VisionTransformer, and:
-        keep_ratio: share of the patches that are informative, one number or one for each stage.
-        stages: the first block of each stage that evolves; the blocks before see every patch. By default 4, 8, ...: a
-            model of 4 blocks or fewer evolves nowhere.
-        representative: who represents placeholders, see evolution.py: 'none' as published, 'one', or 'nearest'.
-        fused: as `fuse` leaves it, for weights that were saved so.
+        keep_ratio: fraction of informative patches, one number or one per stage.
+        stages: the first block of each stage that evolves; earlier blocks see every patch. Default: 4, 8, ..., so a
+            model of 4 blocks or fewer does not evolve.
+        representative: what placeholders follow, see evolution.py: 'none' (the original), 'one' or 'nearest'.
+        fused: create the model as `fuse` leaves it, for weights that were saved so.
 
-    What would not be computed exactly is a ValueError: tokens besides the class token and the patches, no positions,
-    patch dropout, pooling by attention, other blocks, other attention. The defaults differ from timm's in
-    `global_pool`, 'avg', and in that the norm after the pooling is called `norm`; it has timm's name with
-    `fc_norm=True`. Pooling always comes first.
+    ValueError for arguments that could not be computed exactly: tokens besides the class token and the patches, no
+    positions, patch dropout, attention pooling, other blocks or attention. Defaults differ from timm's in
+    `global_pool`, 'avg', and in the name of the norm after the pooling, `norm`; with `fc_norm=True` it has timm's name.
+    The pooling always comes before the norm.
 
-    Attributes, saved and restored with the weights:
-        stage_wise: select before each stage (True, as in the end of training), or before each of its blocks.
+    Attributes that are saved with the weights:
+        stage_wise: select before each stage (True, as at the end of training), or before each of its blocks.
         evolving: False makes every block see every patch.
-        global_pool: what the head reads, 'avg' the mean of the patches, 'token' the class token.
+        global_pool: the input of the head, 'avg' the mean of the patches, 'token' the class token.
 
-    Source: timm.models.vision_transformer.VisionTransformer, and the published Evo-DeiT.
+    Source: timm.models.vision_transformer.VisionTransformer, and the original Evo-DeiT.
     """
 
     distilled_training = False
@@ -77,12 +76,12 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     ):
         kwargs = {'global_pool': 'avg', 'fc_norm': False, 'norm_layer': partial(nn.LayerNorm, eps=1e-6)} | kwargs
         super().__init__(*args, **kwargs)
-        self.check_arguments()
+        self.check_layers()
         evolve_blocks(self)
         self.init_evolution(keep_ratio, range(4, len(self.blocks), 4) if stages is None else stages, representative)
         self.norm_cls = copy.deepcopy(self.norm if isinstance(self.fc_norm, nn.Identity) else self.fc_norm)
         self.head_cls = nn.Identity()
-        if self.num_classes > 0:  # made, not copied, as seeds of older runs have it
+        if self.num_classes > 0:  # initialized, not copied: a seed gives the same weights as in older runs
             like = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
             self.head_cls = nn.Linear(self.embed_dim, self.num_classes, **like)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -90,8 +89,8 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         if fused:
             self.fuse()
 
-    def check_arguments(self):
-        """ValueError if timm's arguments built anything that this class does not compute exactly."""
+    def check_layers(self):
+        """ValueError if timm's arguments made layers that this class would not compute exactly."""
         if reason := why_not_layers(self):
             raise ValueError(reason)
         if not self.has_class_token or self.num_prefix_tokens != 1:
@@ -105,18 +104,18 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
             raise ValueError("pos_embed: expected 'learn', found none")
 
     def get_extra_state(self) -> Tensor:
-        """The schedule and the pooling as a tensor, so that they go wherever the weights go."""
+        """The schedule and the pooling as a tensor, so that they are part of every state dict."""
         return torch.tensor([self.stage_wise, self.evolving, pooling_index(self.global_pool)])
 
     def set_extra_state(self, state: Tensor):
-        stage_wise, evolving, *pooling = state.tolist()  # older files hold no pooling
+        stage_wise, evolving, pooling = state.tolist()
         self.stage_wise, self.evolving = bool(stage_wise), bool(evolving)
-        # A model that returns its tokens (global_pool='') reads no head, and goes on to return them.
-        if pooling and pooling[0] >= 0 and self.global_pool in POOLINGS:
-            self.global_pool = POOLINGS[pooling[0]]
+        # A model that returns its tokens (global_pool='') has no head, and keeps returning them.
+        if pooling >= 0 and self.global_pool in POOLINGS:
+            self.global_pool = POOLINGS[pooling]
 
     def fuse(self):
-        """For inference: drop the head that training alone uses, in place; both families have this call."""
+        """Prepare for inference, in place: drop the head that only training uses."""
         self.norm_cls = self.head_cls = None
         self.fused = True
         return self.eval()
@@ -129,28 +128,28 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
             self._init_weights(self.head_cls)
 
     def tradeoffs(self) -> list[float]:
-        # A moving average that begins with the last block before the first selection.
+        # A moving average that starts with the last block before the first selection.
         first = min(self.first_blocks, default=len(self.blocks))
         return [1.0 if i < first else 0.5 for i in range(len(self.blocks))]
 
     def set_distilled_training(self, enable: bool = True):
-        """Return all heads in training, for a loss of each; without, training returns their mean, as timm has it."""
+        """Return the logits of all heads in training, for a loss on each; without this, their mean, as timm does."""
         self.distilled_training = enable
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
-        """Nothing: the published network normalises after pooling."""
-        return tokens
+        return tokens  # the original normalizes after the pooling
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
-        """Tokens (B, 1 + N, C) to logits (B, classes). `pre_logits` stops before.
+        """Tokens (B, 1 + N, C) to logits (B, classes), or with `pre_logits` to pooled features (B, C).
 
-        In training that is the mean of both heads, or with `set_distilled_training` each of them.
+        In training these are the mean of both heads or, after `set_distilled_training`, the logits of each.
         """
         pooled = self.head_drop(self.fc_norm(self.norm(self.pool(x))))
         if pre_logits:
             return pooled
         if not self.training or self.num_classes == 0:
             return self.head(pooled)
+        # In training the class token, whose attention selects patches, has a loss too.
         heads = Heads(self.head(pooled), self.head_cls(self.head_drop(self.norm_cls(x[:, 0]))))
         return heads if self.distilled_training else sum(heads) / len(heads)
 
@@ -161,27 +160,28 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     def convert_state(
         self, state: dict[str, Tensor], resize: bool = False, finetune: bool | None = None
     ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-        """State dict of the published layout, or of a plain DeiT or ViT, to one of this model that computes the same.
+        """Convert a state dict in the original layout, or of a plain DeiT or ViT, to one of this model.
 
-        A plain DeiT or ViT has no `head_cls` and `norm_cls`; they become copies of its `head` and `norm`. LayerScale
-        and positions without an entry for the class token are folded into other weights where the model lacks them.
+        A plain DeiT or ViT has no `head_cls` and `norm_cls`; they become copies of its `head` and `norm`. If the model
+        lacks LayerScale, or a position of the class token, these are folded into other weights.
 
         Args:
             resize: resize positions and patches to this model's.
-            finetune: the weights are a start for training, so the pooling stays as it is and a distillation token is
-                dropped. Otherwise the pooling becomes the one that the head was trained for: for a plain ViT that is
-                the class token, or the mean of the patches if its norm follows the mean (`fc_norm`). Default: `resize`.
+            finetune: the weights are for training: the pooling does not change, and a distillation token is dropped.
+                Otherwise the pooling becomes the one that the head was trained with: the class token, or the mean of
+                the patches if the ViT's norm follows the mean (`fc_norm`). Default: `resize`.
 
-        Returns the state dict, the names that were filled with copies, and the names that were dropped. ValueError for
-        weights that this model cannot reproduce.
+        Returns the state dict, the names filled with copies, and the names dropped. ValueError for weights that this
+        model cannot reproduce.
         """
         finetune = resize if finetune is None else finetune
         pooling = None
         if self.is_published(state):
             state, pooling = self.from_published(state), 'avg'
         elif '_extra_state' not in state and 'head_cls.weight' not in state:  # a plain ViT
+            # Its norms say what its head was trained on; without a head there is nothing to say.
             pooling = 'avg' if 'fc_norm.weight' in state else 'token' if 'head.weight' in state else None
-            if isinstance(self.fc_norm, nn.Identity):  # then the norm after the pooling is called `norm` here
+            if isinstance(self.fc_norm, nn.Identity):  # the norm after the pooling is called `norm` here
                 state = {re.sub(r'^fc_norm\.', 'norm.', key): value for key, value in state.items()}
         state = dict(state)
         check_tokens(state)
@@ -194,19 +194,19 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         filled = [] if self.fused else copy_class_head(state)
         pooling = self.global_pool if finetune else pooling
         schedule = state.get('_extra_state', self.get_extra_state())
-        if pooling or len(schedule) == 2:  # a file without a pooling leaves the model its own
+        if pooling:
             schedule = torch.tensor([*schedule[:2].tolist(), pooling_index(pooling)])
         state['_extra_state'] = schedule
         return state, filled, dropped
 
 
 def _pretrained_state(state: dict[str, Tensor], model: EvoDeiT) -> dict[str, Tensor]:
-    """For timm's pretrained=True: with other classes than the file's, the weights are a start for training."""
+    """For timm's pretrained=True: with other classes than the file has, the weights are for training."""
     other_classes = 'head.weight' in state and len(state['head.weight']) != model.num_classes
     return model.convert_state(state, resize=True, finetune=other_classes)[0]
 
 
-# A new size is an entry here and its names in NAMES. embed_dim, num_heads; the depth is 12, the MLP ratio 4.
+# embed_dim and num_heads; the depth is 12 and the MLP ratio 4. A new size is an entry here, and its names in NAMES.
 SIZES = {'nano': (64, 2), 'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
 NAMES = [
     'nano_patch4_32', 'tiny_patch16_224', 'small_patch16_224', 'base_patch16_224', 'small_patch16_384',

@@ -1,11 +1,11 @@
-"""Evo-LeViT: a LeViT with a class token, whose layers update half of the patches slowly and the rest fast.
+"""Evo-LeViT: a LeViT with a class token, in which half of the patches go through each layer and the others follow their
+representative (see evolution.py).
 
-The method is in evolution.py; Linear+BN, BN+Linear, the MLP and the stem are timm's LeViT layers. What differs from
-LeViT: a class token; learned positions before the first stage and before each down-sampling in place of attention
-biases, so LeViT's weights do not fit; layers and down-samplings hand on the attention of the class token; four heads in
-training, two on the mean of all patches and two on the class token.
+Linear+BN, BN+Linear, the MLP and the stem are timm's LeViT layers. It differs from LeViT in a class token; in learned
+positions before the first stage and each down-sampling, in place of attention biases, so LeViT's weights do not fit;
+and in four heads in training, two on the mean of all patches and two on the class token.
 
-Shapes: B batch, N patches of a stage, K informative patches, C channels, H heads, D channels of a key, E of a value.
+Shapes: B batch, N patches of a stage, C channels, H heads, D channels of a key, E of a value.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,13 @@ from . import evolution, published
 from .evolution import Tradeoff
 from .evolving import SavedEvolution, register_variants
 
-FIRST_EVOLVING = 2  # as published, and as the second copies of layers in published files have it
-HEADS = ('head', 'head_dist', 'head_cls', 'head_cls_dist')
+FIRST_EVOLVING = 2  # as in the original
 
 
 class Heads(NamedTuple):
-    """Logits (B, classes) that training returns: two from the mean of the patches, two from the class token.
+    """Logits (B, classes) in training: two from the mean of the patches, two from the class token.
 
-    In each pair the second learns from a teacher where there is one.
+    With a teacher, the second of each pair learns from it.
     """
 
     head: Tensor
@@ -46,9 +45,11 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of q (B, H, n, D) to k (B, H, m, D) and v (B, H, m, E); attn_mask (B, 1, 1, m) is added to the logits.
 
-    Returns values (B, n, H * E), and the class token's attention (B, m - 1) to the others, a mean over heads, at least
-    in float32. A fused kernel has no map, so that row is computed beside it; on a CPU none fits values wider than keys.
+    Returns values (B, n, H * E) and, with `need_attention`, the class token's attention to the patches, (B, m - 1),
+    averaged over heads, in float32 or better.
     """
+    # A fused kernel returns no map, so the class token's row is computed beside it. CPUs have none for float32 with
+    # values wider than keys.
     scale = q.shape[-1] ** -0.5
     if q.is_cuda or q.dtype in (torch.float16, torch.bfloat16):
         x = F.scaled_dot_product_attention(q, k, v, None if attn_mask is None else attn_mask.to(q.dtype))
@@ -66,15 +67,12 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def subsample(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Every second row and column of patches (B, N, ...) in raster order."""
+    """Every second row and column of patches (B, N, ...), in raster order."""
     return patches.unflatten(1, grid)[:, ::2, ::2].flatten(1, 2)
 
 
 class Attention(nn.Module):
-    """timm's levit.Attention without biases.
-
-    With `need_attention` it also returns the class token's attention (B, n), a mean over heads.
-    """
+    """timm's levit.Attention without biases; optionally also returns the class token's attention, see `attend`."""
 
     def __init__(self, dim: int, key_dim: int, num_heads: int):
         super().__init__()
@@ -94,7 +92,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: residual attention, then a residual MLP; called as the blocks in vit.py are."""
+    """A layer: residual attention, then a residual MLP; it has the interface of evolution.Block."""
 
     def __init__(self, dim: int, key_dim: int, num_heads: int, drop_path: float):
         super().__init__()
@@ -116,7 +114,7 @@ class Block(nn.Module):
 class Downsample(nn.Module):
     """timm's LevitDownsample with positions in place of biases.
 
-    The class token and every second row and column of the incoming `grid` (rows, columns) gather from all tokens.
+    The queries are the class token and every second row and column of the incoming `grid` (rows, columns).
     """
 
     def __init__(self, dim: int, out_dim: int, key_dim: int, grid: tuple[int, int], drop_path: float):
@@ -134,14 +132,15 @@ class Downsample(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x: Tensor, score: Tensor | None, tradeoff: Tradeoff) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, 1 + N, C) and score (B, N), or None where nobody needs it, to those of the next grid."""
-        x = x + self.pos_embed
+        """Tokens (B, 1 + N, C) and score (B, N), None if no selection reads it, to those of the next grid."""
+        x = x + self.pos_embed  # in place of LeViT's attention biases
         q = split_heads(self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid)], 1)), self.num_heads)
         k, v = split_heads(self.kv(x), self.num_heads).split(self.split, -1)
         x, attention = attend(q, k, v, score is not None)
-        x = self.proj(F.hardswish(x))
+        x = self.proj(F.hardswish(x))  # no residual: channels and grid change
         x = x + self.drop_path(self.mlp(x))
         if score is not None:
+            # The score keeps its sum: that of the coarser grid is rescaled to that of the finer one.
             total = score.sum(1, keepdim=True)
             score = evolution.update_score(subsample(score, self.grid), subsample(attention, self.grid), tradeoff)
             score = evolution.replace_zeros(score, 1.0)
@@ -150,7 +149,7 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """The layers of one grid (rows, columns), and the down-sampling that leads to it, None in the first stage."""
+    """The layers on one grid (rows, columns), after the down-sampling to it, None in the first stage."""
 
     def __init__(self, downsample: Downsample | None, blocks: Sequence[Block], grid: tuple[int, int]):
         super().__init__()
@@ -164,22 +163,22 @@ class EvoLeViT(SavedEvolution, nn.Module):
 
     Args:
         img_size: height and width of the images, or one number for both; multiples of 16.
-        embed_dim, num_heads, depth: channels, heads and layers on each of the grids, which down-samplings separate.
+        embed_dim, num_heads, depth: channels, heads and layers on each grid; down-samplings separate the grids.
         key_dim: channels of a key; values have 2 * key_dim, in a down-sampling 4 * key_dim.
-        global_pool: 'avg', or '' for the tokens as they are, which needs num_classes=0.
-        drop_rate: dropout before the heads. drop_path_rate: the same in every layer.
-        keep_ratio: share of the patches that are informative, one number or one for each stage that evolves.
-        stages: the first layer of each stage that evolves, counted over the network; by default layer 2 and the first
-            one of each further grid (2, 4, 8; in EvoLeViT_128S 2, 5). A new grid always selects anew.
-        representative: who represents placeholders, see evolution.py: 'one' as published, 'none', or 'nearest'.
-        fused: as `fuse` leaves it, for weights that were saved so.
+        global_pool: 'avg', or '' to return all tokens, which needs num_classes=0.
+        drop_rate: dropout before the heads. drop_path_rate: stochastic depth, the same in every layer.
+        keep_ratio: fraction of informative patches, one number or one per stage that evolves.
+        stages: the first layer of each stage that evolves, counted over the network. Default: layer 2 and the first
+            layer of each further grid (2, 4, 8; in EvoLeViT_128S 2, 5). A new grid always selects anew.
+        representative: what placeholders follow, see evolution.py: 'one' (the original), 'none' or 'nearest'.
+        fused: create the model as `fuse` leaves it, for weights that were saved so.
 
-    Attributes, saved and restored with the weights:
-        stage_wise: select once in each stage (True, as in the end of training), or before each layer.
-        learned_tradeoff: a class attention enters the score by a learned share, or by one half.
+    Attributes that are saved with the weights:
+        stage_wise: select before each stage (True, as at the end of training), or before each layer.
+        learned_tradeoff: a class attention enters the score with a learned weight, or with 0.5.
         evolving: False makes every layer see every patch.
 
-    Source: timm.models.levit.LevitDistilled, and the published Evo-LeViT.
+    Source: timm.models.levit.LevitDistilled, and the original Evo-LeViT.
     """
 
     saved_attributes = 'stage_wise', 'learned_tradeoff', 'evolving'
@@ -219,7 +218,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], embed_dim[0]))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.patch_embed = Stem16(in_chans, embed_dim[0], act_layer=nn.Hardswish)
-        self.norm = nn.Identity()  # the heads normalise
+        self.norm = nn.Identity()  # the heads normalize
         self.stages, self.feature_info = nn.ModuleList(), []
         for i, (dim, heads, layers) in enumerate(zip(embed_dim, num_heads, depth, strict=True)):
             downsample = None
@@ -238,7 +237,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
             self.fuse()
 
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
-        """Choose when to select; the tradeoff is learned from the time on that selection is stage-wise."""
+        """Choose when to select. Tradeoffs are learned with stage-wise selection, and 0.5 with layer-wise selection."""
         super().set_schedule(stage_wise, evolving)
         self.learned_tradeoff = stage_wise
 
@@ -250,27 +249,27 @@ class EvoLeViT(SavedEvolution, nn.Module):
         return dict(stem=r'^(?:cls_token|pos_embed|patch_embed)', blocks=r'^stages\.(\d+)' if coarse else blocks)
 
     def set_grad_checkpointing(self, enable: bool = True):
-        """Run layers again in the backward pass to save memory; running BatchNorm statistics then move twice a step."""
+        """Run layers again in the backward pass to save memory. BatchNorm statistics then move twice per step."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:
-        """The two heads of evaluation."""
+        """The two heads that evaluation uses."""
         return self.head, self.head_dist
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
-        """New heads for `num_classes`, none for 0; ValueError for heads without a pooling."""
+        """Create new heads for `num_classes`, none for 0; ValueError for heads without a pooling."""
         pool = self.global_pool if global_pool is None else global_pool
         if pool != 'avg' and (pool != '' or num_classes > 0):
             raise ValueError(f"global_pool: expected 'avg', or '' without classes, found '{pool}' and {num_classes}")
         self.num_classes, self.global_pool = num_classes, pool
-        for name in HEADS:
+        for name in Heads._fields:
             head = NormLinear(self.num_features, num_classes, drop=self.drop_rate) if num_classes > 0 else nn.Identity()
             setattr(self, name, head.to(self.cls_token).train(self.training))
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's interface: drop the stages after the last of those chosen, and the heads; returns the chosen ones."""
+        """timm's interface: drop the stages after the last chosen one, and the heads; returns the chosen indices."""
         out_indices, last = feature_take_indices(len(self.stages), indices)
         pruned = last + 1 < len(self.stages)
         self.stages = self.stages[: last + 1]
@@ -280,7 +279,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         return out_indices
 
     def check_fused(self, state: dict[str, Tensor]):
-        """ValueError if the model is fused and the weights are not."""
+        """ValueError if the model is fused and the state dict is not."""
         if self.fused and any('.bn.' in key for key in state):
             raise ValueError('a fused model cannot load weights with BatchNorms: create one, load, then fuse')
 
@@ -290,7 +289,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        """For inference: fold every BatchNorm into the layer beside it and drop the training heads, in place."""
+        """Prepare for inference, in place: fold each BatchNorm into its linear layer, and drop the training heads."""
         for parent in list(self.modules()):
             for name, layer in parent.named_children():
                 if isinstance(layer, ConvNorm | LinearNorm | NormLinear):
@@ -300,11 +299,11 @@ class EvoLeViT(SavedEvolution, nn.Module):
         return self.eval()
 
     def attentions(self) -> list[Attention | Downsample]:
-        """Everything that has a tradeoff, in order."""
+        """All modules with a tradeoff, in order."""
         return [module for module in self.modules() if isinstance(module, Attention | Downsample)]
 
     def tradeoff(self, attention: Attention | Downsample) -> Tradeoff:
-        """How much of this class attention enters the score."""
+        """The weight of this module's class attention in the score."""
         return attention.learn_tradeoff.sigmoid() if self.learned_tradeoff else 0.5
 
     def tradeoffs(self) -> list[Tradeoff]:
@@ -324,9 +323,9 @@ class EvoLeViT(SavedEvolution, nn.Module):
         return self.embed(images), [block for stage in self.stages for block in stage.blocks]
 
     def change_grid(self, block: int, tokens: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The down-sampling before the first layer of a grid, on tokens and, where it is needed, score."""
+        """Apply the down-sampling before the first layer of a grid, to tokens and, if it is read, score."""
         downsample = self.stages[1 + self.new_grids().index(block)].downsample
-        return self.recomputed(downsample)(tokens, score, self.tradeoff(downsample))
+        return self.checkpointed(downsample)(tokens, score, self.tradeoff(downsample))
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, channels, height, width) to tokens (B, 1 + N, C) with positions; ValueError for another size."""
@@ -334,19 +333,19 @@ class EvoLeViT(SavedEvolution, nn.Module):
             raise ValueError(f'images: expected {self.img_size}, the img_size of the model, found {(*x.shape[-2:],)}')
         cls_token = self.cls_token
         if self.training:
-            # A tradeoff that nothing reads gets a gradient of zero, so that no schedule leaves a parameter without one.
+            # Gives tradeoffs that the schedule does not read a gradient of zero, as DistributedDataParallel needs one.
             cls_token = cls_token + 0 * torch.cat([a.learn_tradeoff for a in self.attentions()]).sum()
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
 
     def set_distilled_training(self, enable: bool = True):
-        """Return all heads in training, for a loss of each; without, training returns their mean, as timm has it."""
+        """Return the logits of all heads in training, for a loss on each; without this, their mean, as timm does."""
         self.distilled_training = enable
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
-        """Tokens (B, 1 + N, C) to logits (B, classes), the mean of two heads. `pre_logits` stops before them.
+        """Tokens (B, 1 + N, C) to logits (B, classes), the mean of two heads, or with `pre_logits` to their input.
 
-        In training that is the mean of all four heads, or with `set_distilled_training` each of them.
+        In training these are the mean of all four heads or, after `set_distilled_training`, the logits of each.
         """
         pooled = x[:, 1:].mean(1) if self.global_pool == 'avg' else x
         if pre_logits or self.num_classes == 0:
@@ -368,11 +367,10 @@ class EvoLeViT(SavedEvolution, nn.Module):
     def convert_state(
         self, state: dict[str, Tensor], resize: bool = False, finetune: bool | None = None
     ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-        """State dict of the published layout, or of this class, to one of this model.
+        """Convert a state dict in the original layout, or of this class, to one of this model.
 
-        With `resize`, all positions are resized to this model's grids; `finetune` changes nothing here. Returns the
-        state dict, the names that were filled and the names that were dropped: none in this family. ValueError if only
-        the model is fused.
+        With `resize`, positions are resized to this model's grids; `finetune` has no effect. Returns the state dict,
+        the names filled and the names dropped: none here. ValueError if the model is fused and `state` is not.
         """
         self.check_fused(state)
         state = self.from_published(state) if self.is_published(state) else dict(state)
@@ -398,7 +396,7 @@ _cfg = partial(
     PretrainedCfg,
     fixed_input_size=True,
     first_conv='patch_embed.conv1.linear',
-    classifier=tuple(f'{name}.linear' for name in HEADS),
+    classifier=tuple(f'{name}.linear' for name in Heads._fields),
 )
 default_cfgs = generate_default_cfgs(
     {

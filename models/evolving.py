@@ -1,12 +1,12 @@
-"""What every evolving network shares: its schedule, the loop over its groups of blocks, and timm's interface.
+"""What all evolving networks share: the schedule, the loop over groups of blocks, and timm's interface.
 
-One forward pass is this chain of calls:
+A forward pass is this chain of calls:
 
-    model(images)                            forward: forward_features, then the head
-        Evolving.evolve(images)              embeds the images, and cuts the list of blocks into groups
-            update_group(tokens, score, ...)     one group: evolution.evolve, or a rival with its signature
-                evolution.run_blocks(...)        the informative tokens go through the blocks of the group
-                    blocks[i](tokens, places=..., attn_mask=...)     a block, called as a module
+    model(images)                                   forward_features, then the head
+        Evolving.forward_blocks(images)             embeds the images and partitions the blocks into groups
+            update_group(tokens, score, ...)        one group: evolution.evolve, or a rival with its signature
+                evolution.run_blocks(...)           the informative tokens go through the blocks of the group
+                    blocks[i](tokens, places=..., attn_mask=...)        a block, called as a module
 
 Shapes: B batch, P prefix tokens, N patches, K informative patches, C channels.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from timm.models import register_model
 from timm.models._features import feature_take_indices
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import evolution
@@ -29,19 +29,21 @@ from .evolution import Block, Group, Selection, Tradeoff
 
 
 def to_floats(name: str, value: float | Sequence[float] | np.ndarray | Tensor) -> list[float]:
-    """One number or several, Python's, NumPy's or torch's, as a list; ValueError with `name` for anything else."""
+    """Return one number or several, of Python, NumPy or torch, as a list; ValueError with `name` for anything else."""
     try:
         values = np.atleast_1d(np.asarray(value))
         if values.dtype.kind not in 'iuf':
             raise TypeError
-        # A float32 counts as it prints: 0.7 is 0.7, not 0.69999999, which could keep one patch less.
-        return [float(str(x)) for x in values]
+        if values.dtype in (np.float16, np.float32):
+            # A float32 of 0.7 is 0.69999999, which could keep one patch less than 0.7 does.
+            values = values.astype(float).round(np.finfo(values.dtype).precision)
+        return values.astype(float).tolist()
     except (TypeError, ValueError) as error:
         raise ValueError(f'{name}: expected numbers, found {value!r}') from error
 
 
 def default_stages(depth: int) -> tuple[int, int]:
-    """The first blocks of two stages, at a third and at two thirds of the depth; ValueError for less than 3 blocks."""
+    """The first blocks of two stages, at 1/3 and 2/3 of the depth; ValueError for fewer than 3 blocks."""
     if depth < 3:
         other = ', or stages=[1] and one keep_ratio' if depth == 2 else ''
         raise ValueError(
@@ -56,33 +58,49 @@ def warn_if_rising(keep_ratio: Sequence[float]):
         warnings.warn(f'keep_ratio rises, {keep_ratio}: expected fewer patches in later stages', stacklevel=3)
 
 
+def find_replaced_forward(modules: Iterable[nn.Module]) -> str:
+    """Say which of these modules had its `forward` replaced, as accelerate does; '' if none. It would hide ours."""
+    for module in modules:
+        if 'forward' in vars(module):
+            found = type(module).__name__
+            return f'forward of {found} was replaced and would hide the evolved one: evolve first, then offload'
+    return ''
+
+
 class Evolving:
     """A network whose blocks evolve tokens: its schedule, and the loop over its groups of blocks.
 
     Attributes; all but `first_blocks` may be changed at any time:
-        first_blocks: the first block of each stage, counted over the network; the blocks before see every patch.
-        keep_ratio: fraction of informative patches, a tuple with one number for each stage.
-        representative: who represents placeholders: 'none', 'one' or 'nearest'.
+        first_blocks: the first block of each stage, counted over the network; earlier blocks see every patch.
+        keep_ratio: fraction of informative patches, a tuple with one number per stage.
+        representative: what placeholders follow: 'none', 'one' or 'nearest'.
         stage_wise: select before each stage, or before each of its blocks.
         evolving: False makes every block see every patch.
-        update_group: what happens to a group of blocks; evolution.evolve, or another function with its signature.
+        update_group: how a group of blocks updates tokens: evolution.evolve, or a function with its signature.
 
-    A network calls `init_evolution` once it has its blocks, and has `prepare` and `tradeoffs`. One whose grid changes
-    on the way has `block_names`, `new_grids` and `change_grid` too.
+    A subclass calls `init_evolution` once it has its blocks, and defines `prepare`. If its grid changes on the way, it
+    also defines `block_names`, `new_grids` and `change_grid`.
 
-    Blocks are called as modules, so hooks on them and on the layers inside run once a forward pass (with gradient
-    checkpointing once more in the backward pass), and FSDP, LoRA, offloading and quantization work. What a hook sees
-    inside an evolving stage are the P prefix tokens and the K informative tokens in no particular order, (B, P + K, C),
-    not a grid: `forward_intermediates` returns grids, and `forward_with_selection` the raster indices. The last block
-    before a selection returns a tuple, its tokens and the attention (B, K) that the selection reads.
+    Blocks are called as modules, so hooks on them and on the layers inside run once per forward pass (with gradient
+    checkpointing, once more in the backward pass), and FSDP, LoRA, offloading and quantization work. Inside an evolving
+    stage a hook does not see a grid but P prefix tokens and K informative tokens in no particular order, (B, P + K, C);
+    `forward_intermediates` returns grids and `forward_with_selection` the raster indices. The last block before a
+    selection returns a tuple: its tokens, and the attention (B, K) that the selection reads.
     """
 
     update_group: Callable = staticmethod(evolution.evolve)
 
     # --- the schedule
 
-    def init_evolution(self, keep_ratio: float | Sequence[float], stages: Sequence[int], representative: str | bool):
-        """Set the schedule; ValueError for one that cannot be."""
+    def init_evolution(
+        self,
+        keep_ratio: float | Sequence[float],
+        stages: Sequence[int],
+        representative: str | bool,
+        stage_wise: bool = True,
+        evolving: bool = True,
+    ):
+        """Set the schedule; ValueError, and no change, if it is not valid."""
         depth = len(self.block_names())
         try:
             stages = tuple(index(block) for block in stages)
@@ -93,9 +111,16 @@ class Evolving:
                 f'stages: expected ascending indices of blocks, from 1 (the first selection needs a score) to '
                 f'{depth - 1}, found {stages}'
             )
-        self.first_blocks = stages
-        self.representative, self.keep_ratio = representative, keep_ratio
-        self.stage_wise, self.evolving = True, True
+        ratios, representative = self.check_ratios(keep_ratio, stages), evolution.check_representative(representative)
+        self.first_blocks, self._keep_ratio, self._representative = stages, ratios, representative
+        self.stage_wise, self.evolving = stage_wise, evolving
+
+    def check_ratios(self, keep_ratio: float | Sequence[float], stages: Sequence[int]) -> tuple[float, ...]:
+        """One keep ratio per stage; ValueError if one is not valid, or keeps no patch."""
+        ratios = evolution.check_keep_ratio(to_floats('keep_ratio', keep_ratio), len(stages))
+        for block, ratio in zip(stages, ratios, strict=True):
+            evolution.num_informative(self.num_patches(block), ratio)
+        return ratios
 
     @property
     def representative(self) -> str:
@@ -111,28 +136,25 @@ class Evolving:
 
     @keep_ratio.setter
     def keep_ratio(self, value: float | Sequence[float]):
-        ratios = evolution.check_keep_ratio(to_floats('keep_ratio', value), len(self.first_blocks))
-        for block, ratio in zip(self.first_blocks, ratios, strict=True):
-            evolution.num_informative(self.num_patches(block), ratio)
-        self._keep_ratio = ratios
+        self._keep_ratio = self.check_ratios(value, self.first_blocks)
 
     @property
     def method(self) -> str:
-        """What `update_group` is called: 'evolve', or a rival."""
+        """The name of the method: 'evolve', or a rival's."""
         update = getattr(self.update_group, 'func', self.update_group)  # arguments may be bound to it
-        return getattr(update, '__name__', type(update).__name__)
+        return update.__name__
 
     def load_schedule(self, schedule: dict):
-        """Take over what `schedule` gave of another model; ValueError for one that cannot be."""
-        self.init_evolution(schedule['keep_ratio'], schedule['stages'], schedule['representative'])
-        self.stage_wise, self.evolving = schedule['stage_wise'], schedule['evolving']
+        """Set the schedule to what `schedule()` returned for another model; ValueError if it does not fit this one."""
+        names = 'keep_ratio', 'stages', 'representative', 'stage_wise', 'evolving'
+        self.init_evolution(**{name: schedule[name] for name in names})
 
     def set_schedule(self, stage_wise: bool, evolving: bool = True):
         """Choose when to select."""
         self.stage_wise, self.evolving = stage_wise, evolving
 
     def schedule(self) -> dict:
-        """All that says when, how much and how the model evolves, as plain data; `method` where it is another one."""
+        """When, how much and how the model evolves, as plain data; a rival adds its `method` and arguments."""
         schedule = {
             'stage_wise': self.stage_wise,
             'evolving': self.evolving,
@@ -146,20 +168,21 @@ class Evolving:
         return schedule | {'method': self.method} | ({} if merge_r is None else {'merge_r': merge_r})
 
     def groups(self, cuts: Sequence[int] = ()) -> list[Group]:
-        """The blocks as groups that share a selection; a group also ends after each of the blocks `cuts`."""
+        """Partition the blocks into groups that share a selection; a group also ends after each block in `cuts`."""
         depth = len(self.block_names())
-        stages = [block for block in self.first_blocks if block < depth] if self.evolving else []  # timm may cut blocks
+        # A backbone of timm may have lost its last blocks, and the stages there.
+        stages = [block for block in self.first_blocks if block < depth] if self.evolving else []
         ratios = self.keep_ratio[: len(stages)]
         return evolution.partition(depth, stages, ratios, self.stage_wise, self.new_grids(), cuts)
 
-    # --- what a network fills in
+    # --- what a network defines
 
     def block_names(self) -> list[str]:
         """The names of all blocks, in order."""
         return [f'blocks.{i}' for i in range(len(self.blocks))]
 
     def num_patches(self, block: int) -> int:
-        """How many patches a block sees in images of the size that the model was made for."""
+        """The number of patches on a block's grid, for images of the model's own size."""
         return self.patch_embed.num_patches
 
     def new_grids(self) -> list[int]:
@@ -167,22 +190,22 @@ class Evolving:
         return []
 
     def prepare(self, images: Tensor) -> tuple[Tensor, list[Block]]:
-        """Images (B, channels, height, width) to tokens (B, P + N, C), and the blocks to call on them."""
+        """Embed images (B, channels, height, width): tokens (B, P + N, C), and the blocks to call on them."""
         raise NotImplementedError
 
     def tradeoffs(self) -> list[Tradeoff]:
-        """How much of each block's class attention enters the score."""
-        raise NotImplementedError
+        """The weight of each block's class attention in the score. Here the last block before a selection decides."""
+        return [1.0] * len(self.block_names())
 
     # --- the forward pass
 
-    def recomputed(self, module: Callable) -> Callable:
-        """The module, run again in the backward pass where gradient checkpointing is on."""
+    def checkpointed(self, module: Callable) -> Callable:
+        """The module, wrapped to run again in the backward pass if gradient checkpointing is on."""
         if not self.grad_checkpointing or not torch.is_grad_enabled():
             return module
         return partial(checkpoint, module, use_reentrant=False)
 
-    def evolve(
+    def forward_blocks(
         self,
         images: Tensor,
         out_indices: Sequence[int] = (),
@@ -191,19 +214,24 @@ class Evolving:
     ) -> tuple[Tensor, dict[str, Selection], list[Tensor]]:
         """Embed images (B, channels, height, width) and run all blocks.
 
-        Returns tokens (B, P + N, C), the selections by the name of the group's first block, and the tokens after each
-        of the blocks `out_indices`; with `stop_early`, which needs these, blocks after the last of them are left out.
-        `take_out` is called with each of these outputs, and the next block gets what it returns.
+        Args:
+            out_indices: blocks after which the tokens, with the whole grid, are returned.
+            stop_early: skip the blocks after the last of `out_indices`; ValueError if there are none.
+            take_out: called with each of these outputs; the next block gets what it returns.
+
+        Returns tokens (B, P + N, C), the selections by the name of their group's first block, and the outputs.
         """
         if stop_early and not out_indices:
             raise ValueError('stop_early: expected out_indices, after the last of which to stop, found none')
         tokens, blocks = self.prepare(images)
-        blocks = [self.recomputed(block) for block in blocks]
-        # A group ends where the selection changes, where the grid changes, and where somebody wants the whole grid.
+        blocks = [self.checkpointed(block) for block in blocks]
+        # A group ends where the selection changes, where the grid changes, and where the caller wants the whole grid.
         names, groups = self.block_names(), self.groups(out_indices)
+        # Attention is computed, and the score passed on, only as far as a later selection reads them.
         tradeoffs = evolution.drop_unread(self.tradeoffs(), groups)
         last_selection = max([g.start for g in groups if g.select and g.keep_ratio < 1], default=0)
-        update_group = self.update_group if self.evolving else evolution.evolve  # merging has no stages to leave out
+        # A rival without stages, such as merging, would go on reducing tokens in a model that does not evolve.
+        update_group = self.update_group if self.evolving else evolution.evolve
         score, selection, selections, outputs = None, None, {}, []
         for start, stop, ratio, select in groups:
             if stop_early and start > max(out_indices):
@@ -211,40 +239,33 @@ class Evolving:
             if start in self.new_grids():
                 tokens, score = self.change_grid(start, tokens, score if start <= last_selection else None)
             # Whole grid in, whole grid out: what happens to the tokens in between is up to `update_group`.
+            group = blocks[start:stop], tradeoffs[start:stop], ratio, self.representative
             tokens, score, selection = update_group(
-                tokens,
-                score,
-                blocks[start:stop],
-                tradeoffs[start:stop],
-                ratio,
-                self.representative,
-                selection,
-                select,
-                prefix=self.num_prefix_tokens,
+                tokens, score, *group, selection, select, prefix=self.num_prefix_tokens
             )
             if select and selection is not None:
-                selections[names[start]] = Selection(*selection[:3])  # a method may keep more in its own
+                selections[names[start]] = Selection(*selection[:3])  # without what a rival keeps for itself
             if stop - 1 in out_indices:
                 tokens = tokens if take_out is None else take_out(tokens)
                 outputs.append(tokens)
         return tokens, selections, outputs
 
     def forward_with_selection(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The model's output, and for each selection {'blocks.4': kept (B, K)}: raster indices, int64, ascending."""
-        tokens, selections, _ = self.evolve(images)
+        """The model's output, and each selection as {'blocks.4': kept (B, K)}: raster indices, int64, ascending."""
+        tokens, selections, _ = self.forward_blocks(images)
         output = self.forward_head(self.norm_tokens(tokens))
         return output, {name: selection.kept.sort(1).values for name, selection in selections.items()}
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
-        """What stands between the blocks and the head."""
+        """The norm between the blocks and the head."""
         return self.norm(tokens)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images to all tokens, the whole grid in raster order: (B, P + N, C)."""
-        return self.norm_tokens(self.evolve(images)[0])
+        """Images (B, channels, height, width) to all tokens (B, P + N, C), the whole grid in raster order."""
+        return self.norm_tokens(self.forward_blocks(images)[0])
 
     def feature_levels(self, images: Tensor) -> list[tuple[int, tuple[int, int]]]:
-        """What `forward_intermediates` can return: after which block, and its grid (rows, columns)."""
+        """The levels of `forward_intermediates`: the last block of each, and its grid (rows, columns)."""
         grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
         return [(block, grid) for block in range(len(self.blocks))]
 
@@ -260,14 +281,14 @@ class Evolving:
         output_dict: bool = False,
         attn_mask: None = None,
     ):
-        """timm's interface: the whole grids after the chosen blocks, in Evo-LeViT after the chosen stages.
+        """timm's interface: the whole grid after each chosen block, in Evo-LeViT after each chosen stage.
 
         Returns what timm's VisionTransformer does: (features, intermediates), the intermediates alone, or a dictionary;
         each (B, C, rows, columns) or (B, N, C). ValueError for an attention mask.
 
-        Features depend on the intermediates (without `norm`), so `torch.autograd.grad` gives gradients by grids, as
-        Grad-CAM needs. Inside a stage of 'nearest' they are the gradients of the end of the stage: take its last block,
-        or one before the first stage.
+        Features depend on the intermediates (without `norm`), so `torch.autograd.grad` gives the gradients with respect
+        to grids that Grad-CAM needs. Inside a stage of 'nearest' these are the gradients at its end: take its last
+        block, or one before the first stage.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')
@@ -278,7 +299,7 @@ class Evolving:
         prefix, patches, grids = [], [], iter([grid for _, grid in chosen])
 
         def take_out(tokens: Tensor) -> Tensor:
-            """Split tokens into what is returned; with a gradient, the same tokens, made of exactly these parts."""
+            """Store the prefix and the grid, and return tokens that depend on them, as gradients need."""
             out = list((self.norm(tokens) if norm else tokens).tensor_split([self.num_prefix_tokens], 1))
             if output_fmt == 'NCHW':
                 out[1] = out[1].transpose(1, 2).unflatten(-1, next(grids)).contiguous()
@@ -288,7 +309,7 @@ class Evolving:
                 return tokens
             return torch.cat([out[0], out[1].flatten(2).transpose(1, 2) if output_fmt == 'NCHW' else out[1]], 1)
 
-        x = self.evolve(x, [block for block, _ in chosen], stop_early, take_out)[0]
+        x = self.forward_blocks(x, [block for block, _ in chosen], stop_early, take_out)[0]
         return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
             out = {'image_intermediates': patches}
@@ -298,18 +319,18 @@ class Evolving:
         return intermediates if intermediates_only else (self.norm_tokens(x), intermediates)
 
     def forward(self, images: Tensor):
-        """Images (B, channels, height, width) to what the head makes of them, logits (B, classes) in evaluation."""
+        """Images (B, channels, height, width) to the output of the head, in evaluation logits (B, classes)."""
         return self.forward_head(self.forward_features(images))
 
 
 class SavedEvolution(Evolving):
-    """A published network: its schedule is saved with its weights, and `fuse` makes it ready for inference."""
+    """A network of our own: its schedule is saved with its weights, and `fuse` prepares it for inference."""
 
     saved_attributes = 'stage_wise', 'evolving'
     fused = False
 
     def get_extra_state(self) -> Tensor:
-        """The schedule as a tensor: it goes wherever a state dict goes, and is read without unpickling."""
+        """The schedule as a tensor, so that it is part of every state dict and loads without unpickling."""
         return torch.tensor([getattr(self, name) for name in self.saved_attributes])
 
     def set_extra_state(self, state: Tensor):
@@ -318,13 +339,16 @@ class SavedEvolution(Evolving):
 
     def train(self, mode: bool = True):
         if mode and self.fused:
-            raise ValueError('a fused model cannot be trained, what training alone needs is gone: create one')
+            raise ValueError('a fused model cannot be trained, as it has lost its training heads: create a new one')
         return super().train(mode)
 
 
 def register_variants(create: Callable, variants: Iterable[str]):
     """Register `create(variant, pretrained=False, **kwargs)` with timm under the name of each variant."""
     for variant in variants:
-        entry = partial(create, variant)
+
+        def entry(pretrained: bool = False, variant: str = variant, **kwargs) -> nn.Module:
+            return create(variant, pretrained, **kwargs)
+
         entry.__name__, entry.__module__ = variant, create.__module__
         register_model(entry)

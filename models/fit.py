@@ -1,6 +1,7 @@
-"""`fit_schedule` chooses the stages and keep ratios that keep an evolved ViT nearest to the dense model.
+"""`fit_schedule`: choose the stages and keep ratios with which an evolved ViT stays closest to the dense model.
 
-Few, smooth candidates at equal MACs, and a margin in favor of the default: a few dozen images would be overfitted else.
+Candidates are few and smooth, have equal MACs, and must beat the default by a margin, so as not to overfit to a few
+dozen images.
 """
 
 import copy
@@ -14,26 +15,25 @@ from torch import Tensor, nn
 from . import evolution
 from .vit import EvolvingViT, evolve, why_not
 
-# Keep ratio of stage i (0, 1, 2) as a function of t in (0, 1): it falls geometrically or linearly.
+# The keep ratio of stage i (0, 1, 2) as a function of t in (0, 1): it falls geometrically, or linearly.
 SHAPES: tuple[Callable[[float, int], float], ...] = (lambda t, i: t ** (i + 1), lambda t, i: 1 - (1 - t) * (i + 1))
-# Standard errors by which another schedule must beat the default: 95 % after Bonferroni, for some 20 candidates.
+# Another schedule must beat the default by this many standard errors: 95 % after Bonferroni, for about 20 candidates.
 MARGIN = 3.0
 
 
 @torch.no_grad()
 def fit_schedule(model: nn.Module, images: Tensor, fraction: float = 0.66, batch_size: int = 16) -> nn.Module:
-    """Evolve a ViT of timm, in place, with the schedule that stays nearest to dense at a fraction of its MACs.
+    """Evolve a ViT of timm, in place, with the schedule closest to the dense model at a fraction of its MACs.
 
-    The model then has representative 'nearest' and selects before each stage, whatever it had before.
-
-    The distance is the KL divergence of the predictions, or without a head the mean cosine distance of the final
-    tokens. The default schedule, scaled to the fraction, stays unless the best other one is significantly nearer.
+    The model gets representative 'nearest' and stage-wise selection. The distance is the KL divergence between
+    predictions or, without a head, the mean cosine distance between final tokens. The default schedule, scaled to the
+    fraction, stays unless the best other one is significantly closer.
 
     Args:
-        images: about 64, (n, channels, height, width), preprocessed as for inference; no labels are needed.
-        fraction: MACs of embedding and blocks, relative to those of the dense model.
+        images: about 64, (n, channels, height, width), preprocessed as for inference, without labels.
+        fraction: MACs of embedding and blocks, as a fraction of the dense model's.
 
-    Returns the model. Raises ValueError for a fraction that no schedule has, and for what `evolve` refuses.
+    Returns the model. ValueError for a fraction that no schedule reaches, and for what `evolve` refuses.
     """
     if images.ndim != 4 or len(images) < 2:
         raise ValueError(f'images: expected several, (n, channels, height, width), found {tuple(images.shape)}')
@@ -41,7 +41,7 @@ def fit_schedule(model: nn.Module, images: Tensor, fraction: float = 0.66, batch
         raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
     n = math.prod(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
     schedules = candidates(model, n, fraction)
-    weight, evolved = next(model.parameters()), evolve(copy.deepcopy(model)).eval()  # an error leaves the model alone
+    weight, evolved = next(model.parameters()), evolve(copy.deepcopy(model)).eval()  # an error changes nothing
     batches = (batch.to(weight.device, weight.dtype) for batch in images.split(batch_size))
     found = torch.cat([distances(evolved, batch, schedules) for batch in batches], 1)
     best = int(found.mean(1).argmin())
@@ -53,7 +53,7 @@ def fit_schedule(model: nn.Module, images: Tensor, fraction: float = 0.66, batch
 
 
 def candidates(model: EvolvingViT, n: int, fraction: float) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """Stages and keep ratios at a fraction of dense's MACs, to 2 % or one of n patches; first the default's shape."""
+    """Stages and keep ratios at a fraction of dense MACs, within 2 % or one of n patches; the first is the default."""
 
     def default(t: float, i: int) -> float:
         distance = min(0.2, 0.4 * t)
@@ -64,10 +64,11 @@ def candidates(model: EvolvingViT, n: int, fraction: float) -> list[tuple[tuple[
     for first in sorted({max(1, round(depth * part / 12)) for part in (3, 4, 5, 6)}):
         for count in (1, 2, 3):
             stages = tuple(round(first + i * (depth - first) / count) for i in range(count))
-            if len({*stages, depth}) > count:  # not in networks of a few blocks
+            if len({*stages, depth}) > count:  # stages coincide in networks of few blocks
                 family += [(stages, shape) for shape in SHAPES[: 2 if count > 1 else 1]]
     target, found = fraction * count_macs(model, n, (), ()), []
     for stages, shape in family:
+        # Bisect t, as MACs rise with it.
         low, high = 0.0, 1.0
         for _ in range(20):
             t = (low + high) / 2
@@ -82,7 +83,7 @@ def candidates(model: EvolvingViT, n: int, fraction: float) -> list[tuple[tuple[
 
 
 def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequence[float]) -> int:
-    """Multiply-accumulates of embedding and blocks for an image of n patches, with 'nearest'."""
+    """MACs of embedding and blocks for an image of n patches, with 'nearest'."""
     channels = model.embed_dim
     total = n * sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1)
     for start, stop, ratio, _ in evolution.partition(len(model.blocks), stages, ratios):
@@ -98,9 +99,9 @@ def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequen
 
 
 def distances(model: EvolvingViT, images: Tensor, schedules: Sequence[tuple]) -> Tensor:
-    """How far each of S schedules is from dense on images (B, channels, height, width): (S, B)."""
+    """The distances (S, B) from the dense model of S schedules, on images (B, channels, height, width)."""
     tokens, blocks = model.prepare(images)
-    # Blocks before the first stage are dense. They run once for all schedules.
+    # Blocks before the first stage are dense, so they run once for all schedules.
     firsts, states, score = {stages[0] for stages, _ in schedules}, {}, None
     for i, block in enumerate(blocks):
         if i in firsts:
@@ -119,7 +120,7 @@ def distances(model: EvolvingViT, images: Tensor, schedules: Sequence[tuple]) ->
 
 
 def distance(model: EvolvingViT, dense: Tensor, evolved: Tensor) -> Tensor:
-    """KL divergence of predictions, or cosine distance, (B,), from tokens (B, P + N, C) of both."""
+    """KL divergence of predictions or, without a head, cosine distance (B,), from tokens (B, P + N, C) of both."""
     if not model.num_classes:
         return 1 - F.cosine_similarity(dense, evolved, dim=-1).mean(1)
     p, q = (model.forward_head(tokens).float().log_softmax(-1) for tokens in (dense, evolved))

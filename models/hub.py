@@ -1,8 +1,8 @@
-"""A model as a folder that timm and the Hugging Face hub read: `model.safetensors` and `config.json`.
+"""Save and load a model as a folder for timm and the Hugging Face hub: `model.safetensors` and `config.json`.
 
 hub.save(model, 'folder')
-timm.create_model('local-dir:folder', pretrained=True)  # ours evolves; a ViT of timm is the dense one
-hub.load('local-dir:folder')  # each as it was saved
+timm.create_model('local-dir:folder', pretrained=True)  # our models evolve, a ViT of timm is dense
+hub.load('local-dir:folder')  # each evolves as it was saved
 """
 
 import json
@@ -24,35 +24,35 @@ FILES = 'model.safetensors', 'config.json'
 
 
 def save(model: nn.Module, folder: str | Path, about: dict | None = None):
-    """Write a model into a folder, with its schedule, its size and what it expects of images.
+    """Save a model into a folder, with its schedule, its size and the preprocessing of images.
 
     Args:
-        about: preprocessing in timm's names, where it is not what the model was published with, and `classes`, their
-            names in the order of the outputs.
+        about: preprocessing in timm's names, if it is not that of the model's pretrained configuration, and `classes`,
+            the names of the outputs in order.
 
-    ValueError for a model that evolves by another method, which could not be made again.
+    ValueError for a model with a rival's method, which `load` could not restore.
     """
     if 'update_group' in vars(model):
-        raise ValueError('expected a model that is dense, or evolved by models.evolve; found one of another method')
+        raise ValueError('expected a model that is dense, or evolved by models.evolve, found one of another method')
     about, config, model_args = dict(about or {}), {}, {}
     if classes := about.pop('classes', None):
         config['label_names'] = classes
     if isinstance(model, SavedEvolution):
-        # When it selects is in its weights, the extra state.
+        # stage_wise and evolving are in its weights, as extra state.
         schedule = dict(keep_ratio=model.keep_ratio, stages=model.first_blocks, representative=model.representative)
         model_args = schedule | {'fused': model.fused}
     elif isinstance(model, EvolvingViT):
         config['evolve'] = model.schedule()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as whole:  # what was there before stays until all is written
-        save_for_hf(model, whole, config, model_args, safe_serialization=True, data_config=about)
+    with TemporaryDirectory(dir=folder) as temporary:  # previous files stay until all is written
+        save_for_hf(model, temporary, config, model_args, safe_serialization=True, data_config=about)
         for name in FILES:
-            os.replace(Path(whole) / name, folder / name)
+            os.replace(Path(temporary) / name, folder / name)
 
 
 def load(source: str, **options) -> nn.Module:
-    """The model of 'local-dir:FOLDER' or 'hf-hub:OWNER/NAME' with its weights, evolving as it did when it was saved.
+    """Load the model of 'local-dir:FOLDER' or 'hf-hub:OWNER/NAME', with its weights and its schedule.
 
     `options` go to timm.create_model: num_classes=10 gives it a new head, features_only=True makes it a backbone.
     InputError for options that change the shape of saved weights, such as depth.
@@ -69,7 +69,7 @@ def load(source: str, **options) -> nn.Module:
     if schedule:
         evolving = schedule.pop('evolving')
         network = model.model if isinstance(model, FeatureGetterNet) else model
-        # timm cuts off the blocks after the last feature, and with them the stages there.
+        # timm drops the blocks after the last feature, and with them later stages.
         stages = [block for block in schedule['stages'] if block < len(network.blocks)]
         schedule |= {'stages': stages, 'keep_ratio': schedule['keep_ratio'][: len(stages)]}
         evolve(network, **schedule).evolving = evolving

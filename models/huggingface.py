@@ -1,12 +1,12 @@
-"""The vision towers of Hugging Face's transformers in timm's names: ViT, DeiT, DINOv2, CLIP and SigLIP.
+"""Rename weights of Hugging Face's vision towers to timm's names: ViT, DeiT, DINOv2, CLIP and SigLIP.
 
-Each table has the names of hub files and those that transformers 5 has in memory. What stands before the tower's names
-does not matter (`vit.`, `vision_model.`, `model.vision_tower.`, ...). A tensor that no table names keeps its name, so
-that a strict load reports it.
+The tables have the names in files of the hub, and those of transformers 5 in memory. The prefix of the tower may be
+anything (`vit.`, `vision_model.`, `model.vision_tower.`, ...). Unknown tensors keep their names, so that a strict load
+reports them.
 
-Names say nothing of numbers in a configuration, and a few differ from timm's: ViT and DeiT have norms with eps 1e-12
-(timm, and the original DeiT, 1e-6), SigLIP the tanh form of GELU (timm: `act_layer='gelu_tanh'`), and CLIP QuickGELU or
-GELU (timm: vit_*_clip_quickgelu_*, or vit_*_clip_*).
+Names do not show the configuration, which differs from timm's in a few values: norms of ViT and DeiT have eps 1e-12
+(timm, and the original DeiT, 1e-6), SigLIP has the tanh approximation of GELU (timm: `act_layer='gelu_tanh'`), and CLIP
+QuickGELU or GELU (timm: vit_*_clip_quickgelu_* or vit_*_clip_*).
 """
 
 import re
@@ -18,101 +18,72 @@ from torch import Tensor, nn
 
 STEM = {
     # ViT, DeiT, DINOv2
-    'embeddings.cls_token': 'cls_token',
-    'embeddings.distillation_token': 'dist_token',
-    'embeddings.register_tokens': 'reg_token',
-    'embeddings.position_embeddings': 'pos_embed',
-    'embeddings.patch_embeddings.projection': 'patch_embed.proj',
-    'layernorm': 'norm',
+    'embeddings.cls_token': 'cls_token', 'embeddings.distillation_token': 'dist_token',
+    'embeddings.register_tokens': 'reg_token', 'embeddings.position_embeddings': 'pos_embed',
+    'embeddings.patch_embeddings.projection': 'patch_embed.proj', 'layernorm': 'norm',
     # CLIP, SigLIP
-    'embeddings.class_embedding': 'cls_token',
-    'embeddings.position_embedding.weight': 'pos_embed',
-    'embeddings.patch_embedding': 'patch_embed.proj',
-    'pre_layrnorm': 'norm_pre',
-    'post_layernorm': 'norm',
+    'embeddings.class_embedding': 'cls_token', 'embeddings.position_embedding.weight': 'pos_embed',
+    'embeddings.patch_embedding': 'patch_embed.proj', 'pre_layrnorm': 'norm_pre', 'post_layernorm': 'norm',
     # SigLIP's pooling
-    'head.probe': 'attn_pool.latent',
-    'head.attention.in_proj_weight': 'attn_pool.qkv.weight',
-    'head.attention.in_proj_bias': 'attn_pool.qkv.bias',
-    'head.attention.out_proj': 'attn_pool.proj',
-    'head.layernorm': 'attn_pool.norm',
-    'head.mlp.fc1': 'attn_pool.mlp.fc1',
-    'head.mlp.fc2': 'attn_pool.mlp.fc2',
-}
+    'head.probe': 'attn_pool.latent', 'head.attention.in_proj_weight': 'attn_pool.qkv.weight',
+    'head.attention.in_proj_bias': 'attn_pool.qkv.bias', 'head.attention.out_proj': 'attn_pool.proj',
+    'head.layernorm': 'attn_pool.norm', 'head.mlp.fc1': 'attn_pool.mlp.fc1', 'head.mlp.fc2': 'attn_pool.mlp.fc2',
+}  # fmt: skip
 # Names of block {i}: `encoder.layer` of ViT, DeiT and DINOv2, `layers` of ViT and DeiT in memory, and CLIP and SigLIP.
 BLOCKS = 'encoder.layer.{i}.', 'layers.{i}.', 'encoder.layers.{i}.'
 BLOCK = {
-    # ViT, DeiT; of DINOv2 the attention
-    'layernorm_before': 'norm1',
-    'attention.attention.query': 'attn.q',
-    'attention.attention.key': 'attn.k',
-    'attention.attention.value': 'attn.v',
-    'attention.output.dense': 'attn.proj',
-    'layernorm_after': 'norm2',
-    'intermediate.dense': 'mlp.fc1',
-    'output.dense': 'mlp.fc2',
-    # in memory
-    'attention.q_proj': 'attn.q',
-    'attention.k_proj': 'attn.k',
-    'attention.v_proj': 'attn.v',
-    'attention.o_proj': 'attn.proj',
-    'mlp.fc1': 'mlp.fc1',
-    'mlp.fc2': 'mlp.fc2',
+    # ViT, DeiT, and the attention of DINOv2
+    'layernorm_before': 'norm1', 'attention.attention.query': 'attn.q', 'attention.attention.key': 'attn.k',
+    'attention.attention.value': 'attn.v', 'attention.output.dense': 'attn.proj', 'layernorm_after': 'norm2',
+    'intermediate.dense': 'mlp.fc1', 'output.dense': 'mlp.fc2',
+    # the same in memory
+    'attention.q_proj': 'attn.q', 'attention.k_proj': 'attn.k', 'attention.v_proj': 'attn.v',
+    'attention.o_proj': 'attn.proj', 'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2',
     # DINOv2
-    'norm1': 'norm1',
-    'layer_scale1.lambda1': 'ls1.gamma',
-    'norm2': 'norm2',
-    'mlp.weights_in': 'mlp.fc1',
-    'mlp.weights_out': 'mlp.fc2',
-    'layer_scale2.lambda1': 'ls2.gamma',
-    # in memory
-    'mlp.gate_proj': 'mlp.gate',
-    'mlp.up_proj': 'mlp.up',
-    'mlp.down_proj': 'mlp.fc2',
+    'norm1': 'norm1', 'norm2': 'norm2', 'layer_scale1.lambda1': 'ls1.gamma', 'layer_scale2.lambda1': 'ls2.gamma',
+    'mlp.weights_in': 'mlp.fc1', 'mlp.weights_out': 'mlp.fc2',
+    # the same in memory
+    'mlp.gate_proj': 'mlp.gate', 'mlp.up_proj': 'mlp.up', 'mlp.down_proj': 'mlp.fc2',
     # CLIP, SigLIP
-    'layer_norm1': 'norm1',
-    'self_attn.q_proj': 'attn.q',
-    'self_attn.k_proj': 'attn.k',
-    'self_attn.v_proj': 'attn.v',
-    'self_attn.out_proj': 'attn.proj',
-    'layer_norm2': 'norm2',
-}
+    'layer_norm1': 'norm1', 'self_attn.q_proj': 'attn.q', 'self_attn.k_proj': 'attn.k', 'self_attn.v_proj': 'attn.v',
+    'self_attn.out_proj': 'attn.proj', 'layer_norm2': 'norm2',
+}  # fmt: skip
 TOWER = STEM | {a + name: f'blocks.{{i}}.{ours}' for a in BLOCKS for name, ours in BLOCK.items()}
-# Layers that are one in timm, in this order.
+# Layers that timm has as one, in this order.
 JOINED = {'attn.qkv': ('attn.q', 'attn.k', 'attn.v'), 'mlp.fc1': ('mlp.gate', 'mlp.up')}
 
-# Beside the tower. A distilled DeiT with one head has `classifier`, with two the others.
+# Heads, outside the tower. A DeiT has `classifier`, or with two heads the next two.
 HEADS = {
     'classifier': 'head',
     'cls_classifier': 'head',
     'distillation_classifier': 'head_dist',
     'visual_projection': 'head',
 }
-# What a ViT of timm has no place for: what pools after the norm, masks tokens or counts positions; the decoder of
-# masked images; the text towers of CLIP and SigLIP; the rest of LLaVA and its like.
+# What timm's ViTs do not have: the pooler, mask token and position ids; the decoder of masked images; the text towers
+# of CLIP and SigLIP; the rest of LLaVA and similar models.
 UNUSED = (
     'pooler', 'embeddings.mask_token', 'embeddings.position_ids', 'decoder', 'text_model', 'text_projection',
     'logit_scale', 'logit_bias', 'language_model', 'lm_head', 'multi_modal_projector', 'image_newline',
 )  # fmt: skip
-# What CLIP, SigLIP and DINOv2 have, and the others have not.
+# Names by which CLIP, SigLIP and DINOv2 are recognized.
 KINDS = 'embeddings.class_embedding', 'head.probe', 'encoder.layer.0.layer_scale1.lambda1'
 PATCHES = r'((?:.*\.)?)embeddings\.(?:patch_embeddings\.projection|patch_embedding)\.weight'
 
 
 def find_tower(state: Mapping[str, Tensor]) -> str | None:
-    """What stands before the names of the vision tower, '' for a bare one; None where there is not one alone."""
+    """The prefix of the vision tower's names, '' for a bare one; None if there is not exactly one tower."""
     towers = [found[1] for key in state if (found := re.fullmatch(PATCHES, key))]
     return towers[0] if len(towers) == 1 else None
 
 
 def to_timm(state: Mapping[str, Tensor], model: nn.Module | None = None) -> tuple[dict[str, Tensor], list[str], str]:
-    """State dict in the names of transformers to timm's; one without a tower of these names stays as it is.
+    """Rename a state dict of transformers to timm's names; any other state dict does not change.
 
     Args:
-        model: the one that the weights are for, whose pooling and heads may be others.
+        model: the model that the weights are for, which may have another pooling or other heads.
 
-    Returns the state dict, the names that are not used, with `text_model.*` for all that begin so, and what to tell the
-    user, '' where there is nothing.
+    Returns the state dict, the unused names, with `text_model.*` for all that begin so, and a message for the user, ''
+    if there is nothing to say.
     """
     tower = find_tower(state)
     if tower is None:
@@ -123,11 +94,11 @@ def to_timm(state: Mapping[str, Tensor], model: nn.Module | None = None) -> tupl
     if (clip or dinov2) and 'classifier.weight' in state:
         unused.append('classifier')
         reads = 'the mean of its patches, without a norm' if clip else 'the class token and the mean of the patches'
-        notes.append(f'its classifier reads {reads}, which no head of timm does')
+        notes.append(f'its classifier reads {reads}, and no head of timm does')
     if siglip and ('classifier.weight' in state or (model is not None and 'attn_pool.latent' not in expected)):
-        unused.append('head')  # its classifier reads the mean of the patches
+        unused.append('head')  # its classifier is applied to the mean of the patches
     if clip and model is not None and not any(isinstance(m, QuickGELU) for m in model.modules()):
-        notes.append("OpenAI's CLIP has QuickGELU, as vit_*_clip_quickgelu_* do, and this model has not")
+        notes.append("OpenAI's CLIP has QuickGELU, as vit_*_clip_quickgelu_* do, and this model does not")
 
     out, theirs, dropped = {}, {}, {}
     for key, value in state.items():
@@ -150,12 +121,12 @@ def to_timm(state: Mapping[str, Tensor], model: nn.Module | None = None) -> tupl
         if value is not None and value.ndim:
             out[f'attn_pool.q.{leaf}'], out[f'attn_pool.kv.{leaf}'] = value.tensor_split([len(value) // 3])
             del out[f'attn_pool.qkv.{leaf}']
-    # Where there are registers, timm has positions of the patches alone.
+    # With registers, timm has positions for the patches only: fold that of the class token into it.
     tokens = [out[name] for name in ('reg_token', 'cls_token', 'pos_embed') if name in out]
     if len(tokens) == 3 and len({x.shape[-1:] for x in tokens}) == 1:
         out['cls_token'] = out['cls_token'] + out['pos_embed'][:, :1]
         out['pos_embed'] = out['pos_embed'][:, 1:]
-    # CLIP's projection has no bias, timm's head has one.
+    # CLIP's projection has no bias, but timm's head has one.
     head, bias = out.get('head.weight'), expected.get('head.bias')
     if clip and head is not None and bias is not None and head.shape[:1] == bias.shape:
         out.setdefault('head.bias', torch.zeros_like(bias))
@@ -164,7 +135,7 @@ def to_timm(state: Mapping[str, Tensor], model: nn.Module | None = None) -> tupl
 
 
 def _rename(name: str, names: Mapping[str, str]) -> str:
-    """The name of a tensor by a table of modules and parameters with the number of their block, {i}, or ''."""
+    """Look up the name of a tensor in a table of modules and parameters, with {i} for the block; '' if unknown."""
     number = re.search(r'\.(\d+)\.', name)
     template = re.sub(r'\.\d+\.', '.{i}.', name, count=1)
     module, _, leaf = template.rpartition('.')
@@ -173,7 +144,7 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
 
 
 def _join(state: dict[str, Tensor], theirs: Mapping[str, str]):
-    """Make one of layers that are one in timm, in place; parts that do not make one get their names back."""
+    """Concatenate layers that timm has as one, in place; incomplete parts get their names back."""
     for key in list(state):
         for joined, parts in JOINED.items():
             if found := re.fullmatch(rf'(blocks\.\d+)\.{re.escape(parts[0])}\.(\w+)', key):

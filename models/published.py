@@ -1,8 +1,7 @@
-"""The layouts of checkpoints: the published ones, from them and back, and what a plain ViT's lacks for Evo-DeiT.
+"""Checkpoint layouts: convert those of the original Evo-ViT to ours and back, and those of plain ViTs to Evo-DeiT's.
 
-A published name and ours differ by module; below the module, `weight` is called `weight` everywhere. What a table does
-not name is called the same in both (`cls_token`, `pos_embed`, `head.weight`, ...). A tensor that does not belong keeps
-its name, so that a strict load reports it.
+Names differ by module, not below it: `weight` is `weight` everywhere. Names that are in no table are the same in both
+(`cls_token`, `pos_embed`, `head.weight`, ...). Unknown tensors keep their names, so that a strict load reports them.
 """
 
 import math
@@ -13,14 +12,14 @@ from itertools import count
 import torch
 from torch import Tensor
 
-# Evo-DeiT: published names and ours of the modules of block {i}. There queries and keys are one layer, and the values
-# another; here, as in timm, all three are one.
+# Evo-DeiT: the names of the original, and ours, for the modules of block {i}. The original has one layer for queries
+# and keys and one for values; ours, like timm's, has one for all three.
 EVO_DEIT = {'norms.{i}': 'blocks.{i}.norm1', 'projs.{i}': 'blocks.{i}.attn.proj'}
 EVO_DEIT_QKV = ('qks.{i}.qk', 'vs.{i}.v'), 'blocks.{i}.attn.qkv'
-# The order of a published file, which the published optimizer's state follows.
+# The order of parameters in the original, which its optimizer state follows.
 EVO_DEIT_ORDER = 'cls_token pos_embed patch_embed blocks qks vs norms projs norm head head_cls norm_cls'.split()
 
-# Evo-LeViT: what a module has below its own name. Each `c` or `l` is our `linear`.
+# Evo-LeViT: the names inside a module. Each `c` or `l` is our `linear`.
 EVO_LEVIT_ATTENTION = {'learn_tradeoff': 'learn_tradeoff', 'qkv': 'qkv', 'proj': 'proj.1'}
 EVO_LEVIT_DOWNSAMPLE = {
     'learn_tradeoff': 'learn_tradeoff', 'pos_embed': 'poss', 'kv': 'kv', 'q': 'q.1', 'proj': 'proj.1'
@@ -40,12 +39,12 @@ EVO_LEVIT_HEADS = 'head', 'head_dist', 'head_cls', 'head_cls_dist'
 
 
 def is_evo_deit(state: dict[str, Tensor]) -> bool:
-    """Whether a state dict has the published layout of Evo-DeiT: a list for each kind of layer."""
+    """Whether a state dict is in the original layout of Evo-DeiT, with a list for each kind of layer."""
     return 'qks.0.qk.weight' in state
 
 
 def evo_deit_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict in the published layout of Evo-DeiT to our names."""
+    """Convert a state dict in the original layout of Evo-DeiT to our names."""
     state, out = dict(state), {}
     for i in range(sum(key.endswith('.qk.weight') for key in state)):
         for leaf in ('weight', 'bias'):
@@ -56,7 +55,7 @@ def evo_deit_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def evo_deit_to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of EvoDeiT to the published layout and order, for the published code to load."""
+    """Convert a state dict of EvoDeiT to the original layout and order, for the original code to load."""
     out, ours = {}, {ours: published for published, ours in EVO_DEIT.items()}
     for key, value in state.items():
         if '.attn.qkv.' in key:
@@ -68,7 +67,7 @@ def evo_deit_to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(key: str, names: dict[str, str]) -> str:
-    """The name of a tensor by a table of names of modules with the number of their block, {i}."""
+    """Rename a tensor by a table of module names, with {i} for the block."""
     module, _, leaf = key.rpartition('.')
     number = re.search(r'\.\d+', module)
     i = number[0][1:] if number else ''
@@ -80,11 +79,11 @@ def _rename(key: str, names: dict[str, str]) -> str:
 
 
 def evo_levit_names(depth: Sequence[int]) -> list[tuple[str, str, str]]:
-    """Names of all modules and parameters of a network with depth[i] layers in stage i, in published order.
+    """The names of all modules and parameters of a network with depth[i] layers in stage i, in the original's order.
 
-    Each is our name, the published one, and the second published one, '' if there is none. `blocks` is one list over
-    the network: a layer is one entry, a down-sampling and its MLP are two. Each tensor stands a second time in
-    `stage_blocks`: there a dense layer is two entries, and the evolving layers of a stage share one.
+    Each entry is our name, that of the original, and that of its second copy, '' if there is none. In the original,
+    `blocks` is one list for the network: a layer is one entry, a down-sampling and its MLP are two. `stage_blocks` has
+    a second copy of each tensor: a dense layer is two entries, and the evolving layers of a stage share one.
     """
     names = [(ours, published, '') for ours, published in EVO_LEVIT_STEM.items()]
 
@@ -110,14 +109,14 @@ def evo_levit_names(depth: Sequence[int]) -> list[tuple[str, str, str]]:
 
 
 def is_evo_levit(state: dict[str, Tensor]) -> bool:
-    """Whether a state dict has the published layout of Evo-LeViT: one flat list of layers."""
+    """Whether a state dict is in the original layout of Evo-LeViT, with one flat list of layers."""
     return 'patch_embed.0.c.weight' in state
 
 
 def evo_levit_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict in the published layout of Evo-LeViT to our names; second copies are dropped.
+    """Convert a state dict in the original layout of Evo-LeViT to our names; second copies are dropped.
 
-    Raises ValueError with the name of a second copy that differs from the first.
+    ValueError if a second copy differs from the first.
     """
     names = evo_levit_names(_published_depth(state))
     ours = {published: ours for ours, published, _ in names}
@@ -128,14 +127,14 @@ def evo_levit_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
         original = first.get(module, '') + leaf
         if original in state:
             if not torch.equal(value, state[original]):
-                raise ValueError(f'{key}: expected the numbers of {original}, found others; the file is damaged')
+                raise ValueError(f'{key}: expected the same values as {original}, found others; the file is damaged')
             continue
         out[ours.get(module, module) + re.sub(r'^\.[cl]\.', '.linear.', leaf)] = value
     return out
 
 
 def evo_levit_to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of EvoLeViT to the published layout and order; ValueError for a fused model's."""
+    """Convert a state dict of EvoLeViT to the original layout and order; ValueError for a fused model's."""
     layers = re.findall(r'^stages\.(\d+)\.blocks\.\d+\.attn\.qkv\.linear\.weight$', '\n'.join(state), re.M)
     if not layers:
         raise ValueError('expected whole, unfused weights, found no stages.*.attn.qkv.linear.weight')
@@ -156,41 +155,41 @@ def evo_levit_to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split(key: str, linear: str) -> tuple[str, str]:
-    """A key cut before its linear layer or BatchNorm: ('head', '.bn.weight'), or (key, '') where there is none."""
+    """Split a key before its linear layer or BatchNorm: ('head', '.bn.weight'), or (key, '') if it has none."""
     found = re.search(rf'\.(?:{linear}|bn)\.', key)
     return (key[: found.start()], key[found.start() :]) if found else (key, '')
 
 
 def _published_depth(state: dict[str, Tensor]) -> list[int]:
-    """How many layers each stage has: those between the down-samplings of the one list `blocks`."""
+    """The number of layers in each stage: those between down-samplings in the list `blocks`."""
     layers = re.findall(r'^blocks\.(\d+)\.(kv|m1\.m\.qkv)\.c\.weight$', '\n'.join(state), re.M)
     kinds = [kind for _, kind in sorted(layers, key=lambda layer: int(layer[0]))]
     return [len(stage) for stage in ''.join('|' if kind == 'kv' else 'x' for kind in kinds).split('|')]
 
 
-# --- a plain ViT's layout for Evo-DeiT; each function changes the state dict in place
+# --- from plain ViTs to Evo-DeiT; each function changes the state dict in place
 
 
 def check_tokens(state: dict[str, Tensor]):
-    """ValueError for the weights of a ViT with other tokens before its patches than one class token."""
+    """ValueError for a ViT with other prefix tokens than one class token."""
     registers = state.get('reg_token', state.get('register_tokens'))
     if 'pos_embed' not in state or ('cls_token' in state and registers is None):
         return
     found = 'no class token' if 'cls_token' not in state else f'{registers.shape[1]} register tokens'
     raise ValueError(
-        f'it has {found}; Evo-DeiT has one class token, by whose attention it selects, and no registers. Use a ViT '
+        f'it has {found}; Evo-DeiT has one class token, whose attention selects patches, and no registers. Use a ViT '
         'with these tokens, such as DeiT, DINO or MAE'
     )
 
 
 def drop_distillation(state: dict[str, Tensor], finetune: bool) -> list[str]:
-    """Take the distillation token and its head out of `state`; returns their names, none for a plain ViT."""
+    """Remove the distillation token and its head; returns their names, none for a plain ViT."""
     if 'dist_token' not in state or 'pos_embed' not in state:
         return []
     if not finetune:
         raise ValueError(
-            'this is a distilled DeiT, which predicts by the mean of two heads; Evo-DeiT reads one. Use a DeiT '
-            'without distillation; or train from this one without its distillation token: --finetune, or adapt=True'
+            'this is a distilled DeiT, which predicts with the mean of two heads; Evo-DeiT has one. Use a DeiT '
+            'without distillation, or fine-tune this one without its distillation token: --finetune, or adapt=True'
         )
     positions = state['pos_embed']  # of the class token, the distillation token, the patches
     state['pos_embed'] = torch.cat([positions[:, :1], positions[:, 2:]], 1)
@@ -199,7 +198,7 @@ def drop_distillation(state: dict[str, Tensor], finetune: bool) -> list[str]:
 
 
 def fold_layer_scale(state: dict[str, Tensor]):
-    """Multiply the scales of LayerScale into the layers before them."""
+    """Fold LayerScale into the layers before it."""
     for key in list(state):
         if found := re.fullmatch(r'(blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))', key):
             block, layer = found[1], {'1': 'attn.proj', '2': 'mlp.fc2'}[found[2] or found[3]]
@@ -210,9 +209,9 @@ def fold_layer_scale(state: dict[str, Tensor]):
 
 
 def match_class_position(state: dict[str, Tensor], patches: int, no_embed_class: bool, resize: bool):
-    """Add or remove the class token's entry in the positions, as a model of so many patches has one or not.
+    """Add or remove the class token's position, as a model of `patches` patches needs it.
 
-    A file does not say whether its positions have that entry. Their number does: a grid is the model's or square.
+    A file does not say whether it has one, but the number of positions does: a grid is square, or the model's.
     """
     positions = state.get('pos_embed')
     if positions is None or positions.ndim != 3 or 'cls_token' not in state:
@@ -223,8 +222,8 @@ def match_class_position(state: dict[str, Tensor], patches: int, no_embed_class:
         grid = patches
     elif resize and not square:
         raise ValueError(
-            f'its {count} positions are of a grid that is not square, which cannot be resized; expected a square '
-            f'grid or the {patches} patches of the model'
+            f'its {count} positions are of a grid that is not square and cannot be resized; expected a square grid, or '
+            f"the model's {patches} patches"
         )
     else:
         grid = square[0] if square else count - 1
@@ -236,7 +235,7 @@ def match_class_position(state: dict[str, Tensor], patches: int, no_embed_class:
 
 
 def copy_class_head(state: dict[str, Tensor]) -> list[str]:
-    """Give `state` copies of `norm` and `head` as `norm_cls` and `head_cls`, if it has none; returns the names."""
+    """Copy `norm` and `head` to `norm_cls` and `head_cls` if they are missing; returns the new names."""
     norm = 'norm' if 'norm.weight' in state else 'fc_norm'
     filled = []
     for copied, plain in (('norm_cls', norm), ('head_cls', 'head')):

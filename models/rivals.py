@@ -1,8 +1,8 @@
-"""What users would pick instead: dropping, fusing and merging tokens, through the same seam, for comparison.
+"""Baselines: dropping, fusing and merging tokens, in any ViT that `models.evolve` takes.
 
-Each function here has the signature of evolution.evolve and treats one group of blocks of a ViT that `models.evolve`
-takes; `apply` gives a model one of them. As everywhere, the whole grid exists between groups: a patch that left keeps
-the values with which it was last seen, and one that was merged has those of its cluster.
+Each method has the signature of evolution.evolve and updates one group of blocks; `apply` sets it for a model. As
+with evolution, the grid is whole between groups: a patch that was dropped keeps its last values, and one that was
+merged has those of its cluster.
 
 Written from the papers' formulas. Shapes as in evolution.py.
 """
@@ -25,7 +25,7 @@ from .vit import evolve, is_from_transformers
 
 
 class Reduced(NamedTuple):
-    """A selection; `fused` is the token (B, 1, C) into which all patches that left were fused, None where they drop."""
+    """A selection; `fused` is the token (B, 1, C) of all patches that left, None if these are dropped."""
 
     kept: Tensor
     score: Tensor
@@ -45,39 +45,43 @@ def drop(
     prefix: int = 1,
     fusing: bool = False,
 ):
-    """Top-k: the patches with the least class attention leave the group's first block, between attention and MLP.
+    """Top-k: the patches with the least class attention leave in the group's first block, between attention and MLP.
 
-    They never come back, and the attention of that block alone decides. Source: EViT
-    (https://arxiv.org/abs/2202.07800) without its fused token; numbers of patches are rounded down here, there up.
+    They do not come back. Only that block's attention decides. Source: EViT (https://arxiv.org/abs/2202.07800) without
+    its fused token; numbers of patches are rounded down here, and up there.
     """
     x, kept, n = tokens, None, tokens.shape[1] - prefix
-    k, fused = evolution.num_informative(n, keep_ratio), []
-    if selection is not None:
-        kept, fused = selection.kept, [] if selection.fused is None else [selection.fused]
-        x = torch.cat([evolution.gather_tokens(tokens, evolution.with_prefix(kept, prefix)), *fused], 1)
-        n = kept.shape[1]
+    k = evolution.num_informative(n, keep_ratio)
+    if selection is not None:  # patches left in an earlier group: go on with the others
+        kept, n = selection.kept, selection.kept.shape[1]
+        x = evolution.gather_tokens(tokens, evolution.with_prefix(kept, prefix))
+        if selection.fused is not None:
+            x = torch.cat([x, selection.fused], 1)
 
     if select_anew and k < n:
-        found = []  # state goes out by here, as checkpointing runs `leave` again in the backward pass
+        # The closure returns tokens to the block; the rest is returned through this list, which is filled again if
+        # gradient checkpointing runs the closure again.
+        found = []
 
         def leave(x: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
-            """The tokens between attention and MLP to those that go on: prefix, k patches, and perhaps a fused one."""
+            """Reduce the tokens between attention and MLP to the prefix, k patches, and with `fusing` a fused token."""
             best = evolution.select(attention[:, :n], k)
             found[:] = x, attention, best
-            fused = []
-            if fusing:
-                leaving = (attention / keys.shape[1]).scatter(1, best, 0.0)  # mean over heads; the fused one leaves too
-                fused = [leaving.unsqueeze(1).to(x.dtype) @ x[:, prefix:]]
-            return torch.cat([evolution.gather_tokens(x, evolution.with_prefix(best, prefix)), *fused], 1)
+            remaining = evolution.gather_tokens(x, evolution.with_prefix(best, prefix))
+            if not fusing:
+                return remaining
+            # All that leaves, weighted by its mean attention over heads; the previous fused token is part of it.
+            weight = (attention / keys.shape[1]).scatter(1, best, 0.0)
+            return torch.cat([remaining, weight.unsqueeze(1).to(x.dtype) @ x[:, prefix:]], 1)
 
         x, _ = blocks[0](x, places=kept, need_attention=True, reduce=leave)
         last_seen, attention, best = found
-        tokens = _put_back(last_seen, tokens, kept, prefix)  # those that leave keep these values
+        tokens = _put_back(last_seen, tokens, kept, prefix)  # patches that leave keep these values
         if kept is None:
             kept, score = best, attention
         else:
-            gone = attention.new_zeros(tokens.shape[0], tokens.shape[1] - prefix)
-            kept, score = kept.gather(1, best), gone.scatter(1, kept, attention[:, :n])
+            zeros = attention.new_zeros(tokens.shape[0], tokens.shape[1] - prefix)
+            kept, score = kept.gather(1, best), zeros.scatter(1, kept, attention[:, :n])
         selection, blocks = Reduced(kept, score), blocks[1:]
     for block in blocks:
         x = block(x, places=kept)
@@ -87,7 +91,7 @@ def drop(
 
 
 def _put_back(x: Tensor, tokens: Tensor, kept: Tensor | None, prefix: int) -> Tensor:
-    """Tokens (B, P + N, C), with what x (B, P + n, C) has of the prefix and the patches `kept` (B, K), or of all."""
+    """Write x (B, P + n, C), the prefix and the patches `kept` (B, K), into tokens (B, P + N, C); None keeps all."""
     if kept is None:
         return x
     index = evolution.with_prefix(kept, prefix).unsqueeze(-1).expand(-1, -1, x.shape[2])
@@ -95,23 +99,23 @@ def _put_back(x: Tensor, tokens: Tensor, kept: Tensor | None, prefix: int) -> Te
 
 
 def fuse(*args, **kwargs):
-    """EViT: as `drop`, but what leaves is fused into one token, its sum weighted by the attention, which goes on.
+    """EViT: like `drop`, but the patches that leave are fused into one token, their sum weighted by attention.
 
-    What leaves later is fused with the token that is there already. Source: https://arxiv.org/abs/2202.07800, whose
-    fused token may also be kept as if it were a patch.
+    Patches that leave later are fused with the previous fused token. Source: https://arxiv.org/abs/2202.07800, where
+    the fused token may also be selected like a patch.
     """
     return drop(*args, **kwargs, fusing=True)
 
 
 class Merged(NamedTuple):
-    """What is left: kept (B, n) its places, None for all, cluster (B, N) where each patch went, size (B, n), tokens."""
+    """The n tokens that remain after merging."""
 
-    kept: Tensor | None
-    score: Tensor | None
-    cluster: Tensor
-    size: Tensor
+    kept: Tensor | None  # (B, n), their raster indices, None before anything was merged
+    score: Tensor | None  # (B, N), unchanged
+    cluster: Tensor  # (B, N), for each patch, the token that it was merged into
+    size: Tensor  # (B, n), how many patches each token represents
     tokens: Tensor  # (B, n, C)
-    blocks: int  # how many the tokens went through
+    blocks: int  # how many blocks they went through
 
 
 def merge(
@@ -127,10 +131,10 @@ def merge(
     r: int | Sequence[int] = 8,
     keep_norm: bool = False,
 ):
-    """ToMe: each block merges the r most similar pairs of patches between attention and MLP; unmerged at the end.
+    """ToMe: each block merges the r most similar pairs of patches, between attention and MLP; unmerged after the group.
 
-    The keys, a mean over heads, say what is similar; a token that stands for s patches counts s times in attention.
-    r: one number, or one for each block of the network. keep_norm: a merged token is as long as its members on average.
+    Similarity is that of keys, averaged over heads; attention counts a token of s patches s times.
+    r: one number, or one per block of the network. keep_norm: rescale a merged token to the mean length of its members.
     Source: https://arxiv.org/abs/2210.09461.
     """
     if selection is None:
@@ -141,12 +145,12 @@ def merge(
     rates = (r,) * (done + len(blocks)) if isinstance(r, int) else r
 
     for block, rate in zip(blocks, rates[done:], strict=False):
-        found = []  # state goes out by here, as checkpointing runs `merge_pairs` again in the backward pass
+        found = []  # results of `merge_pairs` besides tokens, filled again if gradient checkpointing runs it again
 
         def merge_pairs(
             x: Tensor, attention: None, keys: Tensor, size: Tensor = size, rate: int = rate, found: list = found
         ) -> Tensor:
-            """Tokens (B, P + n, C) between attention and MLP to the P + n - rate that remain."""
+            """Reduce the tokens (B, P + n, C) between attention and MLP to P + n - rate."""
             target = match(keys[:, :, prefix:].mean(1), rate)
             merged = size.new_zeros(size.shape[0], size.shape[1] - min(rate, size.shape[1] // 2))
             merged = merged.scatter_add(1, target, size)
@@ -158,10 +162,10 @@ def merge(
         if not rate:
             continue
         target, size = found
-        # A merged token keeps the place of the one that others were merged into.
+        # A merged token has the place of the token that the others were merged into.
         old = places_of(target) if places is None else places
         places = torch.zeros_like(size, dtype=old.dtype).scatter(1, target[:, 1::2], old[:, 1::2])
-        places = places.scatter(1, target[:, ::2], old[:, ::2])  # last, as these stay: see `match`
+        places = places.scatter(1, target[:, ::2], old[:, ::2])  # these stay, see `match`, so they are written last
         cluster = target.gather(1, cluster)
     patches = x[:, prefix:].gather(1, cluster.unsqueeze(-1).expand(-1, -1, x.shape[2]))
     merged = Merged(places, score, cluster, size, x[:, prefix:], done + len(blocks))
@@ -169,28 +173,28 @@ def merge(
 
 
 def places_of(patches: Tensor) -> Tensor:
-    """Raster indices (B, N) of tensors (B, N)."""
+    """Raster indices (B, N) for patches (B, N)."""
     return torch.arange(patches.shape[1], device=patches.device).expand_as(patches)
 
 
 def merge_norm(*args, **kwargs):
-    """As `merge`, but a merged token is as long as its members are on average, where their mean would be shorter.
+    """Like `merge`, but a merged token, whose mean is too short, is rescaled to the mean length of its members.
 
-    The idea is that of ToFu's MLERP (https://arxiv.org/abs/2312.01026).
+    Source: the idea of ToFu's MLERP (https://arxiv.org/abs/2312.01026).
     """
     return merge(*args, **kwargs, keep_norm=True)
 
 
 def _merged_means(patches: Tensor, size: Tensor, target: Tensor, merged: Tensor, keep_norm: bool) -> Tensor:
-    """Means (B, m, C) of the patches (B, n, C) that go to each target (B, n), weighted by size (B, n).
+    """Means (B, m, C) of the patches (B, n, C) merged into each target (B, n), weighted by size (B, n).
 
-    merged (B, m): the sums of these sizes. keep_norm: as long as the members are on average.
+    merged (B, m): the sums of these sizes. keep_norm: rescale to the mean length of the members.
     """
 
     def mean(x: Tensor) -> Tensor:
         return x.new_zeros(*merged.shape, x.shape[2]).scatter_add(1, target.unsqueeze(-1).expand_as(x), x * weight)
 
-    # They add up to 1, in place of sums, which could overflow in half precision.
+    # Divide before summing: a sum could overflow in half precision.
     weight = (size / merged.gather(1, target)).unsqueeze(-1).to(patches.dtype)
     means = mean(patches)
     if not keep_norm:
@@ -199,11 +203,11 @@ def _merged_means(patches: Tensor, size: Tensor, target: Tensor, merged: Tensor,
 
 
 def match(metric: Tensor, r: int) -> Tensor:
-    """Bipartite soft matching of tokens with metric (B, n, D): where each goes, (B, n), among the n - r that remain.
+    """Bipartite soft matching of tokens with metric (B, n, D): the target (B, n) of each among the n - r that remain.
 
-    Every second token may be merged into its most similar one among the others; the r most similar pairs are. As in
-    ToMe, whose class token counts as the first of all, the first patch stays, and those that are not merged come first,
-    in the order in which they were: who may be merged with whom in the next block depends on it.
+    Every second token is a source, paired with the most similar of the others; the r most similar pairs are merged. As
+    in ToMe, where the class token is the first of all, the first patch stays. Sources that are not merged come first,
+    in their order, on which the pairs of the next block depend.
     """
     n = metric.shape[1]
     r = min(r, n // 2)
@@ -220,7 +224,7 @@ def match(metric: Tensor, r: int) -> Tensor:
 
 
 def random(tokens: Tensor, score: Tensor | None, *args, **kwargs):
-    """A control: evolution.evolve with random numbers in place of the attention; with 'nearest' novelty counts too."""
+    """A control: evolve with random numbers as attention; with 'nearest' the novelty counts too."""
     return evolution.evolve(tokens, None if score is None else torch.rand_like(score), *args, **kwargs)
 
 
@@ -231,16 +235,15 @@ def apply(
     stages: Sequence[int] | None = None,
     merge_r: int | Sequence[int] = 8,
 ) -> nn.Module:
-    """Give a ViT of timm one of the rivals, in place, with the schedule of its paper; returns the model.
+    """Apply a rival to a ViT of timm, in place, with the schedule of its paper; returns the model.
 
     Args:
         method: 'drop', 'fuse', 'merge', 'merge_norm' or 'random'.
-        keep_ratio: drop, fuse: the share of the patches still there that goes on, at each of the stages (EViT: 0.7);
-            `model.keep_ratio` then has the shares of all patches.
-            random: as in `models.evolve`.
-        stages: drop, fuse: the blocks in which patches leave; by default 3, 6 and 9 of 12, and in proportion.
-        merge_r: merge, merge_norm: how many patches each block merges away, one number or one for each block: ToMe's
-            decreasing schedule, or 0 in the first blocks.
+        keep_ratio: drop, fuse: at each stage, the fraction of the remaining patches that stays (EViT: 0.7);
+            `model.keep_ratio` then has the fractions of all patches. random: as in `models.evolve`.
+        stages: drop, fuse: the blocks in which patches leave. Default: 3, 6 and 9 of 12, and in proportion.
+        merge_r: merge, merge_norm: the number of patches merged per block, one number or one per block (ToMe's
+            decreasing schedule, or 0 in the first blocks).
 
     Raises ValueError, with the reason, for another method or a model that cannot be evolved.
     """
@@ -263,10 +266,10 @@ def apply(
         stages = sorted({max(depth * i // 4, 1) for i in (1, 2, 3)}) if stages is None else stages
         if np.ndim(stages) != 1:
             raise ValueError(f'stages: expected indices of blocks, such as (3, 6, 9), found {stages}')
-        shares = evolution.check_keep_ratio(to_floats('keep_ratio', keep_ratio), len(stages))
-        # With one token for all that left, its weights have gradients too; dropping has no use for them.
+        ratios = evolution.check_keep_ratio(to_floats('keep_ratio', keep_ratio), len(stages))
+        # These methods ignore it, but `schedule()` says it: the fused token represents all patches that left.
         representative = 'one' if method == 'fuse' else 'none'
-        model = evolve(model, list(accumulate(shares, mul)), stages, representative)
+        model = evolve(model, list(accumulate(ratios, mul)), stages, representative)
     model.update_group = METHODS[method]
     return model
 

@@ -1,17 +1,16 @@
-"""`evolve` for the vision encoders of Hugging Face's transformers, in place and without training.
+"""`models.evolve` for the vision encoders of Hugging Face's transformers, in place and without training.
 
     model = evolve(Dinov2Model.from_pretrained('facebook/dinov2-small'))
 
-Three kinds of modules become subclasses of the classes of transformers, with their names, parameters and arguments: the
-module that loops over the layers, the layers, and their attentions. Embeddings, norms, poolers and heads are not
-touched. Inside a stage, a layer is called as a module on the prefix tokens and the informative patches, with the log of
-the cluster sizes as its attention mask. The loop over the groups of layers is in evolving.py.
+Three kinds of modules become subclasses of their classes, with the same names, parameters and arguments: the module
+that loops over the layers, the layers, and their attentions. Embeddings, norms, poolers and heads stay as they are.
+Inside a stage, a layer is called as a module on the prefix tokens and the informative patches, with the log of the
+cluster sizes as its attention mask. The loop over the groups of layers is in evolving.py.
 
 Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H heads, D channels of a head.
 """
 
 import sys
-from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
@@ -24,20 +23,20 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import _active_collector, capture_outputs
 
 from . import evolution
-from .evolving import Evolving, default_stages, warn_if_rising
+from .evolving import Evolving, default_stages, find_replaced_forward, warn_if_rising
 from .vit import rope_at
 
-# The implementations of attention that take an additive mask (B, 1, 1, P + n).
+# The implementations of attention that support an additive mask (B, 1, 1, P + n).
 TAKE_MASKS = 'sdpa', 'eager'
-# Encoders that cannot be evolved exactly, by how the names of their classes begin.
+# Why encoders cannot be evolved exactly, by the beginning of their class names.
 REASONS = {
     'Qwen2_5_Vision': 'attends in windows',
     'Qwen': 'packs images of any size into one sequence',
     'Pixtral': 'packs images of any size into one sequence',
     'Siglip2': 'masks the padding of images of several sizes (NaFlex)',
     'Swin': 'attends in windows',
-    'Beit': 'adds biases over pairs of places to its attention',
-    'Data2VecVision': 'adds biases over pairs of places to its attention',
+    'Beit': 'adds relative position biases to its attention',
+    'Data2VecVision': 'adds relative position biases to its attention',
 }
 
 
@@ -45,21 +44,21 @@ REASONS = {
 
 
 class Evolved:
-    """What the evolved subclasses share. Each has the name of its class, by which transformers finds things."""
+    """What the evolved subclasses share. Each keeps the name of its class, which transformers looks things up by."""
 
-    def __reduce__(self):  # a copy or a pickle cannot find the class by that name
-        return new, self.made_of, self.__getstate__()
+    def __reduce__(self):  # copying and pickling would look the class up by that name, and find the original
+        return empty_instance, self.made_of, self.__getstate__()
 
 
 @cache
 def evolved_class(mixin: type, cls: type) -> type:
-    """The subclass of a class of transformers with the methods of a subclass of `Evolved`."""
+    """The subclass of `cls`, a class of transformers, with the methods of `mixin`, a subclass of `Evolved`."""
     names = dict(__module__=cls.__module__, __qualname__=cls.__qualname__)
     return type(cls.__name__, (mixin, cls), names | dict(made_of=(mixin, cls), source=sys.modules[cls.__module__]))
 
 
-def new(mixin: type, cls: type) -> nn.Module:
-    """An instance of an evolved class that is still empty."""
+def empty_instance(mixin: type, cls: type) -> nn.Module:
+    """An instance of an evolved class without its state."""
     evolved = evolved_class(mixin, cls)
     return evolved.__new__(evolved)
 
@@ -68,8 +67,8 @@ class EvolvedAttention(Evolved):
     """An attention that can also compute the class token's attention."""
 
     def forward(self, hidden_states, attention_mask=None, attended: list | None = None, **kwargs):
-        """As in transformers, and `attended`, where it is a list, gets the attention (B, n) that the class token pays
-        to the patches, a sum over heads (without a class token, that of the mean of all queries).
+        """As in transformers. If `attended` is a list, the class token's attention to the patches, (B, n), is appended
+        to it, summed over heads; without a class token, that of the mean query.
         """
         if attended is None:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
@@ -78,7 +77,7 @@ class EvolvedAttention(Evolved):
         if 'position_embeddings' in kwargs:
             q, k = self.source.apply_rotary_pos_emb(q, k, *kwargs.pop('position_embeddings'))
         scale = self.scaling if hasattr(self, 'scaling') else self.scale
-        # A fused kernel returns no map. The one row that a selection reads costs 1 / (P + n) of it.
+        # A fused kernel returns no map, so the row that a selection reads is computed beside it.
         prefix = self.num_prefix_tokens
         query = q[:, :, :1] if prefix else q.mean(2, keepdim=True)
         attended.append(evolution.class_attention(query, k, scale, attention_mask, prefix).sum(1))
@@ -117,9 +116,9 @@ class EvolvedLoop(Evolved):
     """A module that loops over layers. Its `evolution` has the schedule."""
 
     def run_layers(self, tokens: Tensor, **kwargs) -> BaseModelOutput:
-        """Tokens (B, P + N, C) through all layers, which get `kwargs`. The output has an attribute `selections`."""
+        """Run all layers on tokens (B, P + N, C), with `kwargs`. The output has an attribute `selections`."""
         layers, cuts = layers_of(self), []
-        collected = _active_collector.get() or {}  # what transformers collects by hooks on layers, by name
+        collected = _active_collector.get() or {}  # outputs that transformers collects with hooks on layers, by name
         if any(group.keep_ratio < 1 for group in self.evolution.groups()):
             check_implementation(self.config, self.evolution)
             if kwargs.get('attention_mask') is not None:
@@ -130,12 +129,12 @@ class EvolvedLoop(Evolved):
                     'models.evolve(model, keep_ratio=1) for the maps of the dense model'
                 )
             if 'hidden_states' in collected:
-                chosen = collected.get('_hidden_states_layers')  # None: all, with what enters the first layer
+                chosen = collected.get('_hidden_states_layers')  # None: the input of the first layer, and all outputs
                 cuts = [i for i in range(len(layers)) if chosen is None or i + 1 in chosen]
         blocks = [partial(layer, **kwargs) for layer in layers]
-        tokens, selections, outputs = self.evolution.evolve((tokens, blocks), cuts)
+        tokens, selections, outputs = self.evolution.forward_blocks((tokens, blocks), cuts)
         for i, output in zip(cuts, outputs, strict=True):
-            collected['hidden_states'][i + 1] = output  # the whole grid, where a hook saw the tokens inside a stage
+            collected['hidden_states'][i + 1] = output  # the whole grid; inside a stage the hook saw fewer tokens
         output = BaseModelOutput(last_hidden_state=tokens)
         output.selections = selections
         return output
@@ -148,22 +147,15 @@ class EvolvedEncoder(EvolvedLoop):
         return self.run_layers(inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
-class EvolvedDinov2(EvolvedLoop):
-    """DINOv2's encoder."""
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        return self.run_layers(hidden_states, attention_mask=attention_mask, **kwargs)
-
-
-class EvolvedDinov3(EvolvedLoop):
-    """DINOv3's encoder."""
+class EvolvedDino(EvolvedLoop):
+    """The encoders of DINOv2 and DINOv3; the latter has rotary positions."""
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, hidden_states, position_embeddings=None, **kwargs):
-        return self.run_layers(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        if position_embeddings is not None:
+            kwargs['position_embeddings'] = position_embeddings
+        return self.run_layers(hidden_states, **kwargs)
 
 
 class EvolvedViT(EvolvedLoop):
@@ -189,14 +181,14 @@ class EvolvedViT(EvolvedLoop):
         return output
 
 
-# The classes that loop over layers, what they become, and how many tokens stand before the patches and registers.
+# The classes that loop over layers, their mixins, and how many prefix tokens they have besides registers.
 LOOPS = {
     'ViTModel': (EvolvedViT, 1),
     'DeiTModel': (EvolvedViT, 2),
     'IJepaModel': (EvolvedViT, 0),
-    'Dinov2Encoder': (EvolvedDinov2, 1),
-    'Dinov2WithRegistersEncoder': (EvolvedDinov2, 1),
-    'DINOv3ViTEncoder': (EvolvedDinov3, 1),
+    'Dinov2Encoder': (EvolvedDino, 1),
+    'Dinov2WithRegistersEncoder': (EvolvedDino, 1),
+    'DINOv3ViTEncoder': (EvolvedDino, 1),
     'CLIPEncoder': (EvolvedEncoder, 1),
     'SiglipEncoder': (EvolvedEncoder, 0),
 }
@@ -205,7 +197,7 @@ LOOPS = {
 class Schedule(Evolving):
     """The schedule of one encoder, and the loop over its groups of layers."""
 
-    grad_checkpointing = False  # the layers of transformers do that themselves
+    grad_checkpointing = False  # the layers of transformers do it themselves
 
     def __init__(self, depth: int, patches: int, num_prefix_tokens: int):
         self.depth, self.patches, self.num_prefix_tokens = depth, patches, num_prefix_tokens
@@ -216,11 +208,8 @@ class Schedule(Evolving):
     def num_patches(self, block: int) -> int:
         return self.patches
 
-    def tradeoffs(self) -> list[float]:
-        return [1.0] * self.depth
-
     def prepare(self, embedded: tuple[Tensor, list[evolution.Block]]) -> tuple[Tensor, list[evolution.Block]]:
-        return embedded  # by transformers
+        return embedded  # transformers has embedded the images
 
 
 def layers_of(loop: nn.Module) -> nn.ModuleList:
@@ -234,17 +223,11 @@ def attention_of(layer: nn.Module) -> nn.Module:
 # --- evolving a model of transformers
 
 
-def evolve(
-    model: nn.Module,
-    keep_ratio: float | Sequence[float] = (0.7, 0.3),
-    stages: Sequence[int] | None = None,
-    representative: str | bool = 'nearest',
-    stage_wise: bool = True,
-) -> nn.Module:
-    """Give slow-fast evolution to the one vision encoder in a model of transformers; `models.evolve` calls it.
+def evolve_encoder(model: nn.Module, keep_ratio, stages, representative, stage_wise) -> nn.Module:
+    """Add slow-fast evolution to the one vision encoder in a model of transformers; arguments as of `models.evolve`.
 
-    Arguments and errors are those of `models.evolve`. The module that loops over the layers gets the schedule as its
-    attribute `evolution`. Where it lies deep in the model, its name is printed.
+    The schedule becomes the attribute `evolution` of the module that loops over the layers. If that module is deep
+    inside the model, its name is printed.
     """
     name, loop = find_encoder(model)
     config, layers = loop.config, layers_of(loop)
@@ -257,17 +240,14 @@ def evolve(
     prefix += getattr(config, 'num_register_tokens', 0)
     (rows, columns), (height, width) = to_2tuple(config.image_size), to_2tuple(config.patch_size)
     schedule = Schedule(len(layers), (rows // height) * (columns // width), prefix)
-    schedule.init_evolution(keep_ratio, default_stages(len(layers)) if stages is None else stages, representative)
-    schedule.set_schedule(stage_wise)
+    stages = default_stages(len(layers)) if stages is None else stages
+    schedule.init_evolution(keep_ratio, stages, representative, stage_wise)
     warn_if_rising(schedule.keep_ratio)
     if any(group.keep_ratio < 1 for group in schedule.groups()):
         check_implementation(config, schedule)
-    for module in (loop, *layers, *attentions):
-        if 'forward' in vars(module) and not isinstance(module, Evolved):  # of accelerate, or a patch
-            found = type(module).__name__
-            raise ValueError(
-                f'forward of a {found} was replaced and would hide the evolved one: evolve first, then offload'
-            )
+    modules = (loop, *layers, *attentions)
+    if reason := find_replaced_forward(module for module in modules if not isinstance(module, Evolved)):
+        raise ValueError(reason)
     become(loop, mixin)
     for layer, attention in zip(layers, attentions, strict=True):
         become(layer, EvolvedLayer)
@@ -281,14 +261,15 @@ def evolve(
 
 
 def become(module: nn.Module, mixin: type):
-    """Make a module of transformers an evolved one, in place."""
+    """Turn a module of transformers into an evolved one, in place."""
     if not isinstance(module, Evolved):
         module.__class__ = evolved_class(mixin, type(module))
 
 
 def forward_with_selection(model: nn.Module, *args, **kwargs) -> tuple[BaseModelOutput, dict[str, Tensor]]:
-    """The output of an evolved model, and for each selection {'blocks.4': kept (B, K)}: raster indices, int64,
-    ascending. ValueError for a model that was not evolved.
+    """The output of an evolved model, and its selections as {'blocks.4': kept (B, K)}, ascending raster indices, int64.
+
+    ValueError for a model that was not evolved.
     """
     selections, (_, loop) = {}, find_encoder(model)
     if not isinstance(loop, Evolved):
@@ -302,18 +283,16 @@ def forward_with_selection(model: nn.Module, *args, **kwargs) -> tuple[BaseModel
 
 
 def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
-    """The name of the one module that loops over the layers of a vision encoder, and the module; ValueError, with the
-    reason, where there is not one.
-    """
+    """The one module that loops over the layers of a vision encoder, with its name; ValueError if there is not one."""
     found, reasons = {}, {}
     for name, module in model.named_modules():
         cls = type(module)
         if cls.__module__.startswith('transformers.models.'):
-            # CLIP and SigLIP have the same class for texts.
+            # CLIP and SigLIP use the same class for text, without an image size.
             if cls.__name__ in LOOPS and hasattr(module.config, 'image_size'):
                 found[name] = module
             if beginning := next((x for x in REASONS if cls.__name__.startswith(x)), None):
-                reasons[beginning] = f'{cls.__name__} {REASONS[beginning]}'
+                reasons.setdefault(beginning, f'{cls.__name__} {REASONS[beginning]}')
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
@@ -323,7 +302,7 @@ def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def check_implementation(config, schedule: Schedule):
-    """ValueError for an implementation of attention that does not take the masks of a schedule."""
+    """ValueError for an implementation of attention that does not support the masks of a schedule."""
     found = config._attn_implementation
     if found == 'flex_attention' or (schedule.representative == 'nearest' and found not in TAKE_MASKS):
         raise ValueError(

@@ -1,14 +1,13 @@
-"""`evolve`, which gives slow-fast evolution to a pretrained ViT of timm, in place and without training.
+"""`evolve`: add slow-fast evolution to a pretrained ViT of timm, in place and without training.
 
     model = evolve(timm.create_model('deit_tiny_patch16_224', pretrained=True))
 
 The model, its blocks and its attentions become subclasses of timm's classes, with the same parameters, names and
-arguments. A block that is called with tokens alone computes what timm's computes. The forward pass is in evolving.py.
+arguments. Called with tokens alone, a block computes what timm's block computes. The forward pass is in evolving.py.
 
 Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H heads, D channels of a head.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,10 +22,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import evolution
-from .evolving import Evolving, SavedEvolution, default_stages, warn_if_rising
+from .evolving import Evolving, SavedEvolution, default_stages, find_replaced_forward, warn_if_rising
 
-# What a method that reduces tokens inside a block does between its attention and its MLP: tokens (B, P + n, C), the
-# class token's attention (B, n) or None, and keys (B, H, P + n, D) to fewer tokens.
+# For methods that reduce tokens inside a block, between its attention and its MLP: a function of tokens (B, P + n, C),
+# the class token's attention (B, n) or None, and keys (B, H, P + n, D) that returns fewer tokens.
 Reduce = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
@@ -68,12 +67,13 @@ def attend(
     Args:
         rope: rotations of queries and keys, (n, R), or for each image and head (B, 1 or H, n, R).
         attn_mask: additive or boolean, broadcast to (B, H, P + n, P + n).
-        need_attention, need_keys: with one of these it returns a tuple: the output; the attention (B, n) that the class
-            token pays to the patches, a sum over heads (without a class token, that of the mean of all queries); the
-            keys (B, H, P + n, D). What was not asked for is None. ValueError for need_attention with another mask than
-            an additive one of shape (B, 1, 1, P + n).
+        need_attention: also return the class token's attention to the patches, (B, n), summed over heads; without a
+            class token, that of the mean query. ValueError with any mask but an additive one (B, 1, 1, P + n).
+        need_keys: also return the keys (B, H, P + n, D).
 
-    Source: timm's Attention, AttentionRope and EvaAttention, of which `attn` has the layers.
+    Returns the output or, if anything else is needed, a tuple: output, attention or None, keys or None.
+
+    Source: timm's Attention, AttentionRope and EvaAttention, whose layers `attn` has.
     """
     if need_attention and (
         is_causal or (attn_mask is not None and (attn_mask.dtype == torch.bool or attn_mask.ndim != 4))
@@ -87,9 +87,9 @@ def attend(
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(q.dtype)  # some kernels would read float32 as if it were half precision
+        attn_mask = attn_mask.to(q.dtype)  # some fused kernels would read a float32 mask as half precision
 
-    # A hook on `attn_drop` wants the attention map, which a fused kernel never makes.
+    # A hook on `attn_drop` wants the attention map, which a fused kernel does not compute.
     hooked = attn.attn_drop._forward_hooks or attn.attn_drop._forward_pre_hooks
     if attn.fused_attn and not hooked:
         dropout = attn.attn_drop.p if attn.training else 0.0
@@ -106,14 +106,15 @@ def attend(
         return out
     attention = None
     if need_attention:
-        # A fused kernel returns no map. The one row that a selection reads costs 1 / (P + n) of it.
+        # A fused kernel returns no map, so the row that a selection reads is computed beside it, at 1 / (P + n) of the
+        # map's cost.
         query = q[:, :, :1] if attn.class_token else q[:, :, attn.num_prefix_tokens :].mean(2, keepdim=True)
         attention = evolution.class_attention(query, k, attn.scale, attn_mask, attn.num_prefix_tokens).sum(1)
     return out, attention, k if need_keys else None
 
 
 def project(attn: nn.Module, x: Tensor) -> Sequence[Tensor]:
-    """Queries, keys and values (B, n, channels) of x (B, n, C); whatever stands in place of a layer is called."""
+    """Queries, keys and values (B, n, channels) of x (B, n, C). Layers are called, as LoRA may have replaced them."""
     if attn.qkv is None:
         return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
     qkv = attn.qkv(x)
@@ -128,9 +129,9 @@ def rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
 
 
 def rope_at(rope: Tensor, places: Tensor, n: int) -> Tensor:
-    """Rotations (N, R), or (H, N, R) for each head, to those of n patches at places (B, K): (B, 1 or H, n, R).
+    """Select from rotations (N, R), or (H, N, R) per head, those of n patches at places (B, K): (B, 1 or H, n, R).
 
-    A token without a place, the one representative of all placeholders, is not rotated.
+    A last token without a place, the one representative of all placeholders, is not rotated.
     """
     rope = (rope if rope.ndim == 3 else rope.unsqueeze(0))[:, places].transpose(0, 1)
     missing = n - places.shape[1]
@@ -144,16 +145,16 @@ def rope_at(rope: Tensor, places: Tensor, n: int) -> Tensor:
 
 
 class EvolvedBlock(Block):
-    """timm's Block on all tokens, or on some of the patches; see `forward_block`."""
+    """timm's Block, on all tokens or some of the patches; see `forward_block`."""
 
     def forward(self, x, attn_mask=None, is_causal=False, places=None, need_attention=False, reduce=None):
-        # `places` is not needed: positions were added before the first block.
+        # `places` has no effect: positions were added before the first block.
         masks = dict(attn_mask=attn_mask, is_causal=is_causal)
         return forward_block(self, x, masks, need_attention, reduce)
 
 
 class EvolvedEvaBlock(EvaBlock):
-    """timm's EvaBlock on all tokens, or on the patches at `places` (B, m), whose rotations it takes from `rope`."""
+    """timm's EvaBlock, on all tokens or the patches at `places` (B, m), whose rotations it selects from `rope`."""
 
     def forward(self, x, rope=None, attn_mask=None, is_causal=False, places=None, need_attention=False, reduce=None):
         if rope is not None and places is not None:
@@ -168,31 +169,31 @@ def forward_block(
     """The forward pass of an evolved block: x (B, P + n, C) to the same shape, or to fewer tokens with `reduce`.
 
     With `need_attention` it returns a tuple: tokens, and the class token's attention (B, n) to the patches of x.
-    Source: timm's Block and EvaBlock, of which `block` has the layers.
+    Source: timm's Block and EvaBlock, whose layers `block` has.
     """
     attention = keys = None
     if need_attention or reduce is not None:
         needs = dict(need_attention=need_attention, need_keys=reduce is not None)
         update, attention, keys = block.attn(block.norm1(x), **masks, **needs)
-    else:
+    else:  # any attention with timm's arguments would do
         update = block.attn(block.norm1(x), **masks)
     x = x + block.drop_path1(layer_scale(block, 1, update))
     if reduce is not None:
         x = reduce(x, attention, keys)
-    del update, keys  # keys are a view of all projections, which would stay in memory through the MLP
+    del update, keys  # a view of queries, keys and values, which would stay in memory through the MLP
     x = x + block.drop_path2(layer_scale(block, 2, block.mlp(block.norm2(x))))
     return (x, attention) if need_attention else x
 
 
 def layer_scale(block: nn.Module, branch: int, update: Tensor) -> Tensor:
-    """LayerScale of the attention (branch 1) or of the MLP (2), where a block has one."""
+    """Apply the LayerScale of the attention (branch 1) or of the MLP (2), if the block has one."""
     if isinstance(block, EvaBlock):
         gamma = getattr(block, f'gamma_{branch}')
         return update if gamma is None else gamma * update
     return getattr(block, f'ls{branch}')(update)
 
 
-# timm's classes and ours, which have the same parameters. A block or an attention of another class is refused.
+# timm's classes, and ours with the same parameters. Other blocks and attentions are refused.
 EVOLVED_BLOCKS = {Block: EvolvedBlock, EvaBlock: EvolvedEvaBlock}
 EVOLVED_ATTENTIONS = {
     Attention: EvolvedAttention,
@@ -202,7 +203,7 @@ EVOLVED_ATTENTIONS = {
 
 
 def evolve_blocks(model: nn.Module):
-    """Make the blocks of a ViT of timm and their attentions ours, in place; `why_not_layers` says if that can be."""
+    """Turn the blocks of a ViT of timm, and their attentions, into ours, in place; check `why_not_layers` before."""
     for block in model.blocks:
         block.__class__ = EVOLVED_BLOCKS.get(type(block), type(block))
         block.attn.__class__ = EVOLVED_ATTENTIONS.get(type(block.attn), type(block.attn))
@@ -216,20 +217,17 @@ def evolve_blocks(model: nn.Module):
 class EvolvingViT(Evolving):
     """What the evolved classes of timm's ViTs share."""
 
-    def tradeoffs(self) -> list[float]:
-        # The attention of one block, the last before a selection, is the score.
-        return [1.0] * len(self.blocks)
-
     def prepare(self, images: Tensor) -> tuple[Tensor, list[evolution.Block]]:
         self.check_images(images)
         tokens, rope = self.embed(images)
         if rope is None:
             return tokens, list(self.blocks)
+        # Rotations are the same for all blocks, or with `rope_mixed` a list of each block's own.
         ropes = rope if getattr(self, 'rope_mixed', False) else [rope] * len(self.blocks)
         return tokens, [partial(block, rope=rope) for block, rope in zip(self.blocks, ropes, strict=False)]
 
     def check_images(self, images: Tensor):
-        """ValueError for images (B, channels, height, width) of a size that the model cannot take whole."""
+        """ValueError for images (B, channels, height, width) of a size that the model would refuse or cut."""
         size, embed = tuple(images.shape[-2:]), self.patch_embed
         if not isinstance(embed, PatchEmbed):
             return
@@ -272,29 +270,28 @@ def evolve(
     representative: str | bool = 'nearest',
     stage_wise: bool = True,
 ) -> nn.Module:
-    """Give slow-fast evolution to a ViT of timm or of transformers, in place, without training; returns the model.
+    """Add slow-fast evolution to a ViT of timm or transformers, in place and without training; returns the model.
 
-    Weights and their names, heads, pooling and timm's interface stay as they are; `forward_features` still returns all
-    tokens in order. With keep_ratio=1 the model computes what it did before. A model that was evolved already gets
-    the new schedule.
+    Weights and their names, heads, pooling and timm's interface do not change, and `forward_features` still returns all
+    tokens in order. With keep_ratio=1 the model computes what it did before. A model that evolves already gets the new
+    schedule.
 
-    Blocks are called as modules; the last one before a selection returns a tuple, its tokens and the class attention.
-    A hook on a block, or on a layer inside, sees the tokens of the block: inside an evolving
-    stage the prefix tokens and the informative ones in no particular order, (B, P + K, C). Grad-CAM needs whole grids,
-    (B, C, rows, columns): `forward_intermediates` gives them, and `forward_with_selection` the raster indices.
+    Blocks are called as modules. Inside an evolving stage, a hook on a block or on a layer inside it sees prefix tokens
+    and informative tokens in no particular order, (B, P + K, C). The last block before a selection returns a tuple,
+    tokens and class attention. `forward_intermediates` returns whole grids (B, C, rows, columns), as Grad-CAM needs,
+    and `forward_with_selection` the raster indices.
 
     Args:
         model: an instance of timm's VisionTransformer (DeiT, AugReg, DINOv2, CLIP, SigLIP, ...), its distilled
             variant, or Eva (EVA-02, DINOv3, rotary ViTs); or a model of Hugging Face's transformers with one vision
             encoder (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, I-JEPA), such as a LLaVA: see transformers_vit.py.
-        keep_ratio: fraction of informative patches, one number or one for each stage.
-        stages: the first block of each stage; the blocks before the first see every patch. By default a third and two
-            thirds of the depth.
-        representative: who represents placeholders: 'nearest' (their most similar informative patch), 'one' token for
-            all, or 'none'; see evolution.py.
+        keep_ratio: fraction of informative patches, one number or one per stage.
+        stages: the first block of each stage; earlier blocks see every patch. Default: 1/3 and 2/3 of the depth.
+        representative: what placeholders follow: 'nearest' (the most similar informative patch), 'one' token for all
+            of them, or 'none'; see evolution.py.
         stage_wise: select before each stage; False: before each of its blocks.
 
-    Raises ValueError, with the reason, for a model that cannot be evolved exactly.
+    Raises ValueError, with the reason, for a model that cannot be evolved exactly, or a schedule that is not valid.
     """
     if isinstance(model, str):
         create = 'transformers.AutoModel.from_pretrained' if '/' in model else 'timm.create_model'
@@ -307,25 +304,25 @@ def evolve(
                 f'{type(model).__name__} cannot be evolved with this version of transformers ({error}); '
                 "pip install 'evo-vit[transformers]' installs one that is tested"
             ) from error
-        return transformers_vit.evolve(model, keep_ratio, stages, representative, stage_wise)
+        return transformers_vit.evolve_encoder(model, keep_ratio, stages, representative, stage_wise)
     if reason := why_not(model):
         raise ValueError(f'{type(model).__name__} cannot be evolved: {reason}')
     stages = default_stages(len(model.blocks)) if stages is None else stages
-    evolved = copy.copy(model)  # so that a refused schedule changes nothing
-    evolved.__class__ = EVOLVED.get(type(model), type(model))
-    evolved.init_evolution(keep_ratio, stages, representative)
-    evolved.set_schedule(stage_wise)
-    warn_if_rising(evolved.keep_ratio)
-    model.__class__ = type(evolved)
-    for name in ('first_blocks', '_keep_ratio', '_representative', 'stage_wise', 'evolving'):
-        setattr(model, name, getattr(evolved, name))
-    vars(model).pop('update_group', None)  # of another method
+    before = type(model)
+    model.__class__ = EVOLVED.get(before, before)
+    try:
+        model.init_evolution(keep_ratio, stages, representative, stage_wise)
+    except ValueError:
+        model.__class__ = before  # a refused schedule changes nothing
+        raise
+    warn_if_rising(model.keep_ratio)
+    vars(model).pop('update_group', None)  # a rival's
     evolve_blocks(model)
     return model
 
 
 def is_from_transformers(model: nn.Module) -> bool:
-    """Whether a model is one of transformers, or has one inside."""
+    """Whether a model, or a module inside it, is of transformers."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return any(type(module).__module__.startswith('transformers.') for module in modules)
 
@@ -341,12 +338,11 @@ def why_not(model: nn.Module) -> str:
 
 
 def why_not_layers(model: nn.Module) -> str:
-    """Why the layers of a ViT of timm cannot be computed exactly, '' if they can."""
-    for module in (model, *model.blocks, *(getattr(block, 'attn', block) for block in model.blocks)):
-        plain = type(module) in (*EVOLVED, *EVOLVED_BLOCKS, *EVOLVED_ATTENTIONS)
-        if plain and 'forward' in vars(module):  # of accelerate, or a patch
-            found = type(module).__name__
-            return f'forward of {found} was replaced and would hide the evolved one: evolve first, then offload'
+    """Why the layers of a ViT of timm cannot be evolved exactly, '' if they can."""
+    modules = (model, *model.blocks, *(getattr(block, 'attn', block) for block in model.blocks))
+    timms = {*EVOLVED, *EVOLVED_BLOCKS, *EVOLVED_ATTENTIONS}
+    if reason := find_replaced_forward(module for module in modules if type(module) in timms):
+        return reason
     for i, block in enumerate(model.blocks):
         if type(block) not in (*EVOLVED_BLOCKS, *EVOLVED_BLOCKS.values()):
             found = type(block).__name__

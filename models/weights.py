@@ -1,8 +1,8 @@
-"""Weights: a file or URL read safely, and loaded into a model strictly.
+"""Read checkpoints safely and load weights strictly.
 
-No code in a file is ever run, nothing half is read, and every tensor is used, or named, or an error. The way of a file:
-`read_checkpoint` to a dict, `find_weights` to a state dict, the model's `convert_state` to its names and shapes,
-`_check_fit`, and `load_state_dict`; `load_weights` goes all of it.
+Reading never runs code from a file, and reads the whole file or nothing. Every tensor is used, reported or an error.
+`load_weights` takes five steps: `read_checkpoint` returns a dict, `find_weights` the state dict in it, the model's
+`convert_state` gives it the model's names and shapes, `_check_fit` compares, and `load_state_dict` loads.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from torch import Tensor, nn
 
 from . import huggingface
 
-# Takes a message for the user. A script of several processes gives one that prints on the first of them.
+# Prints a message for the user, in a distributed run on the first process only.
 Report = Callable[[str], None]
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. A script prints the message without a traceback and exits with 2."""
+    """The user's input is wrong. Scripts print the message without a traceback and exit with code 2."""
 
 
 def is_url(source: str | Path) -> bool:
-    """Whether `source` is an http(s) address rather than a path."""
+    """Whether `source` is an http(s) URL."""
     return urlparse(str(source)).scheme in ('http', 'https')
 
 
-# What a file that is no checkpoint seems to be, by how it begins.
+# What a file that is not a checkpoint looks like, by its first bytes.
 KINDS = {
     rb'\Z': 'it is empty',
     rb'\s*<(?i:!doctype|html|\?xml|head)': 'it is a web page (a download that needs a click or a login gives one)',
@@ -50,12 +50,11 @@ KINDS = {
 
 
 def read_checkpoint(source: str | Path, report: Report = print) -> dict:
-    """Read a checkpoint from a path or a URL, whole or not at all, and never run code that it holds.
+    """Read a checkpoint from a path or a URL, completely or not at all, without running code from it.
 
-    Files are those of torch.save, or safetensors, which hold weights alone and no checksum.
-
-    A URL may carry the hash to check, in its file name (`name-<sha256 prefix>.pth`, as torch.hub has it) or as
-    `#sha256=<hex>`. Raises InputError that says what the source is, where it is no checkpoint.
+    Reads files of torch.save, and safetensors, which hold only weights and have no checksum. A URL may contain the hash
+    to check, in its file name (`name-<sha256 prefix>.pth`, as torch.hub has it) or as `#sha256=<hex>`. InputError, with
+    what the source looks like, if it is not a checkpoint.
     """
     if is_url(source):
         return _download(str(source), report)
@@ -70,10 +69,10 @@ def read_checkpoint(source: str | Path, report: Report = print) -> dict:
     elif path.suffix == '.safetensors' or _is_safetensors(path):
         try:
             return safetensors.torch.load_file(path)
-        except Exception as error:  # of a damaged header, a short file, a foreign file with this ending
+        except Exception as error:  # a damaged header, a short file, or another file with this ending
             what = f'is damaged, or not a safetensors file: {describe_file(path)} ({error})'
             raise InputError(f'{source} {what}') from error
-    # The published files keep their arguments as a Namespace, sometimes with paths in it: plain data, safe to rebuild.
+    # Checkpoints of the original contain their flags, a Namespace that may hold paths: plain data, safe to load.
     harmless = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
     try:
         with torch.serialization.safe_globals(harmless):
@@ -89,11 +88,11 @@ def read_checkpoint(source: str | Path, report: Report = print) -> dict:
 
 
 def _check_zip(path: Path):
-    """InputError for a zip file that is damaged, or not of torch.save; torch.load does not check its sums."""
+    """InputError for a zip file that is damaged or not of torch.save; torch.load does not verify checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged, names = archive.testzip(), archive.namelist()
-    except Exception as error:  # a wrong byte in a name or a flag raises one of many kinds
+    except Exception as error:  # zipfile raises many kinds of errors for a wrong byte
         raise InputError(f'{path} is damaged ({error})') from error
     if damaged:
         raise InputError(f'{path} is damaged: the checksum of {damaged} is wrong')
@@ -104,14 +103,14 @@ def _check_zip(path: Path):
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: with the size of a JSON header, then the header."""
+    """Whether a file begins like safetensors: with the size of a JSON header, then the header."""
     with open(path, 'rb') as file:
         head = file.read(9)
     return head[8:] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size
 
 
 def describe_file(path: Path) -> str:
-    """Say what a file that is no checkpoint seems to be."""
+    """Say what a file that is not a checkpoint looks like."""
     with open(path, 'rb') as file:
         head = file.read(1024)
     kind = next((kind for pattern, kind in KINDS.items() if re.match(pattern, head, re.DOTALL)), 'of unknown kind')
@@ -119,12 +118,12 @@ def describe_file(path: Path) -> str:
 
 
 def _download(address: str, report: Report) -> dict:
-    """Read a checkpoint from a URL through torch.hub's cache; each use checks the hash again."""
+    """Read a checkpoint from a URL through torch.hub's cache; the hash is checked on every use."""
     url, fragment = urldefrag(address)
     name = Path(urlparse(url).path).name or 'checkpoint'
     in_name = re.search(r'-([a-f0-9]{8,64})\.', name)
     expected = fragment.removeprefix('sha256=') if fragment.startswith('sha256=') else in_name[1] if in_name else ''
-    # A file without a hash to check does not stay in the cache.
+    # A file without a hash is not cached: it could not be checked when it is used again.
     cached = Path(torch.hub.get_dir()) / 'checkpoints' / (name if expected else f'{os.getpid()}-{name}')
     cached.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -136,7 +135,7 @@ def _download(address: str, report: Report) -> dict:
         if not digest.startswith(expected):
             raise InputError(f'expected a file with sha256 {expected}, found {digest}; it was removed from the cache')
         if not expected:
-            report(f'{url} names no hash to check; add #sha256={digest} to hold it to this file')
+            report(f'{url} has no hash to check; add #sha256={digest} to accept only this file')
         return read_checkpoint(cached)
     except OSError as error:
         raise InputError(f'{url} could not be downloaded: {error}') from error
@@ -149,12 +148,12 @@ def _download(address: str, report: Report) -> dict:
 
 
 class Loaded(NamedTuple):
-    """What load_weights could not take over as it is: names of tensors.
+    """What `load_weights` did not load one to one, as names of tensors.
 
-    missing: the model's, not found in the file; they are as they were.
-    dropped: the file's, not used; `text_model.*` for all that begin so.
-    filled: the model's, not found in the file; they are copies of others, as `head_cls` of `head`.
-    pooling: the model's new `global_pool`, where that of the weights is another than the model had; else ''.
+    missing: in the model but not in the file; unchanged.
+    dropped: in the file but not used; `text_model.*` for all names that begin so.
+    filled: in the model but not in the file; copied from others, such as `head_cls` from `head`.
+    pooling: the model's new `global_pool` if the weights changed it, else ''.
     """
 
     missing: list[str]
@@ -163,22 +162,22 @@ class Loaded(NamedTuple):
     pooling: str
 
 
-# Where checkpoints have their weights, and the averages of them: ours and published, and timm's.
+# The keys of weights and averaged weights in checkpoints, ours and the original's first, then timm's.
 WEIGHTS, AVERAGED = ('model', 'state_dict'), ('model_ema', 'state_dict_ema')
-# Names of tensors whose shape follows the size of images.
+# Names of tensors whose shape depends on the image size.
 POSITIONS = re.compile('pos_embed|relative_position|rel_pos')
 
 
 def find_weights(checkpoint: dict, use_ema: bool = False) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: the published layout's, timm's, this project's, or a bare one.
+    """Return the state dict in a checkpoint of this project, the original or timm, or a bare one.
 
-    One in the names of Hugging Face's transformers gets timm's.
+    Names of Hugging Face's transformers become timm's. InputError if there are no weights.
     """
     return huggingface.to_timm(_find_state(checkpoint, use_ema))[0]
 
 
 def _find_state(checkpoint: dict, use_ema: bool) -> dict[str, Tensor]:
-    keys = AVERAGED if use_ema else (*WEIGHTS, *AVERAGED)  # some files hold the average alone
+    keys = AVERAGED if use_ema else (*WEIGHTS, *AVERAGED)  # some files have only averaged weights
     state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), None)
     if state is None and use_ema:
         raise InputError(
@@ -188,7 +187,7 @@ def _find_state(checkpoint: dict, use_ema: bool) -> dict[str, Tensor]:
     wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if wrong or not state:
         raise InputError(f'expected weights, tensors by name; found {", ".join(map(str, wrong[:5])) or "nothing"}')
-    # Prefixes that DistributedDataParallel and torch.compile leave.
+    # DistributedDataParallel and torch.compile leave prefixes.
     return {re.sub(r'^(module\.|_orig_mod\.)+', '', key): value for key, value in state.items()}
 
 
@@ -201,24 +200,24 @@ def load_weights(
     resize: bool = True,
     name: str = 'the checkpoint',
 ) -> Loaded:
-    """Load weights into a model, strictly: every tensor is used, or named in what is returned, or an error.
+    """Load weights into a model, strictly: every tensor is used, listed in the result, or an error.
 
     Args:
-        source: path, URL, or a checkpoint that was read already, in the published layout, timm's, this project's or
-            that of Hugging Face's transformers (see huggingface.py).
-        use_ema: take the averaged weights.
-        adapt: for fine-tuning: positions are resized to the model's resolution, heads for other classes are left out,
-            and the file may lack a head. The pooling stays the model's, as the head is trained for it.
+        source: path, URL, or a checkpoint in memory, in the layout of this project, the original, timm, or Hugging
+            Face's transformers (see huggingface.py).
+        use_ema: load the averaged weights.
+        adapt: for fine-tuning: resize positions to the model's image size, skip heads for other classes, and accept
+            files without a head. The model keeps its pooling and its schedule, as training adapts the weights to them.
         report: called with messages for the user.
-        resize: positions of another image size are resized to the model's, as timm does it, which is said.
-        name: what messages call a checkpoint that was read already.
+        resize: resize positions to the model's image size as timm does, and report it.
+        name: the name of a checkpoint in memory, for messages.
 
-    Returns what could not be taken over as it is; nothing, unless with `adapt`, for a model without classes, which has
-    no head, or for a plain DeiT or ViT in an Evo-DeiT. The head of a plain one was trained on the class token: the
-    model then predicts from it, which is said. So is a change of the schedule (stages, keep_ratio, ...): the one that
-    a checkpoint was saved with comes with its weights; set your own afterwards. With `adapt` the model's stays.
+    A schedule (stages, keep_ratio, ...) that was saved with the weights replaces the model's, which is reported; set
+    your own afterwards. Weights of a plain DeiT or ViT make an Evo-DeiT predict from the class token, as their head was
+    trained on it, which is reported too.
 
-    Raises InputError with counts and the first few names where the weights are of another model.
+    Returns what was not loaded one to one: nothing, except with `adapt`, for a model without classes, or for a plain
+    DeiT or ViT in an Evo-DeiT. InputError with counts and the first few names if the weights are of another model.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source, report)
     where = name if isinstance(source, dict) else str(source)
@@ -229,6 +228,7 @@ def load_weights(
         if note:
             report(f'{where}: {note}')
         state, filled, dropped = _convert(model, found, adapt, resize=adapt)
+        # If nothing differs but the shapes of positions, the weights are of another image size.
         before = {k: v for k, v in _other_shapes(state, expected).items() if not k.startswith(heads)}
         positions = all(POSITIONS.search(key) and len(shape) == expected[key].ndim for key, shape in before.items())
         complete = all(key in state or key.startswith(heads) for key in expected)
@@ -239,15 +239,16 @@ def load_weights(
     except ValueError as error:
         raise InputError(f'{where}: {error}') from error
     if not use_ema and not _has(checkpoint, WEIGHTS) and _has(checkpoint, AVERAGED):
-        report(f'{where} holds averaged weights alone; they are taken')
+        report(f'{where} has only averaged weights; these are loaded')
 
+    # A model without classes has no use for the head of the weights.
     unused = []
     if getattr(model, 'num_classes', None) == 0:
         modules = tuple(f'{head.split(".")[0]}.' for head in heads)
         unused = [k for k in state if k not in expected and k.startswith(modules)]
         state = {k: v for k, v in state.items() if k not in unused}
     if unused:
-        report(f'{where}: the model has no classes; the head of the weights is left out')
+        report(f'{where}: the model has no classes; the head of the weights is not loaded')
     new = _check_fit(model, state, heads, adapt, where)
     unused += [k for k in new if k in state]
     schedule = checkpoint.get('schedule')
@@ -267,23 +268,23 @@ def _has(checkpoint: dict, keys: tuple[str, ...]) -> bool:
 
 
 def _convert(model: nn.Module, state: dict[str, Tensor], adapt: bool, resize: bool):
-    """A state dict with the model's names, the names that were filled with copies, and those that were dropped."""
+    """Return a state dict with the model's names, the names filled with copies, and the names dropped."""
     if hasattr(model, 'convert_state'):
         return model.convert_state(state, resize=resize, finetune=adapt)
     return resize_weights(model, state) if resize else state, [], []
 
 
 def _other_shapes(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a file that the model has in another shape, by name."""
+    """The shapes of tensors that have another shape in the model, by name."""
     return {k: (*v.shape,) for k, v in state.items() if k in expected and v.shape != expected[k].shape}
 
 
 def _check_fit(
     model: nn.Module, state: dict[str, Tensor], heads: tuple[str, ...], adapt: bool, where: str
 ) -> list[str]:
-    """InputError where weights and model differ, but with `adapt` for the heads, whose names begin with one of `heads`.
+    """InputError if weights and model differ; with `adapt`, names that begin with one of `heads` may.
 
-    Returns the names of the model's tensors that stay as they are: of heads that differ.
+    Returns the names of the model's tensors that keep their values: those of heads that differ.
     """
     expected = model.state_dict()
     missing = [k for k in expected if k not in state]
@@ -310,21 +311,16 @@ def _check_fit(
 
 
 def _load_schedule(model: nn.Module, saved: dict, adapt: bool, where: str, report: Report):
-    """Give a model the schedule that weights were trained with, or with `adapt` leave it its own; say what differs."""
+    """Set the schedule that weights were trained with, or with `adapt` keep the model's; report what differs."""
     method = saved.get('method', 'evolve')
-    if not hasattr(model, 'load_schedule') and method != 'evolve':
-        report(f"{where} was trained with {method}, which models.apply(model, '{method}', ...) gives this dense model")
-        return
     if not hasattr(model, 'load_schedule'):
         names = 'keep_ratio', 'stages', 'representative', 'stage_wise'
         arguments = ', '.join(f'{name}={saved.get(name)!r}' for name in names)
-        report(
-            f'{where} was trained with tokens that evolve, and this {type(model).__name__} does not evolve; '
-            f'models.evolve(model, {arguments}) gives it the schedule of then'
-        )
+        call = f'models.evolve(model, {arguments})' if method == 'evolve' else f"models.apply(model, '{method}', ...)"
+        report(f'{where} was trained with {method}, and this {type(model).__name__} does not evolve; see {call}')
         return
     if method != model.method:
-        report(f'{where}: the weights were trained with {method}, and this model has {model.method}, which it keeps')
+        report(f'{where}: the weights were trained with {method}; this model keeps {model.method}')
         return
     before = model.schedule()
     differ = [f'{name} {saved[name]} instead of {value}' for name, value in before.items() if saved[name] != value]
@@ -335,35 +331,35 @@ def _load_schedule(model: nn.Module, saved: dict, adapt: bool, where: str, repor
             model.load_schedule(saved)
         except ValueError as error:
             raise InputError(f'{where}: its schedule does not fit this model: {error}') from error
-        report(f'{where}: the model now evolves as the weights were trained, with {", ".join(differ)}')
+        report(f'{where}: the model now evolves as in training, with {", ".join(differ)}')
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
-    """The names of a model's heads, as timm's configuration has them."""
+    """The names of a model's heads, from its timm configuration."""
     names = (getattr(model, 'default_cfg', None) or {}).get('classifier') or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _report_new_pooling(model: nn.Module, before: str, where: str, report: Report) -> str:
-    """Say, and return, the pooling that came with the weights, where it is not the one from before, else ''."""
+    """Report and return the pooling that came with the weights if it is a new one, else ''."""
     pooling = getattr(model, 'global_pool', '')
     if pooling == before:
         return ''
     read = {'token': 'its class token', 'avg': 'the mean of its patches'}.get(pooling, 'its patches')
     report(
-        f'{where}: {type(model).__name__} now predicts from {read}, which the head of these weights was trained for '
+        f'{where}: {type(model).__name__} now predicts from {read}, on which the head of these weights was trained '
         f"(global_pool '{pooling}', it was '{before}')"
     )
     return pooling
 
 
 def resize_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with positions and the like resized by timm's function for the model's family, if it has one."""
-    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]  # of an evolved model too
+    """Resize positions, and what else depends on the image size, with timm's function for the model's family."""
+    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]  # an evolved model is a subclass of timm's
     adapted = next((module.checkpoint_filter_fn for module in modules if hasattr(module, 'checkpoint_filter_fn')), None)
     if adapted is None:
         return state
     try:
         return adapted(dict(state), model)
-    except Exception as error:  # timm's functions meet any file, and fail in many ways
+    except Exception as error:  # timm's functions raise anything for files of other models
         raise ValueError(f'cannot be adapted to {type(model).__name__}: {error}') from error

@@ -12,6 +12,8 @@ import models
 from models import hub, rivals
 from models.weights import InputError
 
+NANO = 'evo_deit_nano_patch4_32'
+
 
 def logits(model: torch.nn.Module, size: int) -> torch.Tensor:
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -21,16 +23,11 @@ def logits(model: torch.nn.Module, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize(
-    ('name', 'size', 'options', 'attributes'),
+    'name, size, options, attributes',
     [
-        ('evo_deit_nano_patch4_32', 32, dict(num_classes=10), {}),
-        (
-            'evo_deit_nano_patch4_32',
-            64,
-            dict(img_size=64, stages=(2, 5), keep_ratio=(0.6, 0.3)),
-            dict(stage_wise=False),
-        ),
-        ('evo_deit_nano_patch4_32', 32, {}, dict(representative='nearest', keep_ratio=0.3, global_pool='token')),
+        (NANO, 32, dict(num_classes=10), {}),
+        (NANO, 64, dict(img_size=64, stages=(2, 5), keep_ratio=(0.6, 0.3)), dict(stage_wise=False)),
+        (NANO, 32, {}, dict(representative='nearest', keep_ratio=0.3, global_pool='token')),
         ('EvoLeViT_128S', 64, dict(img_size=64, num_classes=7), dict(learned_tradeoff=False, keep_ratio=0.3)),
         ('EvoLeViT_128S', 64, dict(img_size=64, stages=(3, 6), representative='none'), dict(evolving=False)),
     ],
@@ -81,9 +78,11 @@ def test_a_hub_address_is_downloaded_by_timm(tmp_path, monkeypatch):
     """The hub's own downloads are replaced by this folder."""
     model = models.evolve(timm.create_model('test_vit', img_size=64), 0.5)
     hub.save(model, tmp_path)
-    monkeypatch.setattr(
-        'timm.models._hub.hf_hub_download', lambda *names, **_: str(tmp_path / (_.get('filename') or names[-1]))
-    )
+
+    def download(*names, **kwargs):
+        return str(tmp_path / (kwargs.get('filename') or names[-1]))
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', download)
     torch.testing.assert_close(logits(hub.load('hf-hub:somebody/model'), 64), logits(model, 64), rtol=0, atol=0)
 
 
@@ -93,9 +92,8 @@ def test_images_and_classes_are_in_the_configuration(tmp_path):
     hub.save(model, tmp_path, about)
     created = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     config = timm.data.resolve_model_data_config(created)
-    assert (
-        tuple(config['mean']) == (0.5,) * 3 and config['crop_pct'] == 1.0 and tuple(config['input_size']) == (3, 32, 32)
-    )
+    found = tuple(config['mean']), config['crop_pct'], tuple(config['input_size'])
+    assert found == (about['mean'], about['crop_pct'], about['input_size'])
     assert json.loads((tmp_path / 'config.json').read_text())['label_names'] == ['cat', 'dog']
     assert about['classes'] == ['cat', 'dog']
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import models
 from models import huggingface, weights
-from utils import InputError
+from models.weights import InputError
 
 GOLDEN = Path(__file__).parent / 'golden' / 'huggingface.json'
 SIZE = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=12, patch_size=4)
@@ -187,46 +187,6 @@ def golden(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 @pytest.mark.parametrize('name', CASES)
 def test_files_of_transformers_compute_the_same_in_timm(name):
     check(CASES[name], *golden(name))
-
-
-@pytest.mark.parametrize('name', ['ViT', 'DeiT', 'DINOv2, SwiGLU', 'DINOv2, registers'])
-def test_names_in_memory_compute_the_same(name):
-    """As transformers 5 renames a file, without it."""
-    rules = {'attention.attention.query': 'attention.q_proj', 'attention.attention.key': 'attention.k_proj'}
-    rules |= {'attention.attention.value': 'attention.v_proj', 'attention.output.dense': 'attention.o_proj'}
-    rules |= {'intermediate.dense': 'mlp.fc1', 'output.dense': 'mlp.fc2', 'weights_out': 'down_proj'}
-    rules |= {} if 'DINO' in name else {'encoder.layer.': 'layers.'}
-    state, *expected = golden(name)
-    renamed = {}
-    for key, value in state.items():
-        for before, after in rules.items():
-            key = key.replace(before, after)
-        if 'weights_in' in key:
-            gate_up = [key.replace('weights_in', part) for part in ('gate_proj', 'up_proj')]
-            renamed |= zip(gate_up, value.chunk(2), strict=True)
-        else:
-            renamed[key] = value
-    assert renamed.keys() != state.keys()
-    check(CASES[name], renamed, *expected)
-
-
-def test_a_dinov2_equals_its_twin_tensor_for_tensor():
-    """The layout of a published ViT-S/14 that exists in the names of both."""
-    model = timm.create_model('vit_small_patch14_dinov2', img_size=28, depth=12, embed_dim=24, num_heads=2)
-    ours = {key: fill.weight('twin', key, list(value.shape)) for key, value in model.state_dict().items()}
-    theirs = {'embeddings.cls_token': ours['cls_token'], 'embeddings.position_embeddings': ours['pos_embed']}
-    for leaf in ('weight', 'bias'):
-        theirs[f'embeddings.patch_embeddings.projection.{leaf}'] = ours[f'patch_embed.proj.{leaf}']
-        theirs[f'layernorm.{leaf}'] = ours[f'norm.{leaf}']
-        for i in range(12):
-            a, b = f'encoder.layer.{i}', f'blocks.{i}'
-            for part, value in zip(('query', 'key', 'value'), ours[f'{b}.attn.qkv.{leaf}'].chunk(3), strict=True):
-                theirs[f'{a}.attention.attention.{part}.{leaf}'] = value
-            theirs[f'{a}.attention.output.dense.{leaf}'] = ours[f'{b}.attn.proj.{leaf}']
-            theirs |= {f'{a}.{x}.{leaf}': ours[f'{b}.{x}.{leaf}'] for x in ('norm1', 'norm2', 'mlp.fc1', 'mlp.fc2')}
-            theirs |= {f'{a}.layer_scale{x}.lambda1': ours[f'{b}.ls{x}.gamma'] for x in '12'}
-    assert not any(weights.load_weights(model, theirs))
-    assert all(torch.equal(value, ours[key]) for key, value in model.state_dict().items())
 
 
 def test_position_ids_and_prefixes_of_older_files_load():

@@ -713,7 +713,7 @@ def test_an_average_alone_is_evaluated(script, flags, tmp_path):
     for key in ('model_ema', 'state_dict_ema'):
         torch.save({key: state}, tmp_path / 'c.pth')
         printed = script('main_deit', *flags, '--eval', '--resume', tmp_path / 'c.pth')
-        assert 'c.pth holds averaged weights alone; they are taken' in printed and '(30 images)' in printed
+        assert 'c.pth has only averaged weights; these are loaded' in printed and '(30 images)' in printed
     torch.save({'ema': state}, tmp_path / 'c.pth')
     with pytest.raises(InputError, match='c.pth: expected weights, tensors by name; found ema'):
         script('main_deit', *flags, '--eval', '--resume', tmp_path / 'c.pth')

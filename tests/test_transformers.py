@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import re
-import sys
 from functools import partial
 
 import pytest
@@ -133,7 +132,7 @@ def test_it_computes_what_timm_does(name, representative):
     models.evolve(model, (0.7, 0.3), representative=representative)
     models.evolve(other, (0.7, 0.3), representative=representative)
     out, selection = forward_with_selection(model, images(), output_hidden_states=True)
-    tokens, selections, grids = other.evolve(images(), range(6))
+    tokens, selections, grids = other.forward_blocks(images(), range(6))
     assert {key: kept.shape for key, kept in selection.items()} == {'blocks.2': (2, 44), 'blocks.4': (2, 19)}
     for key, kept in selection.items():
         assert torch.equal(kept, selections[key].kept.sort(1).values)
@@ -363,7 +362,7 @@ TINY = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermed
     'name, config, reason',
     [
         ('Siglip2VisionModel', TINY, 'masks the padding of images of several sizes'),
-        ('BeitModel', TINY | dict(image_size=32), 'adds biases over pairs of places'),
+        ('BeitModel', TINY | dict(image_size=32), 'adds relative position biases'),
         ('SwinModel', dict(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1]), 'attends in windows'),
         ('CLIPTextModel', TEXT, 'found none in CLIPTextModel'),
         ('BertModel', TINY | dict(vocab_size=9), 'found none in BertModel'),
@@ -401,15 +400,6 @@ def test_rivals_are_refused_and_models_that_were_not_evolved_select_nothing():
         models.apply(model, 'drop')
     with pytest.raises(ValueError, match='expected an evolved model, found ViTModel'):
         forward_with_selection(model, images())
-
-
-def test_another_version_of_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'models.transformers_vit', None)  # its import fails
-    monkeypatch.delattr(models, 'transformers_vit')
-    with pytest.raises(ValueError, match=r"pip install 'evo-vit\[transformers\]'"):
-        models.evolve(create('ViTModel'))
-    with pytest.raises(ValueError, match="AutoModel.from_pretrained.'facebook/dinov2-small'"):
-        models.evolve('facebook/dinov2-small')
 
 
 # --- documentation

@@ -175,7 +175,7 @@ def test_clusters_are_those_of_the_model(name):
     height, width = getattr(model, 'img_size', None) or model.patch_embed.img_size
     images = torch.randn(2, 3, height, width)
     with torch.inference_mode():
-        predictions, selections = visualize.predict(model, images, [None, None]), model.evolve(images)[1]
+        predictions, selections = visualize.predict(model, images, [None, None]), model.forward_blocks(images)[1]
         expected = model(images).softmax(1)
     for i, prediction in enumerate(predictions):
         np.testing.assert_allclose(prediction.probabilities, expected[i], atol=1e-6)

@@ -11,10 +11,10 @@ from conftest import images, without_gradient
 from conftest import small_vit as dense
 from timm.models import VisionTransformer
 from timm.models._features import FeatureGetterNet
-from torch import Tensor, nn
+from torch import nn
 
 from measure.costs import count_gmacs
-from models import evolution, rivals, vit
+from models import evolution, vit
 
 NAMES = [
     'vit_tiny_patch16_224',
@@ -75,11 +75,6 @@ def test_the_interface_stays_and_the_tokens_evolve(pair, representative):
         assert (kept.diff() > 0).all() and kept.min() >= 0 and kept.max() < 25
 
     assert count_gmacs(evolved, [x]) < 0.95 * count_gmacs(model, [x])
-    half = copy.deepcopy(evolved).bfloat16()
-    with torch.no_grad():
-        found, expected = half(x.bfloat16()).float(), logits
-    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.9
-
     evolved.train().zero_grad()
     evolved(x).square().sum().backward()
     assert without_gradient(evolved) == []
@@ -88,24 +83,6 @@ def test_the_interface_stays_and_the_tokens_evolve(pair, representative):
     for other in (copy.deepcopy(evolved), pickle.loads(pickle.dumps(evolved))):
         with torch.no_grad():
             assert torch.equal(other(x), logits)
-
-
-@pytest.mark.parametrize('stage_wise', [True, False])
-def test_both_schedules(stage_wise):
-    model = vit.evolve(dense(), 0.5, stages=(2, 4), stage_wise=stage_wise)
-    names = ['blocks.2', 'blocks.4'] if stage_wise else ['blocks.2', 'blocks.3', 'blocks.4']
-    assert list(model.forward_with_selection(images(model))[1]) == names
-
-
-def test_intermediates_are_the_tokens_on_the_way():
-    model = vit.evolve(dense(depth=6), (0.7, 0.3))
-    x = images(model)
-    with torch.no_grad():
-        tokens, outputs = model.forward_intermediates(x, output_fmt='NLC')
-        torch.testing.assert_close(tokens, model.forward_features(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model.norm(model.evolve(x)[0])[:, 1:], model.norm(outputs[-1]), rtol=1e-4, atol=1e-5)
-        early = model.forward_intermediates(x, [1, 2], stop_early=True, intermediates_only=True, output_fmt='NLC')
-    assert [torch.equal(a, b) for a, b in zip(early, outputs[1:3], strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize('output_fmt', ['NCHW', 'NLC'])
@@ -138,18 +115,14 @@ def test_logits_have_gradients_by_grids(output_fmt):
 def test_timms_ways_of_changing_a_model():
     model = vit.evolve(dense(), (0.7, 0.3))
     x = images(model)
-    expected = model(x)
-    model.set_grad_checkpointing()
-    loss = model.train()(x)
-    torch.testing.assert_close(loss, expected)
-    loss.sum().backward()
-    model.set_grad_checkpointing(False)
     model.reset_classifier(3)
     assert model.eval()(x).shape == (2, 3)
     model.set_input_size((96, 64))
     assert model.forward_features(torch.randn(1, 3, 96, 64)).shape == (1, 25, 192)
     vit.evolve(model, (0.9, 0.5), stages=(1, 4))  # again, with another schedule
     assert model.first_blocks == (1, 4) and model.keep_ratio == (0.9, 0.5)
+    vit.evolve(model, 0.5, stages=(2, 4), stage_wise=False)
+    assert list(model.forward_with_selection(torch.randn(1, 3, 96, 64))[1]) == [f'blocks.{i}' for i in (2, 3, 4)]
     dynamic = vit.evolve(dense(dynamic_img_size=True), (0.7, 0.3))
     assert dynamic.forward_features(torch.randn(1, 3, 96, 64)).shape == (1, 25, 192)
     features = FeatureGetterNet(vit.evolve(dense(), (0.7, 0.3)), out_indices=[1, 3])
@@ -217,14 +190,6 @@ def test_a_refused_schedule_changes_nothing():
     assert vit.evolve(model, (0.7, 0.3)).schedule() == before and torch.equal(model(x), expected)
 
 
-def test_two_equal_images_of_a_batch_give_equal_results():
-    model = vit.evolve(dense(), (0.7, 0.3))
-    x = images(model, 1)
-    with torch.no_grad():
-        out = model(torch.cat([x, torch.randn_like(x), x]))
-    assert torch.equal(out[0], out[2])
-
-
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'eva02_tiny_patch14_224'])
 def test_half_precision(name):
     """Rounding changes logits a little, but may change which of two equally good patches is selected."""
@@ -277,41 +242,3 @@ def test_models_with_few_blocks(depth):
     if depth == 2:
         assert list(vit.evolve(model, 0.5, stages=[1]).forward_with_selection(x)[1]) == ['blocks.1']
     torch.testing.assert_close(vit.evolve(model, 1, stages=[])(x), expected)
-
-
-@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'eva02_tiny_patch14_224', 'evo_deit_nano_patch4_32'])
-def test_checkpointing_runs_blocks_again(name):
-    if name.startswith('evo'):
-        model = timm.create_model(name, img_size=16, embed_dim=32, depth=6)
-    else:
-        model = vit.evolve(dense(name), (0.7, 0.3), representative='nearest')
-    check_recomputation(model.train(), [block.mlp for block in model.blocks], images(model, 4))
-
-
-@pytest.mark.parametrize('method', rivals.METHODS)
-def test_checkpointing_runs_blocks_of_rivals_again(method):
-    model = rivals.apply(dense(), method).train()
-    check_recomputation(model, [block.mlp for block in model.blocks], images(model, 4))
-
-
-def check_recomputation(model: nn.Module, layers: list[nn.Module], x: Tensor):
-    """With gradient checkpointing each layer runs twice a step, and less is kept for the backward pass."""
-    runs, kept = [], []
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: runs.append(1))  # running again ends before the last layer does
-    for checkpointing in (False, True):
-        model.set_grad_checkpointing(checkpointing)
-        runs.clear()
-        sizes = {}
-
-        def pack(tensor: Tensor, sizes: dict = sizes) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model(x)
-        kept.append(sum(sizes.values()))
-        assert len(runs) == len(layers)
-        sum(head.square().sum() for head in (out if isinstance(out, tuple) else [out])).backward()
-        assert len(runs) == len(layers) * (1 + checkpointing)
-    assert kept[1] < 0.8 * kept[0], kept

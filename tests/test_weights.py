@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed
 
 import models
 from models import weights
-from utils import InputError
+from models.weights import InputError
 
 
 @pytest.fixture
@@ -28,14 +28,11 @@ def saved(tmp_path):
     return path
 
 
-def test_published_files_with_a_namespace_load(tmp_path):
+def test_files_of_the_original_with_a_namespace_load(tmp_path):
     arguments = argparse.Namespace(lr=0.1, output_dir=pathlib.PosixPath('a'), nested=argparse.Namespace(x=[1, None]))
+    content = {'model': {'w': torch.ones(2)}, 'args': arguments}
     for zipped in (True, False):
-        torch.save(
-            {'model': {'w': torch.ones(2)}, 'args': arguments},
-            tmp_path / 'p.pth',
-            _use_new_zipfile_serialization=zipped,
-        )
+        torch.save(content, tmp_path / 'p.pth', _use_new_zipfile_serialization=zipped)
         assert weights.read_checkpoint(tmp_path / 'p.pth')['args'] == arguments
 
 
@@ -255,7 +252,7 @@ def test_the_schedule_of_a_checkpoint_comes_with_its_weights(make, tmp_path, cap
     models.load_weights(model, path)
     assert model.schedule() == trained.schedule() and torch.equal(model(x), trained(x))
     printed = capsys.readouterr().out
-    assert printed.count('\n') == 1 and f'{path}: the model now evolves as the weights were trained' in printed
+    assert printed.count('\n') == 1 and f'{path}: the model now evolves as in training' in printed
     assert f'keep_ratio [0.75, 0.25] instead of {list(make().keep_ratio)}' in printed
     assert 'stage_wise False instead of True' in printed
     models.load_weights(model, path)
@@ -290,7 +287,7 @@ def test_the_schedule_of_another_method_is_not_taken_for_evolution(capsys):
         before = model.schedule()
         models.load_weights(model, checkpoint)
         assert model.schedule() == before
-        assert f'the weights were trained with {method}, and this model has evolve' in capsys.readouterr().out
+        assert f'the weights were trained with {method}; this model keeps evolve' in capsys.readouterr().out
         models.load_weights(models.apply(evolved(), method), checkpoint)
         assert not capsys.readouterr().out
         dense = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=6, embed_dim=48, num_classes=10)
@@ -318,7 +315,7 @@ def test_a_model_without_classes_takes_weights_with_a_head(name, kwargs, capsys)
     unused = set(trained.state_dict()) - set(features.state_dict())
     assert set(loaded.dropped) == unused and unused and not loaded.missing
     printed = capsys.readouterr().out
-    assert printed.count('\n') == 1 and 'the model has no classes; the head of the weights is left out' in printed
+    assert printed.count('\n') == 1 and 'the model has no classes; the head of the weights is not loaded' in printed
     assert torch.equal(features.state_dict()[key := next(iter(trained.state_dict()))], trained.state_dict()[key])
     other = timm.create_model('resnet18', num_classes=10).state_dict()
     with pytest.raises(InputError, match='not expected'):
