@@ -47,8 +47,8 @@ class StepCheck:
         """Take the loss of a step; InputError in all processes if that of any process is not finite."""
         self.check_last()
         reports, copied = utils.all_gather(torch.stack([loss, torch.full_like(loss, bool(self.received))])), None
-        if self.delayed:
-            reports = torch.empty_like(reports, device='cpu', pin_memory=True).copy_(reports, non_blocking=True)
+        if reports.is_cuda:
+            reports = reports.to('cpu', non_blocking=True)  # into pinned memory, without waiting
             copied = torch.cuda.current_stream().record_event()
         self.pending = reports, copied, place
         if not self.delayed:
