@@ -654,6 +654,16 @@ def test_row_16_evaluation_over_processes(in_group, ranks):
             assert many['loss'] == pytest.approx(one['loss'], rel=1e-6), case
 
 
+@pytest.mark.parametrize('ranks', range(1, 9))
+def test_row_16_up_to_eight_ranks(monkeypatch, ranks):
+    for case in CASES:
+        one, parts = evaluate_shard(*case, 0, 1), []
+        with monkeypatch.context() as patch:
+            patch.setattr(utils, 'all_sum', lambda values, parts=parts: (parts.append(values), sum(parts))[1])
+            many = [evaluate_shard(*case, rank, ranks) for rank in range(ranks)][-1]
+        assert many == pytest.approx(one, rel=1e-6) and many['acc1'] == one['acc1'], case
+
+
 def test_row_17_batch_size_of_evaluation():
     results = [evaluate_shard(30, batch, 0, 1) for batch in (1, 4, 7, 30)]
     assert len({(r['acc1'], r['acc5']) for r in results}) == 1
@@ -756,6 +766,16 @@ def test_row_10_by_every_flag(script, image_folder, tmp_path, kind, name, flags)
     assert not proof.exists()
 
 
+@pytest.mark.parametrize('size', [(3000, 1), (12, 1300), (9000, 8000)])
+def test_row_21_huge_images_are_refused_undecoded(tmp_path, size, monkeypatch):
+    path = tmp_path / 'a.png'
+    Image.new('1', size).save(path)
+    for name in ('load', 'convert', 'draft'):
+        monkeypatch.setattr(ImageFile.ImageFile, name, lambda *args: pytest.fail('it was decoded'))
+    with pytest.raises(InputError, match=f'{path}.*{size[0]} x {size[1]}'):
+        datasets.load_image(path)
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_row_20_broken_training_images_are_tolerated_on_request(image_folder, tmp_path, script, capfd, workers):
     root = tmp_path / 'images'
@@ -776,6 +796,15 @@ def test_row_20_broken_training_images_are_tolerated_on_request(image_folder, tm
     (root / 'val' / 'class0' / '0.png').write_bytes(b'')
     with pytest.raises(InputError, match=f'{root}/val/class0/0.png'):
         script('main_deit', *flags, '--max-broken-images', 2)
+
+
+def test_row_22_exif_turns_pictures_and_not_evaluation(tmp_path):
+    visualize = pytest.importorskip('visualize')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('L', (40, 30)).save(tmp_path / 'turned.jpg', exif=exif)
+    upright, read = visualize.load_upright(tmp_path / 'turned.jpg'), datasets.load_image(tmp_path / 'turned.jpg')
+    assert (upright.size, read.size) == ((30, 40), (40, 30)) and upright.mode == read.mode == 'RGB'
 
 
 def test_row_24_one_line_says_what_a_file_is(tmp_path):

@@ -60,7 +60,7 @@ def test_a_device_that_is_not_there(wanted):
         utils.pick_device(wanted, 0)
 
 
-def test_constraints_pin_every_requirement_within_its_range():
+def test_row_42_constraints_pin_every_requirement_within_its_range():
     pins = dict(line.split('==') for line in (ROOT / 'constraints.txt').read_text().splitlines() if line[0] != '#')
     requirements = [Requirement(line) for name in ('requirements.txt', 'requirements-dev.txt')
                     for line in (ROOT / name).read_text().splitlines() if line[0] not in '#-']  # fmt: skip
