@@ -245,11 +245,7 @@ def train_one_epoch(
 
 
 def prepare_batches(
-    batches: Iterable[tuple[Tensor, Tensor]],
-    mixup: Mixup | None,
-    device: torch.device,
-    channels_last: bool,
-    key: tuple[int, int, int],
+    batches: Iterable, mixup: Mixup | None, device: torch.device, channels_last: bool, key: tuple[int, int, int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Move batches to the device and mix them. `key` is (seed, epoch, step).
 
@@ -286,12 +282,9 @@ def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable, name: str
         count += len(targets)
         # By the clock: most evaluations between epochs need no line, a slow one on a CPU needs several.
         if (now := time.perf_counter()) - reported > PROGRESS_SECONDS:
-            done, reported = step / len(loader), now
-            left, speed = timedelta(seconds=max(round((now - started) * (1 / done - 1)), 0)), count / (now - started)
-            print_rank0(
-                f'{name}: [{step:>{len(str(len(loader)))}}/{len(loader)}]  '
-                f'{speed * utils.world_size():.1f} img/s  eta: {left}'
-            )
+            reported, speed = now, count * utils.world_size() / (now - started)
+            left = timedelta(seconds=round((now - started) / step * (len(loader) - step)))
+            print_rank0(f'{name}: [{step:>{len(str(len(loader)))}}/{len(loader)}]  {speed:.1f} img/s  eta: {left}')
     # Processes may have one image more or less than others, so sums and counts are added, not means.
     top1, top5, loss, count = utils.all_sum(torch.cat([sums, sums.new_tensor([count])])).tolist()
     results = {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count}

@@ -91,15 +91,16 @@ class Criterion(nn.Module):
     def forward(self, images: Tensor, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
         """Mean loss; images (B, 3, H, W), logits (B, classes) or a named tuple, targets (B,) or (B, classes)."""
         heads = outputs._asdict() if hasattr(outputs, '_asdict') else {'head': outputs}
-        heads = {name: _full_precision(logits) for name, logits in heads.items()}
+        heads = {name: _full_precision(logits) for name, logits in heads.items()}  # a loss in bf16 has 3 digits
         distilled = [logits for name, logits in heads.items() if name.endswith('_dist')] or list(heads.values())
         labelled = [logits for name, logits in heads.items() if self.teacher is None or not name.endswith('_dist')]
+        # Mixup gives soft labels (B, classes), which it has smoothed; integer labels are smoothed here.
         label_loss = self.soft_label_loss if targets.is_floating_point() else self.label_loss
         base = _mean(label_loss(logits, targets) for logits in labelled)
         if self.teacher is None:
             return base
         with torch.no_grad(), self.teacher_autocast():
-            teacher_logits = _full_precision(self.teacher(images))
+            teacher_logits = _full_precision(self.teacher(images))  # once for all heads
         if self.hard:
             teaching = _mean(F.cross_entropy(logits, teacher_logits.argmax(1)) for logits in distilled)
         else:
@@ -130,11 +131,7 @@ class Renormalize(nn.Module):
 
 
 def build_criterion(
-    args: argparse.Namespace,
-    config: DataConfig,
-    num_classes: int,
-    device: torch.device,
-    label_smoothing: float = 0.0,
+    args: argparse.Namespace, config: DataConfig, num_classes: int, device: torch.device, label_smoothing: float = 0.0
 ) -> Criterion:
     """Build the criterion from flags and load its teacher; InputError if the teacher's weights do not fit.
 
@@ -151,6 +148,7 @@ def build_criterion(
         if num_classes == 1000:
             advice = f'the original teacher, regnety_160 for ImageNet, is at {ORIGINAL_TEACHER}'
         raise InputError(f'teacher, --teacher-model and --teacher-path: {error}\n{advice}') from error
+    # The loader normalizes for the student; a teacher that was trained otherwise would be wrong without an error.
     cfg = models.published_cfg(args.teacher_model)
     if (cfg.mean, cfg.std) != (config.mean, config.std):
         print_rank0(f'teacher: its images are normalized with mean {cfg.mean}, std {cfg.std}, as in its training')
@@ -165,6 +163,5 @@ def build_criterion(
         f'teacher: {args.teacher_model}, {args.distillation_type} distillation, alpha {args.distillation_alpha}'
         + (f', in {precision}' if precision else '')
     )
-    hard = args.distillation_type != 'soft'
-    alpha, tau = args.distillation_alpha, args.distillation_tau
+    hard, alpha, tau = args.distillation_type != 'soft', args.distillation_alpha, args.distillation_tau
     return Criterion(label_smoothing, teacher, hard, alpha, tau, autocast, args.bce_loss)

@@ -106,7 +106,7 @@ def prepare_output_dir(args: argparse.Namespace) -> RunFolder:
         raise InputError(f'--output_dir {path.absolute()} cannot be written to: {error}') from error
     existing = (*checkpoint.list_checkpoints(path), *path.glob('best_checkpoint.pth'), *path.glob('log.txt'))
     existing += tuple(path.glob('tensorboard/events.*'))
-    # Resuming from a checkpoint of another folder starts a new run here, unless a launcher restarted this very job.
+    # A checkpoint of another folder starts a new run here. After a restart by the launcher, this run wrote the folder.
     elsewhere = weights.is_url(args.resume) or Path(args.resume).resolve().parent != path.resolve()
     continues = args.auto_resume or (args.resume and (not elsewhere or utils.restarts()))
     if continues and args.overwrite and not utils.restarts():

@@ -103,12 +103,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if complete else super()._get_help_string(action)
 
 
-def between(low: float = -math.inf, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+def between(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
     """The `type` of a flag: a finite number from `low` to `high`, both included."""
-    if math.isfinite(high):
-        expected = f'a number from {low:g} to {high:g}'
-    else:
-        expected = f'{low:g} or more' if math.isfinite(low) else 'a finite number'
+    expected = f'a number from {low:g} to {high:g}' if math.isfinite(high) else f'{low:g} or more'
 
     def number(text: str) -> float:
         value = kind(text)
