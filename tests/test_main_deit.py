@@ -589,9 +589,12 @@ def test_a_plain_vit_is_evaluated_from_its_class_token(script, flags, tmp_path, 
 def test_a_plain_vit_is_evaluated_evolved(script, flags, tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(engine, 'PROGRESS_SECONDS', 0)
-    model = ['--model', 'deit_tiny_patch16_224', '--input-size', 224]
-    torch.save(timm.create_model(model[1], num_classes=4).state_dict(), tmp_path / 'w.pth')
-    evaluate = [*flags, *model, '--eval', '--resume', tmp_path / 'w.pth']
+    model = timm.create_model('deit_tiny_patch16_224', num_classes=4)
+    for p in model.parameters():
+        p.data += 0.03 * torch.randn_like(p)
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    evaluate = [*flags, '--model', 'deit_tiny_patch16_224', '--input-size', 224, '--eval']
+    evaluate += ['--resume', tmp_path / 'w.pth']
     plain = re.search(r'\* Acc@1 .*', script('main_deit', *evaluate))[0]
     printed = script('main_deit', *evaluate, '--evolve', '--keep-ratio', 1)
     assert 'weights of a plain ViT' in printed and plain in printed
