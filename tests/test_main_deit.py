@@ -125,16 +125,16 @@ def test_learning_rates_are_the_published_ones(row):
 
 
 @pytest.mark.parametrize(
-    'epochs, warmup, says',
-    [(5, 5, 'only reaches 0.0003, not 0.0005; use --warmup-epochs 0'), (20, 40, 'use --warmup-epochs 2'),
-     (2, 1, 'only reaches 1e-06'), (7, 5, ''), (5, 0, '')],
-)  # fmt: skip
+    'epochs, warmup, says', [(5, 5, 'only reaches 0.0003, not 0.0005'), (20, 40, ''), (7, 5, None)]
+)
 def test_a_warmup_that_outlasts_the_run_is_said(capsys, epochs, warmup, says):
     state = new_state('--epochs', epochs, '--warmup-epochs', warmup)
-    printed = capsys.readouterr().out
-    assert says in printed if says else 'warning' not in printed
+    assert (f'warning: --warmup-epochs {warmup} takes all' in (printed := capsys.readouterr().out)) == (
+        says is not None
+    )
+    assert (says or '') in printed
     # Of 7 epochs with 5 of warm-up, one has 0.8 of the rate.
-    assert (max(rates_by_epoch(state, epochs)) < 0.8 * 5e-4) == bool(says)
+    assert (max(rates_by_epoch(state, epochs)) < 0.8 * 5e-4) == (says is not None)
 
 
 def test_the_schedule_on_updates_has_a_rate_for_each_step():
@@ -160,28 +160,15 @@ def test_the_default_precision_is_the_fastest_safe_one(monkeypatch, capability, 
     for recipe, expected in ((main_levit.RECIPE, levit), (main_deit.RECIPE, deit)):
         args = arguments('--resume', 'c.pth', recipe=recipe)
         assert engine.pick_precision(args.precision, device, args.amp) == expected
-        # A run with TF32 is evaluated anywhere, where there is none in plain float32.
-        for trained, evaluated in ((None, 'fp32'), ('bf16', 'bf16'), ('tf32', 'tf32' if levit == 'tf32' else 'fp32')):
+        # A run with TF32 is evaluated anywhere, in plain float32 if need be.
+        for trained, evaluated in ((None, 'fp32'), ('bf16', 'bf16'), ('tf32', levit)):
             restored = checkpoint.restore_model_args(args, {'args': {'precision': trained}})
             assert engine.pick_precision(restored.precision, device, restored.amp) == evaluated
-        assert engine.pick_precision('fp32', device, args.amp) == 'fp32', 'asked for'
     if levit == 'tf32':
         assert engine.pick_precision('tf32', device) == 'tf32'
     else:
         with pytest.raises(InputError, match='tf32: expected an NVIDIA GPU since Ampere, found .*use fp32'):
             engine.pick_precision('tf32', device)
-
-
-@pytest.mark.filterwarnings('error')
-def test_tf32_is_a_switch_of_products_and_convolutions():
-    try:
-        for precision, matmul in (('tf32', 'high'), ('bf16', 'highest'), ('fp32', 'highest')):
-            engine.set_backends(precision, torch.device('cpu'))
-            assert torch.get_float32_matmul_precision() == matmul
-            # The compiler reads these older names.
-            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == 'tf32')
-    finally:
-        engine.set_backends('fp32', torch.device('cpu'))
 
 
 # --- training and resuming
@@ -337,17 +324,14 @@ def test_accumulated_batches_are_one_large_batch(script, flags, tmp_path):
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    'name, script_name', [('evo_deit_nano_patch4_32', 'main_deit'), ('EvoLeViT_128S', 'main_levit')]
-)
-def test_channels_last_trains_to_the_same_weights(script, flags, tmp_path, name, script_name):
+@pytest.mark.parametrize('name', ['evo_deit_nano_patch4_32', 'EvoLeViT_128S'])
+def test_channels_last_trains_to_the_same_weights(script, flags, tmp_path, name):
     torch.manual_seed(0)
     torch.save(timm.create_model('regnety_002', num_classes=4).state_dict(), tmp_path / 't.pth')
-    own = ['--model', name, '--input-size', 32 if 'nano' in name else 64, '--epochs', 1, '--opt', 'sgd', '--lr', 0.1]
+    own = ['--model', name, '--input-size', 64, '--epochs', 1, '--opt', 'sgd', '--lr', 0.1, '--warmup-lr', 0.01]
     distil = ['--distillation-type', 'soft', '--teacher-model', 'regnety_002', '--teacher-path', tmp_path / 't.pth']
-    more = ['--warmup-lr', 0.01, '--output_dir']
     for folder, last in (('contiguous', []), ('last', ['--channels-last'])):
-        script(script_name, *flags, *own, *distil, *last, *more, tmp_path / folder)
+        script('main_deit', *flags, *own, *distil, *last, '--output_dir', tmp_path / folder)
     one, two = (weights.read_checkpoint(tmp_path / folder / 'checkpoint.pth') for folder in ('contiguous', 'last'))
     for part in ('model', 'model_ema'):
         for key, value in one[part].items():
@@ -373,15 +357,6 @@ def test_a_compiled_model_trains_to_the_same_weights(script, flags, tmp_path, mo
 def test_half_precision_trains(script, flags, precision):
     more = ['--clip-grad', 1, '--grad-accum-steps', 2, '--batch-size', 8]
     assert f'cpu, {precision}' in script('main_deit', *flags, '--epochs', 1, '--precision', precision, *more)
-
-
-def test_a_photograph_size_trains(script, flags, image_folder, tmp_path):
-    for split, count in (('train', 2), ('val', 1)):
-        (folder := tmp_path / split / 'only').mkdir(parents=True)
-        for path in sorted((image_folder / split).rglob('*.png'))[:count]:
-            shutil.copy(path, folder)
-    small = ['--model', 'evo_deit_small_patch16_224', '--input-size', 224, '--batch-size', 2, '--data-path', tmp_path]
-    assert 'loss: ' in script('main_deit', *flags, *small, '--epochs', 1)
 
 
 def test_models_that_are_not_ours_train_and_have_no_stages(script, flags):
@@ -514,11 +489,9 @@ def test_a_fitted_schedule_is_saved_and_comes_back(script, flags, image_folder, 
     assert kept in script('main_deit', *evaluate)
     refit = [*evaluate, '--evolve', '--fit-schedule', image_folder / 'val']
     assert '30 images choose --stages 2 4 --keep-ratio 0.9 0.8' in script('main_deit', *refit)
-    (tmp_path / 'empty').mkdir()
     for wrong, message in (
         ([*fit_flags, '--keep-ratio', 0.5], '--fit-schedule needs --evolve, and no --keep-ratio'),
-        (fit_flags[1:], '--fit-schedule needs --evolve'),
-        (['--evolve', '--fit-schedule', tmp_path / 'empty', *fit_flags[-2:]], 'found 0 in'),
+        (['--evolve', '--fit-schedule', tmp_path / 'run', *fit_flags[-2:]], 'found 0 in'),
     ):
         with pytest.raises(InputError, match=message):
             script('main_deit', *small, '--overwrite', *wrong)
@@ -666,17 +639,14 @@ def test_an_evaluation_writes_its_results(script, flags, tmp_path, trained_run):
     path, source = tmp_path / 'results.json', trained_run / 'checkpoint.pth'
     script('main_deit', *flags, '--eval', '--resume', source, '--results-file', path)
     results, log = json.loads(path.read_text()), read_log(trained_run)[-1]
-    assert (results['method'], results['schedule']['keep_ratio']) == ('evolve', [0.5, 0.5])
-    assert [results[name] for name in ('acc1', 'acc5', 'loss')] == [log[f'test_{n}'] for n in ('acc1', 'acc5', 'loss')]
+    assert results['schedule']['keep_ratio'] == [0.5, 0.5] and 0 < results['gmacs'] < 1
     expected = dict(
         model='evo_deit_nano_patch4_32', checkpoint=str(source), images=30, input_size=32, precision='fp32', ema=False,
-        selection='stage-wise', fused=False, parameters=log['n_parameters'],
+        method='evolve', selection='stage-wise', fused=False, parameters=log['n_parameters'], acc1=log['test_acc1'],
+        acc5=log['test_acc5'], loss=log['test_loss'],
     )  # fmt: skip
     assert {name: results[name] for name in expected} == expected
     assert results['versions'].keys() == {'python', 'torch', 'torchvision', 'timm'}
-    # Half of the patches, from the fifth block on: fewer GMACs than with all of them.
-    script('main_deit', *flags, '--eval', '--resume', source, '--results-file', path, '--keep-ratio', 1)
-    assert 0 < results['gmacs'] < json.loads(path.read_text())['gmacs'] < 1
 
 
 def test_results_say_which_method_they_are_of(script, flags, tmp_path):
