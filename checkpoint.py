@@ -325,7 +325,10 @@ def _refuse_change(message: str, what: str, accept: bool):
 def saved_flags(content: dict) -> dict:
     """The flags of the training. Original checkpoints hold a Namespace with other flags, and bare weights nothing."""
     flags = content.get('args')
-    return dict(flags) if isinstance(flags, dict) else {}
+    flags = dict(flags) if isinstance(flags, dict) else {}
+    if 'evolve' in flags:  # version 0.2 had no --method
+        flags['method'] = 'evolve' if flags.pop('evolve') else None
+    return flags
 
 
 def saved_model(content: dict) -> str | None:

@@ -520,6 +520,8 @@ def test_another_method_begins_with_its_own_schedule():
     assert restored.model_kwargs == {'depth': 9}
     args.method = 'evolve'
     assert checkpoint.restore_model_args(args, {'args': trained}).stages == [4, 8]
+    args.method = None
+    assert checkpoint.restore_model_args(args, {'args': {'evolve': True}}).method == 'evolve'  # of version 0.2
 
 
 @pytest.mark.parametrize('args', ['dict', 'Namespace', 'arch'])
