@@ -298,7 +298,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError | RuntimeError):  # torch reports a full disk as a RuntimeError
-            raise InputError(f'{path} could not be written; the old file is intact: {error}') from error
+            raise InputError(f'{path} could not be written; the old file, if any, is intact: {error}') from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)  # the new name must reach the disk too
     try:
