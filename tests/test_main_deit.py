@@ -606,7 +606,7 @@ def test_weights_alone_start_training_and_are_evaluated(script, flags, tmp_path,
     for key in ('model_ema', 'state_dict_ema'):
         torch.save({key: state}, tmp_path / 'c.pth')
         printed = script('main_deit', *evaluate, tmp_path / 'c.pth')
-        assert 'c.pth holds averaged weights alone' in printed and '(30 images)' in printed
+        assert 'averaged weights' in printed and '(30 images)' in printed
     torch.save({'ema': state}, tmp_path / 'c.pth')
     with pytest.raises(InputError, match='c.pth: expected weights, tensors by name; found ema'):
         script('main_deit', *evaluate, tmp_path / 'c.pth')
