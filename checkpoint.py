@@ -1,4 +1,4 @@
-"""The state of a run: saved, to go on exactly from, and to evaluate."""
+"""The state of a run on disk: saving it, resuming from it exactly, and getting a model back for evaluation."""
 
 import argparse
 import math
@@ -19,54 +19,50 @@ from image_data.files import load_image
 from models import weights
 from utils import InputError, at_least, print_rank0
 
-# Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
+# Flags that may differ when a run is resumed; True: the run still continues bit for bit.
 MAY_CHANGE = dict.fromkeys(
     'output_dir resume auto_resume overwrite accept_changes finetune pretrained eval eval_ema save_interval_steps '
     'keep_checkpoints results_file tensorboard fit_schedule'.split(),
     True,
 )
-# Flags that older checkpoints do not name, with what held then.
-NEWER_FLAGS = {'layer_decay': None, 'bce_loss': False, 'mixup_off_epoch': 0, 'method': None, 'model_kwargs': None}
-# With another one of these, the steps that were done of an epoch saw other images.
+# If one of these differs, the finished steps of an interrupted epoch saw other images than it would now.
 ORDER_OF_IMAGES = {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug', 'seed', 'train_images'}
-# States of optimizers that have the shape of their parameter, or are one number.
-MOMENTS = {'exp_avg', 'exp_avg_sq', 'momentum_buffer'}
-# Flags of the model that an evaluation takes from the training, besides those of the images.
-SCHEDULE_FLAGS = 'stages', 'keep_ratio', 'representative', 'merge_r'  # of one method, and of no other
+# Flags that evaluation takes from the checkpoint, with those of the images. The schedule belongs to one method.
+SCHEDULE_FLAGS = 'stages', 'keep_ratio', 'representative', 'merge_r'
 MODEL_FLAGS = 'model', 'method', *SCHEDULE_FLAGS, 'model_kwargs'
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Flags of what is kept, of resuming from it, and of evaluating it."""
+    """Add the flags of saving, resuming and evaluating."""
     add = parser.add_argument_group('checkpoints').add_argument
-    add('--output_dir', default='', metavar='PATH', help='for checkpoints and the log; nothing is written without')
-    add('--resume', default='', metavar='PATH', help='checkpoint (path or URL) to resume from, or to evaluate')
-    add('--auto-resume', action='store_true', help='resume from the newest good one in --output_dir, if any')
-    add('--overwrite', action='store_true', help='start over where --output_dir holds another run')
-    add('--accept-changes', action='store_true', help='resume although flags differ; the new ones count')
-    add('--finetune', default='', metavar='PATH', help='weights to start from; another head or image size is adapted')
-    add('--eval', action='store_true', help='evaluate --resume and stop')
-    add('--eval-ema', action='store_true', help='evaluate the EMA of the weights (in training: also the EMA)')
-    add('--results-file', default='', metavar='PATH', help='with --eval: a JSON file for the results')
-    add('--tensorboard', action='store_true', help='training: the log for TensorBoard too (pip install .[logging])')
-    add('--save-interval-steps', type=at_least(0), default=0, metavar='N', help='save every N steps too (0: not)')
+    add('--output_dir', default='', metavar='PATH', help='folder for checkpoints and log; without it none are written')
+    add('--resume', default='', metavar='PATH', help='checkpoint (path or URL) to resume or evaluate')
+    add('--auto-resume', action='store_true', help='resume from the newest intact checkpoint in --output_dir, if any')
+    add('--overwrite', action='store_true', help='start over, replacing the run in --output_dir')
+    add('--accept-changes', action='store_true', help='resume with changed flags; the new values count')
+    add('--finetune', default='', metavar='PATH', help='weights to start from; heads and positions are adapted')
+    add('--eval', action='store_true', help='only evaluate --resume')
+    add('--eval-ema', action='store_true', help='evaluate the EMA (in training: the EMA too)')
+    add('--results-file', default='', metavar='PATH', help='with --eval: write the results as JSON')
+    add('--tensorboard', action='store_true', help='write the log for TensorBoard too (pip install .[logging])')
+    add('--save-interval-steps', type=at_least(0), default=0, metavar='N', help='also save every N steps (0: off)')
     add('--keep-checkpoints', type=at_least(1), default=2, metavar='K', help='keep the last K, besides the best')
 
 
-def check_arguments(args: argparse.Namespace):
-    """InputError, before anything is read or built, for files that do not exist and flags that need another one."""
+def check_paths(args: argparse.Namespace):
+    """InputError, before anything is loaded, for missing files and for flags that lack another one."""
     utils.check_source('--resume', args.resume)
     utils.check_source('--finetune', args.finetune)
     if args.auto_resume and not args.output_dir:
         raise InputError('--auto-resume looks for checkpoints in --output_dir, which is not given')
     if args.eval and not (args.resume or args.pretrained):
-        raise InputError("--eval needs --resume with the checkpoint to evaluate, or --pretrained for timm's weights")
+        raise InputError("--eval needs --resume with a checkpoint, or --pretrained for timm's weights")
     if args.results_file and not args.eval:
         raise InputError('--results-file needs --eval; training writes its results to log.txt in --output_dir')
     if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
         raise InputError(f'--results-file {args.results_file}: its folder does not exist')
     if args.tensorboard and (args.eval or not args.output_dir):
-        raise InputError('--tensorboard logs a training to --output_dir; it needs that, and no --eval')
+        raise InputError('--tensorboard logs training to --output_dir; it needs that flag, and no --eval')
 
 
 # --- the state of a run
@@ -74,7 +70,7 @@ def check_arguments(args: argparse.Namespace):
 
 @dataclass
 class State:
-    """All that a run changes, and so all that a checkpoint holds.
+    """Everything that training changes, and so everything that a checkpoint holds.
 
     Random numbers need no state: they are functions of the seed and the place in the run.
     """
@@ -84,19 +80,19 @@ class State:
     optimizer: torch.optim.Optimizer
     scheduler: object
     scaler: torch.amp.GradScaler
-    flags: dict = field(default_factory=dict)  # of the run, for `compare_flags` when it is resumed
-    classes: list[str] = field(default_factory=list)  # names, in the order of the labels
-    epoch: int = 0  # the one to train
-    step: int = 0  # steps done of it
+    flags: dict = field(default_factory=dict)  # of the run; a resume compares them
+    classes: list[str] = field(default_factory=list)  # names in the order of the labels
+    epoch: int = 0  # the epoch to train
+    step: int = 0  # finished steps of this epoch
     loss_sum: float = 0.0  # of these steps, over all processes
     best_acc1: float = 0.0
 
     def state_dict(self) -> dict:
-        """A checkpoint: tensors and plain data, which load without running code. `epoch` is the last whole one."""
+        """A checkpoint of tensors and plain data, which load without running code. `epoch` is the last finished one."""
         return {
             'model': self.model.state_dict(),
             'model_ema': self.ema.module.state_dict() if self.ema else None,
-            # Also in the state dict of the published networks, but timm's, evolved, have none there.
+            # Evo-DeiT and Evo-LeViT also keep it in their state dict; an evolved timm ViT does not.
             'schedule': self.model.schedule() if hasattr(self.model, 'schedule') else None,
             'optimizer': self.optimizer.state_dict(),
             'lr_scheduler': self._plateau().state_dict() | {'restore_lr': getattr(self.scheduler, 'restore_lr', None)},
@@ -110,82 +106,82 @@ class State:
         }
 
     def load(self, content: dict, source: str, changed: set[str] = frozenset()):
-        """Take over a checkpoint, printing what it lacks. Of the flags named in `changed`, this run's values count."""
+        """Take over a checkpoint, and print what it lacks. For flags named in `changed`, this run's values count."""
         load_strict(self.model, content, source)
-        if self.ema:
-            if content.get('model_ema'):
-                load_strict(self.ema.module, content, source, use_ema=True)
-            else:
-                self.ema.set(self.model)
-                print_rank0(f'{source} has no averaged weights; the average starts from its weights')
+        if self.ema and content.get('model_ema'):
+            load_strict(self.ema.module, content, source, use_ema=True)
+        elif self.ema:
+            self.ema.set(self.model)
+            print_rank0(f'{source} has no averaged weights; the EMA starts from its weights')
         if 'epoch' not in content:
-            print_rank0(f'{source} holds weights alone; training starts with them at epoch {self.epoch}')
+            print_rank0(f'{source} holds only weights; training starts with them at epoch {self.epoch}')
             return
+
+        # Where the run stopped. Within an epoch, only the same order of images can be continued.
         self.epoch = content['epoch'] + 1
         for name in ('step', 'loss_sum', 'best_acc1'):
             setattr(self, name, content.get(name, 0))
         if self.step and changed & ORDER_OF_IMAGES:
             print_rank0(f'{source}: its {self.step} steps of this epoch saw other images; the epoch starts over')
             self.step, self.loss_sum = 0, 0.0
+
+        # The learning rate is a function of the epoch and the flags; only plateau schedules have state of their own.
         if self.epoch > 0:
-            # The schedule is a function of the epoch; a schedule that was changed counts from here.
             self.scheduler.step(self.epoch - 1, self.best_acc1)
-        published = hasattr(self.model, 'is_published') and self.model.is_published(weights.find_weights(content))
-        if content.get('optimizer') is None or published or 'opt' in changed:
-            # The published optimizer state follows another order and number of parameters.
+        original = hasattr(self.model, 'is_published') and self.model.is_published(weights.find_weights(content))
+        if content.get('optimizer') is None or original or 'opt' in changed:
+            # The optimizer state of the original Evo-ViT has another order and number of parameters.
             print_rank0(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its learning rate')
         else:
             self._load_optimizer(content['optimizer'], source)
             if self._plateau() is not self.scheduler and 'sched' not in changed:
-                saved = dict(content['lr_scheduler'])
-                # The rates without this epoch's noise, to which timm's schedule goes back before the next.
-                self.scheduler.restore_lr = saved.pop('restore_lr', None)
-                self._plateau().load_state_dict(saved)
-                for i, group in enumerate(self.optimizer.param_groups):
-                    group['lr'] = content['optimizer']['param_groups'][i]['lr']
+                self._load_plateau(content)
+
         if self.scaler.is_enabled() and content.get('scaler'):
             self.scaler.load_state_dict(content['scaler'])
         elif self.scaler.is_enabled() or content.get('scaler'):
             print_rank0(f'{source} was saved in another precision; the loss scale is left out')
 
     def _load_optimizer(self, saved: dict, source: str):
-        groups, parameters = self.optimizer.state_dict()['param_groups'], []
-        for group in self.optimizer.param_groups:
-            parameters += group['params']
+        groups = self.optimizer.state_dict()['param_groups']
         if [len(group['params']) for group in saved['param_groups']] != [len(group['params']) for group in groups]:
             raise InputError(
-                f'{source}: its optimizer groups parameters in another way, as --weight-decay 0 and --layer-decay do. '
-                'Give the values of then (--weight-decay 1e-12 in place of 0), or take its weights with --finetune'
+                f'{source}: its optimizer groups parameters in another way, which --weight-decay 0 and --layer-decay '
+                'change. Resume with the original values (--weight-decay 1e-12 instead of 0), or start with --finetune'
             )
-        # Checked here, because AdamW takes moments of any shape and fails, or worse, does not, in the first step.
-        moments = [(int(i), state[name]) for i, state in saved['state'].items() for name in MOMENTS & state.keys()]
-        if any(torch.is_tensor(v) and v.shape not in ((), parameters[i].shape) for i, v in moments):
-            raise InputError(f'{source}: its optimizer state is of other parameters; take its weights with --finetune')
-        # Some optimizers (LAMB, Adan) count their steps in the groups; all else there is what the flags say.
+        # LAMB and Adan count steps in their groups. Everything else there follows from the flags of this run.
         for group, before in zip(groups, saved['param_groups'], strict=True):
             group |= {key: value for key, value in before.items() if key.endswith('step')}
         self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
-        # A fused step takes it for granted that moments lie in memory as their parameter does (--channels-last).
+        # Fused steps assume that moments have the strides of their parameter, which --channels-last changes.
         for parameter, values in self.optimizer.state.items():
             for name, value in values.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
+    def _load_plateau(self, content: dict):
+        saved = dict(content['lr_scheduler'])
+        # With --lr-noise, timm's schedule returns to these rates before the next epoch.
+        self.scheduler.restore_lr = saved.pop('restore_lr', None)
+        self._plateau().load_state_dict(saved)
+        for group, before in zip(self.optimizer.param_groups, content['optimizer']['param_groups'], strict=True):
+            group['lr'] = before['lr']
+
     def _plateau(self):
-        # timm's plateau schedule leaves half of its state out; torch's, inside it, does not.
+        # timm's plateau schedule leaves half of its state out of its state dict; torch's, inside it, does not.
         return getattr(self.scheduler, 'lr_scheduler', self.scheduler)
 
 
 def load_strict(model: nn.Module, content: dict, source: str, use_ema=False, training=True) -> weights.Loaded:
-    """Load weights of which nothing may be missing: a wrong accuracy is worse than none.
+    """Load weights of which none may be missing: a wrong accuracy is worse than an error.
 
-    Evaluation (`training` False) takes a plain ViT too, whose head an Evo-DeiT reads as it was trained.
+    For evaluation (`training` False) an Evo-DeiT also takes the weights of a plain ViT, and positions are resized.
     """
     advice = 'To start training from weights of another model, image size or classes, use --finetune.'
     if not training:
         advice = 'Evaluation needs the --model of the training, and a data set with its classes.'
     try:
-        content = {key: value for key, value in content.items() if key != 'schedule'}  # that of the flags counts
+        content = {key: value for key, value in content.items() if key != 'schedule'}  # the model has that of the flags
         loaded = weights.load_weights(model, content, use_ema, report=print_rank0, resize=not training, name=source)
     except InputError as error:
         raise InputError(f'{error}\n{advice}') from error
@@ -194,27 +190,25 @@ def load_strict(model: nn.Module, content: dict, source: str, use_ema=False, tra
     return loaded
 
 
-# --- starting from a checkpoint
+# --- starting a run
 
 
-def load_pretrained(model: nn.Module, source: str):
-    """Load the weights of --finetune, adapted, and print what is new in the model and what is not used of the file."""
+def load_finetune(model: nn.Module, source: str):
+    """Load the weights of --finetune, adapted to the model; print what is new and what is not used."""
     if not source:
         return
     loaded = weights.load_weights(model, source, adapt=True, report=print_rank0)
     copies = f'copies in the model: {", ".join(loaded.filled)}; ' if loaded.filled else ''
     print_rank0(
         f'{source}: loaded; new in the model: {", ".join(loaded.missing) or "nothing"}; {copies}'
-        f'not used of the file: {", ".join(loaded.dropped) or "nothing"}'
+        f'not used from the file: {", ".join(loaded.dropped) or "nothing"}'
     )
-    if 'head_cls.weight' in loaded.filled:
-        print_rank0("both heads start from the file's: head reads the mean of the patches, head_cls the class token")
 
 
-def fit_schedule(args: argparse.Namespace, model: nn.Module, config: datasets.DataConfig, training: bool = True):
-    """Give an evolved ViT the schedule that images in the folder --fit-schedule choose, if any, and print it.
+def choose_schedule(args: argparse.Namespace, model: nn.Module, config: datasets.DataConfig, training: bool = True):
+    """With --fit-schedule, choose stages and keep ratios of an evolved ViT on the images of a folder, and print them.
 
-    A run that goes on keeps the one that it began with. InputError for training that begins with random weights.
+    A resumed run keeps the schedule that it began with. InputError for training from random weights.
     """
     folder = args.fit_schedule
     if not folder:
@@ -226,35 +220,36 @@ def fit_schedule(args: argparse.Namespace, model: nn.Module, config: datasets.Da
         print_rank0(f'{found[0]}: the schedule is the one that the run began with')
         return
     if training and not (args.finetune or args.pretrained):
-        raise InputError(
-            '--fit-schedule compares predictions, so it needs trained weights: add --finetune or --pretrained'
-        )
+        raise InputError('--fit-schedule needs trained weights: add --finetune or --pretrained')
     paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
     if len(paths) < 2:
-        raise InputError(f'--fit-schedule: expected a folder with some 64 images, found {len(paths)} in {folder}')
+        raise InputError(f'--fit-schedule: expected a folder with about 64 images, found {len(paths)} in {folder}')
     paths, transform = paths[:: math.ceil(len(paths) / 64)], datasets.build_transform(config)
     try:
         models.fit_schedule(model, torch.stack([transform(load_image(path)) for path in paths]))
     except ValueError as error:
         raise InputError(f'--fit-schedule: {error}') from error
     chosen = [list(model.first_blocks), list(model.keep_ratio)]
-    if dist.is_initialized():  # rounding differs between devices: the choice of rank 0 counts
+    if dist.is_initialized():  # rounding differs between devices, so rank 0 decides
         dist.broadcast_object_list(chosen)
         models.evolve(model, chosen[1], chosen[0])
-    # From here on they are as if given: a checkpoint saves them with its flags, and a resume compares them.
+    # From here on they count as given: a checkpoint saves them with its flags, and a resume compares them.
     args.stages, args.keep_ratio = chosen
     stages, ratios = (' '.join(map(str, values)) for values in (args.stages, args.keep_ratio))
     print_rank0(f'{folder}: {len(paths)} images choose --stages {stages} --keep-ratio {ratios}')
 
 
-def resume(args: argparse.Namespace, state: State, may_change: dict[str, bool]):
-    """Go on from the checkpoint of --resume or --auto-resume, if there is one, and print where.
+# --- resuming a run
 
-    `may_change` are the MAY_CHANGE of all modules. Raises InputError where other flags or the classes differ, but for
-    --accept-changes, and where the processes do not all find the same place.
+
+def resume(args: argparse.Namespace, state: State, may_change: dict[str, bool]):
+    """Continue from the checkpoint of --resume or --auto-resume, if there is one, and print where.
+
+    `may_change` is the MAY_CHANGE of all modules. InputError if other flags or the classes differ, unless with
+    --accept-changes, and if the processes do not all start at the same place.
     """
-    if checkpoint := find_resume_checkpoint(args.output_dir if args.auto_resume else '', args.resume):
-        source, content = checkpoint
+    if found := find_resume_checkpoint(args.output_dir if args.auto_resume else '', args.resume):
+        source, content = found
         changed = compare_flags(content, source, state.flags, may_change, args.accept_changes)
         trained = saved_classes(content)
         if trained and state.classes and (differences := datasets.compare_classes(trained, state.classes)):
@@ -262,15 +257,16 @@ def resume(args: argparse.Namespace, state: State, may_change: dict[str, bool]):
         state.load(content, source, changed)
         place, best = f'epoch {state.epoch}, step {state.step}', f'{state.best_acc1:.3f}'
         print_rank0(f'{source}: resuming at {place}, best Acc@1 so far {best}')
+    # Nodes that do not share --output_dir find different checkpoints, or none.
     place = torch.tensor([state.epoch, state.step], device=next(state.model.parameters()).device)
     places = [tuple(place) for place in utils.all_gather(place).tolist()]
-    if len(set(places)) > 1:  # as with an output folder on each node's own disk
+    if len(set(places)) > 1:
         found = ', '.join(map(str, places))
-        raise InputError(f'processes would begin at different places, (epoch, step): {found}; they need one checkpoint')
+        raise InputError(f'processes start at different places, (epoch, step): {found}; all need the same checkpoint')
 
 
 def find_resume_checkpoint(folder: str, source: str) -> tuple[str, dict] | None:
-    """The checkpoint to resume from, its name and content: the newest good one in `folder`, if any, else `source`."""
+    """Name and content of the newest intact checkpoint in `folder`, if it has any, else of `source`."""
     checkpoints, damaged = list_checkpoints(Path(folder)) if folder else [], []
     for path in checkpoints:
         try:
@@ -279,10 +275,8 @@ def find_resume_checkpoint(folder: str, source: str) -> tuple[str, dict] | None:
             damaged.append(str(error))
             continue
         if damaged:
-            newest = next((path.stem.split('-')[1:] for path in checkpoints if '-' in path.stem), None)
-            until = f' up to epoch {int(newest[0])}, step {int(newest[1])}' if newest else ''
-            lost = f'from epoch {content["epoch"] + 1}, step {content["step"]} on, all is lost{until}'
-            print_rank0(f'warning: {"; ".join(damaged)}\nwarning: going back to {path}; {lost}')
+            place = f'epoch {content["epoch"] + 1}, step {content["step"]}'
+            print_rank0(f'warning: {"; ".join(damaged)}\nwarning: going back to {path}, at {place}')
         return str(path), content
     if checkpoints:
         raise InputError('--auto-resume: no checkpoint can be read:\n  ' + '\n  '.join(damaged))
@@ -290,87 +284,132 @@ def find_resume_checkpoint(folder: str, source: str) -> tuple[str, dict] | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The last checkpoints in a folder, the newest first; that one has two names."""
+    """The last checkpoints in a folder, newest first; checkpoint.pth is a second name of the newest."""
     return [*folder.glob('checkpoint.pth'), *sorted(folder.glob('checkpoint-*.pth'), reverse=True)]
 
 
 def compare_flags(content: dict, source: str, flags: dict, may_change: dict[str, bool], accept: bool) -> set[str]:
-    """Compare `flags` with those of a checkpoint, print what differs, and return the names.
+    """Compare `flags` with those of a checkpoint; print and return the names of those that differ.
 
-    Raises InputError with a table of those that change what is trained, but for `accept`.
+    Raises InputError with a table if one of them changes what is trained, unless `accept`.
     """
     saved = saved_flags(content)
     if 'seed' not in saved:
-        print_rank0(f'{source} holds no flags: the order of images and their augmentation may not go on as they began')
+        print_rank0(f'{source} holds no flags; images and their augmentation may not continue in the order of before')
         return set()
-    saved = NEWER_FLAGS | saved
-    changed = [(name, old, flags[name]) for name, old in sorted(saved.items()) if name in flags and old != flags[name]]
-    longer = {'epochs'} if flags.get('epochs', 0) > saved.get('epochs', math.inf) else set()
-    if rows := [row for row in changed if row[0] not in may_change.keys() | longer]:
-        rows = [('', 'then', 'now'), *rows]
+    changed = {name: (old, flags[name]) for name, old in sorted(saved.items()) if flags.get(name, old) != old}
+    allowed = set(may_change)
+    if 'epochs' in changed and changed['epochs'][0] < changed['epochs'][1]:
+        allowed.add('epochs')  # training on is no mistake
+        old, new = changed['epochs']
+        print_rank0(f'{source}: epochs was {old}, now {new}: schedules are those of {new} epochs from here on')
+    if refused := {name: values for name, values in changed.items() if name not in allowed}:
+        rows = [('', 'then', 'now'), *((name, *values) for name, values in refused.items())]
         table = '\n'.join(f'  {name:24} {old!s:>20} {new!s:>20}' for name, old, new in rows)
         _refuse_change(f'{source} was trained with other flags:\n{table}', 'flags', accept)
-    for name, old, new in changed:
+    for name, (old, new) in changed.items():
         if not may_change.get(name, True):
-            print_rank0(f'{source}: {name} was {old}, now {new}: training goes on, but not exactly as it would have')
-        if name in longer:
-            print_rank0(f'{source}: epochs was {old}, now {new}: from here on the schedules are those of {new} epochs')
-    return {name for name, _, _ in changed}
+            print_rank0(f'{source}: {name} was {old}, now {new}: the run continues, but not bit for bit')
+    return set(changed)
 
 
 def _refuse_change(message: str, what: str, accept: bool):
     if not accept:
-        raise InputError(f'{message}\nUse the {what} of then, or --accept-changes to go on with those of now.')
+        raise InputError(f'{message}\nResume with the original {what}, or pass --accept-changes.')
     print_rank0(message)
 
 
-# --- what a checkpoint says of itself
+# --- what a checkpoint says about itself
 
 
 def saved_flags(content: dict) -> dict:
-    """The flags that a checkpoint was trained with; published files have a Namespace, bare weights nothing."""
+    """The flags of the training. Original checkpoints hold a Namespace with other flags, and bare weights nothing."""
     flags = content.get('args')
     flags = dict(flags) if isinstance(flags, dict) else {}
-    if isinstance(flags.get('representative'), bool):  # as it was before there was a third choice
-        flags['representative'] = 'one' if flags['representative'] else 'none'
-    if 'evolve' in flags:  # as it was before there was --method
+    if 'evolve' in flags:  # version 0.2 had no --method
         flags['method'] = 'evolve' if flags.pop('evolve') else None
     return flags
 
 
 def saved_model(content: dict) -> str | None:
-    """The name of the model of a checkpoint, where it has one: of ours, published, or of timm's train.py."""
-    args = content.get('args')
-    names = (saved_flags(content).get('model'), getattr(args, 'model', None), content.get('arch'))
-    return next((name for name in names if isinstance(name, str) and name), None)
+    """The name of the model, from a checkpoint of this code, of the original Evo-ViT, or of timm's train.py."""
+    original = getattr(content.get('args'), 'model', None)
+    for name in (saved_flags(content).get('model'), original, content.get('arch')):
+        if name and isinstance(name, str):
+            return name
+    return None
 
 
 def saved_classes(content: dict) -> list[str] | None:
-    """Names of the classes, in the order of the outputs, where a checkpoint has them."""
+    """Names of the classes in the order of the outputs, if a checkpoint has them."""
     names = content.get('classes')
     named = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
     return names if named else None
 
 
 def find_classes(content: dict, model_name: str, use_ema: bool = False) -> tuple[list[str] | None, int | None]:
-    """Names of the classes of a model's checkpoint, and their number; None where it does not tell."""
+    """Names and number of the classes of a checkpoint; None for what it does not say."""
     state = weights.find_weights(content, use_ema)
     classifier = models.published_cfg(model_name).classifier or ()
     heads = (classifier,) if isinstance(classifier, str) else classifier
     outputs = [len(state[f'{head}.weight']) for head in heads if f'{head}.weight' in state]
-    # The published Evo-LeViT has head.l where ours has head.linear.
+    # The original Evo-LeViT has head.l where ours has head.linear.
     outputs += [len(value) for key, value in state.items() if key.startswith('head.') and value.ndim == 2]
     return saved_classes(content), outputs[0] if outputs else None
 
 
-def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Namespace:
-    """The flags for evaluating a checkpoint: what is not given of model, images and precision is as in its training.
+# --- from a checkpoint to a model
 
-    Where the model or the image size is given and differs, that is printed.
+
+class Restored(NamedTuple):
+    """A model from a checkpoint, with what is needed to run it."""
+
+    model: nn.Module  # with weights and schedule, in evaluation mode
+    config: datasets.DataConfig  # what the model expects of its images
+    classes: list[str] | None  # names in the order of the outputs, if the checkpoint has them
+    args: argparse.Namespace  # flags, completed by those of the training
+
+
+def load_model(args: argparse.Namespace, default_model: str = '', use_ema: bool = False) -> Restored:
+    """Restore the model of --resume for evaluation, pictures and export. Flags that are given replace those saved.
+
+    Without --resume, the model is built from flags, as for --pretrained. `default_model` is for checkpoints that do not
+    name their model. InputError if nothing names it, and if the weights do not fit.
+    """
+    source = args.resume
+    content = weights.read_checkpoint(source, print_rank0) if source else {}
+    args = restore_model_args(args, content)
+    if not args.model:
+        unnamed = f'{source} does not name its model; ' if source else ''
+        if not default_model:
+            raise InputError(f'{unnamed}expected --model with the name of a model')
+        if source:
+            print_rank0(f'{unnamed}using --model {default_model}')
+        args.model = default_model
+    try:
+        classes, count = find_classes(content, args.model, use_ema) if source else (None, None)
+    except InputError as error:
+        raise InputError(f'{source}: {error}') from error
+    if not source:
+        count = models.published_cfg(args.model).num_classes
+    args.pretrained = args.pretrained and not source  # the file has the weights
+    config = datasets.data_config(args, args.model)
+    model = models.build(args, count or 0, config.input_size)
+    if source:
+        load_for_evaluation(model, content, source, use_ema)
+    choose_schedule(args, model, config, training=False)
+    return Restored(model.eval(), config, classes, args)
+
+
+def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Namespace:
+    """Fill flags of model, images and precision that are not given with those of the training.
+
+    Prints where a given model or image size differs from the training.
     """
     saved, restored = saved_flags(content), {}
     if name := saved_model(content):
         saved['model'] = name
+    # Keep ratios of one method mean something else to another, so another method starts from its own defaults.
     if args.fit_schedule or (args.method and args.method != saved.get('method')):
         saved = {name: value for name, value in saved.items() if name not in SCHEDULE_FLAGS}
     for name in (*MODEL_FLAGS, *datasets.DataConfig._fields):
@@ -380,61 +419,21 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
         elif name in (*MODEL_FLAGS, 'input_size') and given != saved.get(name, given):
             before = f"the model's own {name}" if saved[name] is None else f'{name} {saved[name]}'
             print_rank0(f'{args.resume} was trained with {before}, and is evaluated with {given}')
-    # Where the device has TF32, that is the default without --amp; elsewhere such a run is evaluated in fp32.
+    # TF32 is a matter of the device: it is the default without --amp on GPUs that have it, and fp32 elsewhere.
     trained = saved.get('precision') or 'fp32'
     restored['precision'] = getattr(args, 'precision', None) or (None if trained == 'tf32' else trained)
     return argparse.Namespace(**vars(args) | restored | {'amp': False})
 
 
-class Restored(NamedTuple):
-    """What a checkpoint gives to those that run its model."""
-
-    model: nn.Module  # with the weights and the schedule, in evaluation mode
-    config: datasets.DataConfig  # what the model expects of images
-    classes: list[str] | None  # names in the order of the outputs, where the checkpoint has them
-    args: argparse.Namespace  # the flags that hold
-
-
-def load_model(args: argparse.Namespace, default_model: str = '', use_ema: bool = False) -> Restored:
-    """The model of --resume as it was trained, but for flags that are given; for evaluation, pictures and export.
-
-    Without --resume the model is as --model, --pretrained and the rest create it. `default_model` is for checkpoints
-    that do not say their model. InputError where nothing says it, and where the weights do not fit.
-    """
-    source = args.resume
-    content = weights.read_checkpoint(source, print_rank0) if source else {}
-    args = restore_model_args(args, content)
-    if not args.model:
-        if not default_model:
-            said = f'{source} does not say of which model it is; ' if source else ''
-            raise InputError(f'{said}expected --model with the name of a model')
-        if source:
-            print_rank0(f'{source} does not say of which model it is; --model {default_model} is taken')
-        args.model = default_model
-    try:
-        classes, count = find_classes(content, args.model, use_ema) if source else (None, None)
-    except InputError as error:
-        raise InputError(f'{source}: {error}') from error
-    if not source:
-        count = models.published_cfg(args.model).num_classes
-    args.pretrained = args.pretrained and not source  # the weights are those of the file
-    config = datasets.data_config(args, args.model)
-    model = models.build(args, count or 0, config.input_size)
-    if source:
-        load_for_evaluation(model, content, source, use_ema)
-    fit_schedule(args, model, config, training=False)
-    return Restored(model.eval(), config, classes, args)
-
-
 def load_for_evaluation(model: nn.Module, content: dict, source: str, use_ema: bool = False):
-    """Load the weights of a checkpoint, with the selection that they were saved with."""
+    """Load the weights of a checkpoint, and the selection that they were saved with: layer-wise or stage-wise."""
     loaded = load_strict(model, content, source, use_ema, training=False)
     print_rank0(f'{source}: {"averaged weights" if use_ema else "weights"} loaded')
     if not hasattr(model, 'set_schedule') or '_extra_state' in weights.find_weights(content, use_ema):
-        return
+        return  # nothing to select, or the state dict has set it
     if schedule := content.get('schedule'):
         model.set_schedule(schedule['stage_wise'], schedule['evolving'])
     elif loaded.filled or '_extra_state' not in model.state_dict():
         print_rank0(f'{source}: weights of a plain ViT, evolved without training')
     else:
-        print_rank0(f'{source} does not say whether it is stage-wise or layer-wise; it is taken for a finished model')
+        print_rank0(f'{source} does not say whether it selects layer-wise or stage-wise; assuming stage-wise')

@@ -1,4 +1,4 @@
-"""What a run writes: checkpoints that stay in its folder, the log; results of an evaluation."""
+"""What a run writes: checkpoints and the log in its folder, and the results of an evaluation."""
 
 import argparse
 import importlib.metadata
@@ -21,9 +21,9 @@ from utils import InputError, print_rank0
 
 
 class Log:
-    """The log of a run: for each epoch a line of JSON in `log.txt`, and if asked for what TensorBoard shows.
+    """The log of a run: one line of JSON per epoch in `log.txt`, and on request events for TensorBoard.
 
-    Without a folder nothing is written. InputError where TensorBoard is asked for and not installed.
+    Without a folder nothing is written. InputError if TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path | None = None, tensorboard: bool = False):
@@ -36,7 +36,7 @@ class Log:
             self.open_writer = partial(SummaryWriter, folder / 'tensorboard')
 
     def write(self, record: dict):
-        """Add what an epoch gave. What is there of this epoch or later goes, and torn lines."""
+        """Add the record of an epoch. Drops records at or after this epoch, and partial lines."""
         if not self.folder:
             return
         path, lines = self.folder / 'log.txt', []
@@ -58,46 +58,43 @@ class Log:
 
 
 class RunFolder(NamedTuple):
-    """Where a run writes: `path`, how many checkpoints stay, files of an earlier run, to be removed, and the log.
-
-    Without a path, as on all processes but the first, nothing is written.
-    """
+    """Where a run writes. Without a path, as on all processes but the first, nothing is written."""
 
     path: Path | None = None
-    keep: int = 2
-    stale: tuple[Path, ...] = ()
+    keep: int = 2  # checkpoints, besides the best
+    stale: tuple[Path, ...] = ()  # files of an earlier run, which --overwrite replaces
     log: Log = Log()
 
     def clear(self):
-        """Remove what --overwrite replaces; called once nothing is left that could stop the new run."""
+        """Remove the earlier run; called once nothing can stop the new one."""
         for path in self.stale:
             path.unlink()
 
     def save(self, state: State, best: bool = False):
-        """Write `checkpoint.pth`, keep the last ones beside it, and the best."""
+        """Write `checkpoint.pth` and, for a new best accuracy, `best_checkpoint.pth`; keep the last `keep` others."""
         if not self.path:
             return
         newest, write = self.path / 'checkpoint.pth', partial(torch.save, state.state_dict())
-        # The best first: its accuracy must not be on record in the newest before its weights are there.
+        # The best comes first: after a crash between the two, the epoch is repeated, and with it the best.
         if best:
             utils.atomic_write(self.path / 'best_checkpoint.pth', write)
         utils.atomic_write(newest, write)
         try:
-            # A second name for the same file: a link costs neither time nor space.
+            # A hard link costs neither time nor space.
             numbered = self.path / f'checkpoint-{state.epoch:04d}-{state.step:06d}.pth'
             numbered.unlink(missing_ok=True)
             os.link(newest, numbered)
             numbers = sorted(self.path.glob('checkpoint-*.pth'))
             here = numbers.index(numbered) + 1
-            # Later ones are of a run that went another way from an earlier checkpoint, as are later lines of the log.
+            # Later ones belong to a run that has since been resumed from an earlier checkpoint.
             for other in numbers[: max(here - self.keep, 0)] + numbers[here:]:
                 other.unlink()
         except OSError as error:
-            print_rank0(f'warning: older checkpoints in {self.path} could not be kept or removed: {error}')
+            print_rank0(f'warning: older checkpoints in {self.path} could not be linked or removed: {error}')
 
 
 def prepare_output_dir(args: argparse.Namespace) -> RunFolder:
-    """Make --output_dir; InputError where it cannot be written to, or holds another run, but for --overwrite."""
+    """Create --output_dir; InputError if it is not writable, or holds another run without --overwrite."""
     if not args.output_dir or args.eval or int(os.environ.get('RANK', 0)) > 0:
         return RunFolder()
     path = Path(args.output_dir)
@@ -109,27 +106,27 @@ def prepare_output_dir(args: argparse.Namespace) -> RunFolder:
         raise InputError(f'--output_dir {path.absolute()} cannot be written to: {error}') from error
     existing = (*checkpoint.list_checkpoints(path), *path.glob('best_checkpoint.pth'), *path.glob('log.txt'))
     existing += tuple(path.glob('tensorboard/events.*'))
-    # A checkpoint from elsewhere starts another run here. (A job that its launcher starts again wrote this one itself.)
+    # A checkpoint of another folder starts a new run here. After a restart by the launcher, this run wrote the folder.
     elsewhere = weights.is_url(args.resume) or Path(args.resume).resolve().parent != path.resolve()
-    goes_on = args.auto_resume or (args.resume and (not elsewhere or utils.restarts()))
-    if goes_on and args.overwrite and not utils.restarts():
-        raise InputError('--overwrite starts over, --resume and --auto-resume go on with a run; give one of them')
-    if not existing or goes_on:
+    continues = args.auto_resume or (args.resume and (not elsewhere or utils.restarts()))
+    if continues and args.overwrite and not utils.restarts():
+        raise InputError('--overwrite starts over, --resume and --auto-resume continue a run; give one of them')
+    if not existing or continues:
         return RunFolder(path, args.keep_checkpoints, log=log)
-    # What a launcher starts again must not remove what it wrote itself.
+    # A job that was restarted by its launcher must not remove its own run.
     if not args.overwrite or utils.restarts():
         raise InputError(
             f'--output_dir {path} holds a run ({", ".join(file.name for file in existing)}): '
-            '--resume or --auto-resume goes on with it, --overwrite starts over'
+            '--resume or --auto-resume continues it, --overwrite starts over'
         )
     for source in filter(None, (args.resume, args.finetune, args.teacher_path)):
         if Path(source).exists() and any(file.samefile(source) for file in existing):
-            raise InputError(f'{source} is of the run that --overwrite removes; move it to another folder first')
+            raise InputError(f'{source} belongs to the run that --overwrite removes; move it to another folder first')
     return RunFolder(path, args.keep_checkpoints, existing, log)
 
 
 def write_results(path: Path, results: dict):
-    """Write the results of an evaluation as JSON, with the versions that they were made with."""
+    """Write the results of an evaluation as JSON, with the versions of the packages."""
     versions = {package: importlib.metadata.version(package) for package in ('torch', 'torchvision', 'timm')}
     text = json.dumps(results | {'versions': versions | {'python': platform.python_version()}}, indent=2)
     utils.atomic_write(path, lambda file: file.write(f'{text}\n'.encode()))

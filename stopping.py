@@ -1,4 +1,4 @@
-"""When training stops before its end, in all processes after the same step: a loss that is not finite, or a signal."""
+"""Stopping all processes after the same step: for a loss that is not finite, or a signal."""
 
 import math
 import os
@@ -13,14 +13,14 @@ from utils import InputError
 
 
 def catch_signals() -> list[int]:
-    """A list to which SIGTERM and SIGINT (Ctrl-C) are added from here on; a second SIGINT ends the process at once."""
+    """A list that receives SIGTERM and SIGINT (Ctrl-C) from now on; a second SIGINT ends the process at once."""
     received = []
 
     def receive(number: int, _):
         received.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if utils.rank() == 0:  # print may not be called here: the signal may have come within another print
+            if utils.rank() == 0:  # no print here: the signal may interrupt another print
                 os.write(2, b'\nstopping after the next step; Ctrl-C again stops at once, without saving\n')
 
     if threading.current_thread() is threading.main_thread():
@@ -33,29 +33,29 @@ class StepCheck:
     """Tells all processes, for each step, whether every loss is finite and whether any process was asked to stop.
 
     On a CPU they know before the update. On a GPU the answer is read one step later, so that the host never waits for
-    a step that it has just queued: one update from a bad loss is made before all stop. So no checkpoint may be written
-    before `check_last`.
+    the step that it has just queued. One update from a bad loss then happens before all stop, so `check_last` must be
+    called before a checkpoint is written.
     """
 
     def __init__(self, device: torch.device):
         self.delayed = device.type == 'cuda'
-        self.received = catch_signals()  # by this process
-        self.stop = False  # whether any process received one, which all know after the same step
+        self.received = catch_signals()  # signals of this process
+        self.stop = False  # whether any process received one; known to all after the same step
         self.pending: tuple[Tensor, torch.cuda.Event | None, str] | None = None
 
     def check(self, loss: Tensor, place: str):
-        """Take the loss of a step; InputError, in all processes, where that of one is not finite."""
+        """Take the loss of a step; InputError in all processes if that of any process is not finite."""
         self.check_last()
         reports, copied = utils.all_gather(torch.stack([loss, torch.full_like(loss, bool(self.received))])), None
-        if self.delayed:
-            reports = torch.empty_like(reports, device='cpu', pin_memory=True).copy_(reports, non_blocking=True)
+        if reports.is_cuda:
+            reports = reports.to('cpu', non_blocking=True)  # into pinned memory, without waiting
             copied = torch.cuda.current_stream().record_event()
         self.pending = reports, copied, place
         if not self.delayed:
             self.check_last()
 
     def check_last(self):
-        """Read the answer for the last step, where that has not been done."""
+        """Read the answer for the last step, if it is still unread."""
         if self.pending is None:
             return
         (reports, copied, place), self.pending = self.pending, None
@@ -66,10 +66,10 @@ class StepCheck:
         for rank, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise InputError(
-                    f'the loss of rank {rank} is {loss} {place}; all stop, checkpoints are as they were. '
+                    f'the loss of rank {rank} is {loss} {place}; training stops, and checkpoints are not affected. '
                     'A lower --lr, --clip-grad 1, or --precision bf16 or fp32 may help'
                 )
 
     def exit_code(self) -> int:
-        """What the shell expects of a process that a signal ended."""
+        """The exit code that shells expect of a process ended by a signal."""
         return 128 + (self.received or [signal.SIGTERM])[0]

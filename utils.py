@@ -1,7 +1,6 @@
-"""What every script needs: flags, processes, seeds, printing on rank 0, and files that are never half-written."""
+"""What every script needs: flags, processes, precision, seeds, printing on rank 0, and atomic file writes."""
 
 import argparse
-import importlib.metadata
 import math
 import os
 import random
@@ -9,7 +8,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,14 +22,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from models.weights import InputError, is_url
 
-# Flags that may differ between a run and its continuation, and whether it goes on bit for bit even so.
+# Flags that may differ when a run is resumed; True: the run still continues bit for bit.
 MAY_CHANGE = {'device': False, 'world_size': False, 'dist_url': True, 'dist_timeout': True, 'local_rank': True}
 
 
 def run_script(main: Callable[[], object]):
-    """Run a script's `main`: wrong input or Ctrl-C ends it with a message, and its processes leave their group.
+    """Run a script's `main`; wrong input and Ctrl-C end it with one line instead of a traceback.
 
-    torchrun's summary shows what ended a process, because `record` leaves it the traceback.
+    `record` passes the error of a process on to torchrun, whose summary shows it.
     """
 
     @record
@@ -38,12 +37,12 @@ def run_script(main: Callable[[], object]):
         try:
             main()
         except InputError as error:
-            raise error.with_traceback(None) from None  # where it came from would bury what it says in the summary
+            raise error.with_traceback(None) from None  # torchrun's summary shows the message alone
         except RuntimeError as error:
             if dist.is_initialized() and re.search(r'timed? ?out|closed by peer|reset by peer', str(error), re.I):
                 error.add_note(
-                    'This process gave up waiting for another one. That one ended, and says why itself, or it was '
-                    'silent for longer than --dist-timeout (seconds).'
+                    'This process stopped waiting for another one, which ended (see its own message) or was silent for '
+                    'longer than --dist-timeout (seconds).'
                 )
             raise
 
@@ -55,61 +54,35 @@ def run_script(main: Callable[[], object]):
     except KeyboardInterrupt:
         if rank() == 0:
             print(f'\n{Path(sys.argv[0]).name}: interrupted', file=sys.stderr, flush=True)
-        sys.unraisablehook = lambda _: None  # what was half built may fail to be torn down: nothing to read there
+        sys.unraisablehook = lambda _: None  # errors while half-built objects are torn down mean nothing
         sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# What a version outside the tested ones may cost.
-UNTESTED = {
-    'torch': 'before 2.10, a checkpoint can run code although it is read the safe way',
-    'torchvision': 'it is one pair with torch, installed together',
-    'timm': 'the networks are built from its layers',
-    'pillow': "from 13 on, timm's RandAugment, which is on by default, ends training after some steps",
-}
-
-
-def tested_versions(folder: Path = Path(__file__).parent) -> dict[str, list[str]]:
-    """Two versions of each package that the tests run with: the lower end of requirements.txt, and constraints.txt's.
-
-    A file that is not in `folder` is skipped: an installation needs neither.
-    """
-    tested = {}
-    for name, operator in (('requirements.txt', '>='), ('constraints.txt', '==')):
-        path = folder / name
-        text = path.read_text() if path.is_file() else ''
-        for package, version in re.findall(rf'^([\w.-]+){operator}([\d.]+)', text, re.M):
-            tested.setdefault(package.lower(), []).append(version)
-    return tested
-
-
-def check_versions(version: Callable[[str], str] = importlib.metadata.version):
-    """Print which packages are older or newer than the tested versions, and what that may cost."""
-
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in re.findall(r'\d+', text.split('+')[0])[:3]]
-
-    tested = tested_versions()
-    for package, cost in UNTESTED.items():
-        if len(tested.get(package, ())) < 2:
-            continue
-        oldest, newest, installed = *tested[package], version(package)
-        if not numbers(oldest) <= numbers(installed) <= numbers(newest):
-            print_rank0(
-                f'warning: {package} {installed} is not between the tested versions, {oldest} and {newest}: {cost}'
-            )
-
-
 # --- flags
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that shows defaults and takes every flag with dashes or underscores, as the published scripts mix them."""
+    """Parser that accepts dashes and underscores in every flag, as the original scripts mix them.
 
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    `doc` is the docstring of a script: --help begins with its first paragraph and ends with the rest, the examples.
+    """
+
+    def __init__(self, doc: str, usage: str | None = None):
+        summary, _, examples = doc.partition('\n\n')
+        super().__init__(
+            description=summary, epilog=examples, usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False
+        )
+
+    def show_first(self, title: str, flags: Sequence[str]):
+        """Move these flags to a group at the top of --help."""
+        actions = [self._option_string_actions[flag] for flag in flags]
+        for group in self._action_groups:
+            group._group_actions = [action for action in group._group_actions if action not in actions]
+        self.add_argument_group(title)._group_actions.extend(actions)
+        self._action_groups.insert(0, self._action_groups.pop())
 
     def parse_known_args(self, args=None, namespace=None):
         spelled = {flag.replace('_', '-'): flag for flag in self._option_string_actions if flag.startswith('--')}
@@ -130,15 +103,22 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if complete else super()._get_help_string(action)
 
 
+def between(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """The `type` of a flag: a finite number from `low` to `high`, both included."""
+    expected = f'a number from {low:g} to {high:g}' if math.isfinite(high) else f'{low:g} or more'
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f'expected {expected}, found {text}')
+        return value
+
+    return number
+
+
 def at_least(lowest: int) -> Callable[[str], int]:
     """The `type` of a flag: an integer, `lowest` or more."""
-
-    def integer(text: str) -> int:
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f'expected {lowest} or more, found {text}')
-        return int(text)
-
-    return integer
+    return between(lowest, kind=int)
 
 
 def above_zero(text: str) -> float:
@@ -148,35 +128,21 @@ def above_zero(text: str) -> float:
     return float(text)
 
 
-def between(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """The `type` of a flag: a finite number from `low` to `high`, both allowed."""
-    ends = [f'{name} {end:g}' for name, end in (('from', low), ('to', high)) if math.isfinite(end)]
-    expected = ' '.join(['a number', *ends]) if ends else 'a finite number'
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f'expected {expected}, found {text}')
-        return value
-
-    return number
-
-
 def check_source(flag: str, source: str, advice: str = ''):
-    """InputError where the value of a flag is neither a URL nor a file; `advice` ends the message."""
+    """InputError if the value of a flag is neither a URL nor a file; `advice` ends the message."""
     if source and not is_url(source) and not Path(source).is_file():
         raise InputError(f'{flag} {source}: {Path(source).absolute()} is not a file{advice}')
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Flags of the processes that a script runs in."""
+    """Add the flags of the device, the seed and the processes."""
     add = parser.add_argument_group('device and processes').add_argument
-    add('--device', help='cuda or cpu (default: a GPU where there is one, else the CPU)')
-    add('--seed', type=at_least(0), default=0, help='seed of weights, order and augmentation')
-    add('--dist_url', default='env://', help='where the processes meet; launchers set the environment')
-    add('--dist-timeout', type=above_zero, default=1800, help='seconds to wait for another process')
-    add('--local_rank', type=at_least(-1), default=-1, help='set by launchers that do not use the environment')
-    add('--world_size', type=int, default=1, help='ignored: the launcher decides how many processes run')
+    add('--device', metavar='NAME', help='cuda or cpu (default: a GPU if there is one)')
+    add('--seed', type=at_least(0), default=0, metavar='N', help='seed of weights, data order and augmentation')
+    add('--dist_url', default='env://', metavar='URL', help='rendezvous of the processes; set by launchers')
+    add('--dist-timeout', type=above_zero, default=1800, metavar='S', help='seconds to wait for another process')
+    add('--local_rank', type=at_least(-1), default=-1, metavar='N', help='set by launchers without --use_env')
+    add('--world_size', type=int, default=1, metavar='N', help='ignored: the launcher sets the number of processes')
 
 
 # --- processes
@@ -193,39 +159,37 @@ def world_size() -> int:
 
 
 def print_rank0(message: str):
-    """Print on the first process alone."""
+    """Print on rank 0 only."""
     if rank() == 0:
         print(message, flush=True)
 
 
 def set_up_processes(args: argparse.Namespace) -> torch.device:
-    """Join the launcher's processes, if there is one, seed this one, and return its device.
+    """Join the process group of torchrun or torch.distributed.launch, seed this process, and return its device.
 
-    Launchers are torchrun and torch.distributed.launch, with and without --use_env. Without one, in a SLURM allocation
-    too, the script is a single process.
+    Without a launcher the script is a single process, also inside a SLURM allocation.
     """
     device = pick_device(args.device, int(os.environ.get('LOCAL_RANK', max(args.local_rank, 0))))
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
         timeout = timedelta(seconds=args.dist_timeout)
         place = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         store, number, count = next(dist.rendezvous(args.dist_url, *place, timeout=timeout))
-        # After a restart the store still has the addresses of the processes that died, and gloo would connect to them.
+        # After a restart the store still holds the addresses of the processes that died; gloo would connect to them.
         store = dist.PrefixStore(f'start{restarts()}', store)
-        # gloo too on GPUs: an EMA that is kept on the CPU lives on the host.
+        # gloo also with GPUs: --model-ema-force-cpu keeps the EMA on the host.
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
-    check_versions()
     seed_all(args.seed)
     return device
 
 
 def restarts() -> int:
-    """How often the launcher started this job again after a failure."""
+    """How often the launcher has restarted this job after a failure."""
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def pick_device(name: str | None, local_rank: int) -> torch.device:
-    """The device asked for, or a GPU where there is one, else the CPU; InputError where torch cannot use it."""
+    """The device asked for, by default a GPU if there is one; InputError if torch cannot use it."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
@@ -238,7 +202,7 @@ def pick_device(name: str | None, local_rank: int) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f'--device {name}: torch {torch.__version__} cannot use it here ({str(error).splitlines()[0]}). '
-            f'CUDA devices found: {torch.cuda.device_count()}. Without --device the script takes what is there.'
+            f'CUDA devices found: {torch.cuda.device_count()}. Without --device the script picks one that works.'
         ) from error
     return device
 
@@ -249,18 +213,18 @@ HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 def half_precision(device: torch.device) -> str:
-    """The half precision that a GPU has fast units for: bf16 since compute capability 8.0, else fp16."""
+    """The half precision that a GPU computes fast: bf16 from compute capability 8.0 on, else fp16."""
     return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
 
 
 def pick_precision(precision: str | None, device: torch.device, amp: bool = True) -> str:
-    """The precision asked for, or on a GPU the fastest safe one: half precision with `amp`, else TF32, or fp32.
+    """The precision asked for, by default on a GPU half precision with `amp`, else TF32 if available, else fp32.
 
-    The published recipes in fp32 had TF32 products where the device has them: it was PyTorch's default.
+    The original runs in fp32 used TF32 on GPUs that have it: it was PyTorch's default.
     """
     has_tf32 = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == 'tf32' and not has_tf32:
-        raise InputError(f'--precision tf32 is a mode of NVIDIA GPUs since Ampere, the device is {device}; use fp32')
+        raise InputError(f'--precision tf32: expected an NVIDIA GPU since Ampere, found {device}; use fp32')
     if precision:
         return precision
     if amp and device.type == 'cuda':
@@ -269,16 +233,16 @@ def pick_precision(precision: str | None, device: torch.device, amp: bool = True
 
 
 def set_backends(precision: str, device: torch.device):
-    """PyTorch's global switches: TF32 in products of float32, or not; cuDNN tries which convolution is the fastest."""
-    # By their older names: after the newer `fp32_precision`, torch.compile, which still reads these, raises an error.
-    with warnings.catch_warnings(action='ignore'):  # some versions say that there are newer names
+    """Set PyTorch's global switches: TF32 in float32 matmuls and convolutions, and cuDNN's benchmark mode."""
+    # The old names: torch.compile still reads them, and raises an error after the newer `fp32_precision` was set.
+    with warnings.catch_warnings(action='ignore'):  # some versions warn that there are newer names
         torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
         torch.backends.cudnn.allow_tf32 = precision == 'tf32'
-    torch.backends.cudnn.benchmark = device.type == 'cuda'  # worth it, as all batches have the same shape
+    torch.backends.cudnn.benchmark = device.type == 'cuda'  # all batches have the same shape
 
 
 def make_autocast(precision: str, device: torch.device) -> partial:
-    """A context for forward passes: autocast to half precision, or nothing in fp32 and tf32."""
+    """A context manager for forward passes: autocast in half precision, no effect in fp32 and tf32."""
     dtype = HALF.get(precision)
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -291,7 +255,7 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """`values` of every process, of shape (processes, *values.shape), on the device where they are."""
+    """`values` of every process, (processes, *values.shape), on the same device."""
     if not dist.is_initialized():
         return values[None]
     gathered = [torch.empty_like(values) for _ in range(world_size())]
@@ -305,12 +269,12 @@ def all_gather(values: Tensor) -> Tensor:
 def seed_all(*key: int):
     """Seed `random`, numpy and torch from a tuple of non-negative integers, such as (seed, epoch, position).
 
-    Random numbers are then a function of the key: there is no state to save, to restore, or to share between workers.
+    Random numbers become a function of the key, so no generator state is saved, restored or shared between workers.
     """
     words = np.random.SeedSequence(key).generate_state(4).tolist()
     random.seed(words[0])
     np.random.seed(words[1])
-    # torch.manual_seed would also visit every backend, thirty times slower: too slow for each image.
+    # torch.manual_seed also seeds every backend, which takes thirty times as long: too slow to do for each image.
     torch.default_generator.manual_seed(words[2] << 32 | words[3])
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(words[2] << 32 | words[3])
@@ -320,23 +284,23 @@ def seed_all(*key: int):
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None]):
-    """Write a file so that `path` holds the old content or the new one, whole, whatever happens.
+    """Write a file so that, whatever happens, `path` holds either the old content or the new one, complete.
 
-    Raises InputError, with the old file in place and the temporary one gone, where that fails, as on a full disk.
+    If writing fails, as on a full disk, the old file stays, the temporary one is removed, and InputError is raised.
     """
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # the content is on disk before the name points at it
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError | RuntimeError):  # torch reports a full disk as a RuntimeError
-            raise InputError(f'{path} could not be written, what was there before is whole: {error}') from error
+            raise InputError(f'{path} could not be written; the old file, if any, is intact: {error}') from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name must reach the disk too
     try:
         os.fsync(folder)
     finally:

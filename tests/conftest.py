@@ -1,5 +1,6 @@
-"""What several test files need: a small folder of images, a script run in this process, small networks."""
+"""What several test files share: a small folder of images, scripts run in this process, small networks."""
 
+import argparse
 import importlib
 import json
 import os
@@ -15,10 +16,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import models  # noqa: F401
+import engine
+import main_deit
 from image_data.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
+NANO = [
+    *('--model', 'evo_deit_nano_patch4_32', '--input-size', 32, '--batch-size', 16, '--num_workers', 0),
+    *('--device', 'cpu', '--print-freq', 1),
+]
+TRAINED = ['--epochs', 2, '--lr', 0.05, '--warmup-epochs', 0, '--model-ema-decay', 0.5]
 
 torch.set_num_threads(1)  # small models; threads that wait for each other on busy cores cost more
 
@@ -37,18 +44,45 @@ def image_folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope='session')
+def flags(image_folder):
+    """Flags of a small training."""
+    return [*NANO, '--data-path', image_folder]
+
+
+def run_main(name: str, *flags):
+    """Run a script's main with flags, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [f'{name}.py', *map(str, flags)])
+        try:
+            importlib.import_module(name).main()
+        finally:  # training handles both signals
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
-def script(monkeypatch, capfd):
+def script(capfd):
     """Run a script's main with flags; returns what it printed."""
 
     def run(name: str, *flags) -> str:
-        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, flags)])
-        importlib.import_module(name).main()
+        run_main(name, *flags)
         return capfd.readouterr().out
 
-    yield run
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training handles both, from its start on
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run
+
+
+@pytest.fixture(scope='session')
+def trained_run(flags, tmp_path_factory):
+    """Folder of a finished run of two epochs, layer-wise and stage-wise, for tests that only read it."""
+    folder = tmp_path_factory.mktemp('trained')
+    run_main('main_deit', *flags, *TRAINED, '--eval-ema', '--output_dir', folder)
+    return folder
+
+
+def arguments(*flags, recipe: dict = main_deit.RECIPE) -> argparse.Namespace:
+    """The flags of a training script, parsed."""
+    return engine.get_parser('', recipe).parse_args([str(flag) for flag in flags])
 
 
 def read_log(folder) -> list[dict]:

@@ -21,9 +21,7 @@ def faulty_step(fault: str, train_step: Callable = engine.train_step) -> Callabl
     place = [int(number) for number in place]
 
     def inject_fault(state, net, criterion, batches, *args, **kwargs):
-        if [utils.rank(), state.epoch, state.step] == place and os.environ.get(
-            'TORCHELASTIC_RESTART_COUNT', '0'
-        ) == '0':
+        if [utils.rank(), state.epoch, state.step] == place and not utils.restarts():
             if kind == 'kill':
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == 'stall':

@@ -1,6 +1,6 @@
-"""What must hold when things go wrong: a test for each row of docs/reliability.md that no other test file proves.
+"""What holds when things go wrong: the rows of docs/reliability.md that no other test file proves.
 
-A run here is a real process, or two, forked from a server that has imported everything; torchrun where it matters.
+A run here is one or two real processes, forked from a server that has imported everything; torchrun where it matters.
 """
 
 import argparse
@@ -28,9 +28,10 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from conftest import ROOT, accuracy, free_port, launch, read_log
+from conftest import NANO as SMALL
+from conftest import ROOT, accuracy, arguments, free_port, launch, read_log
 from faults import faulty_step
-from PIL import Image
+from PIL import Image, ImageFile
 from timm.utils import ModelEmaV3
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,7 +40,6 @@ import checkpoint
 import datasets
 import engine
 import losses
-import main_deit
 import models
 import optim
 import output
@@ -48,10 +48,7 @@ from image_data import shapes
 from models import weights
 from utils import InputError
 
-NANO = [
-    *('--model', 'evo_deit_nano_patch4_32', '--input-size', 32, '--batch-size', 16, '--num_workers', 0),
-    *('--device', 'cpu', '--print-freq', 1, '--epochs', 2),
-]
+NANO = [*SMALL, '--epochs', 2]
 # Mixup, cutmix, drop path and repeated augmentation are on by default; fp16 has a loss scale, which is state too.
 WHOLE = [
     *(*NANO, '--lr', 0.01, '--warmup-epochs', 1, '--warmup-lr', 0.001, '--model-ema-decay', 0.9),
@@ -260,18 +257,13 @@ def test_row_04_each_piece_of_state_counts(whole, resumed):
     assert not differences_of_last(whole(), complete, but='best_acc1')
     torch.manual_seed(0)
     other = timm.create_model('evo_deit_nano_patch4_32', num_classes=4).state_dict()
-    pieces = {
-        'model': other, 'model_ema': None, 'optimizer': None, 'scaler': None, 'step': 0, 'best_acc1': 0.0,
-    }  # fmt: skip
+    pieces = dict(model=other, model_ema=None, optimizer=None, scaler=None, step=0, best_acc1=0.0)
     for name, value in pieces.items():
         assert differences_of_last(complete, resumed(source, drop(name, value))), name
     # The sum of the epoch's loss ends in the log; the seed stands for the state of all random numbers.
-    assert last_loss(complete) != last_loss(resumed(source, drop('loss_sum', 0.0)))
+    losses = [read_log(folder)[-1]['train_loss'] for folder in (complete, resumed(source, drop('loss_sum', 0.0)))]
+    assert losses[0] != losses[1]
     assert differences_of_last(complete, resumed(source, keep, '--seed', 1, '--accept-changes'))
-
-
-def last_loss(folder: Path) -> float:
-    return read_log(folder)[-1]['train_loss']
 
 
 def differences_of_last(one: Path, two: Path, but: str = '') -> bool:
@@ -280,34 +272,27 @@ def differences_of_last(one: Path, two: Path, but: str = '') -> bool:
 
 
 def test_row_04_the_schedule_counts_where_it_has_state(script, resumed, image_folder, tmp_path):
+    """Plateau schedules have, and noise on top of their rate, which comes back before the next epoch."""
     plateau = ['--sched', 'plateau', '--patience-epochs', 0, '--warmup-epochs', 0, '--epochs', 3, '--precision', 'fp32']
-    folder = tmp_path / 'plateau'
-    script('main_deit', *WHOLE, *plateau, '--data-path', image_folder, '--output_dir', folder)
-    source = folder / 'checkpoint-0002-000000.pth'
-    assert not differences_of_last(folder, resumed(source, lambda content: None, *plateau))
-    change = resumed(source, lambda content: content['lr_scheduler'].update(best=100.0), *plateau)
-    rates = [
-        weights.read_checkpoint(f / 'checkpoint.pth')['optimizer']['param_groups'][0]['lr'] for f in (folder, change)
-    ]
-    assert differences_of_last(folder, change) and rates[1] < rates[0]
-    # Noise is on top of a rate, which comes back before the next epoch: 47 times too high without.
-    noise = [*plateau, '--lr-noise', 0.0, 1.0, '--lr', 1e-2]
-    script('main_deit', *WHOLE, *noise, '--data-path', image_folder, '--output_dir', tmp_path / 'noise')
-    source = tmp_path / 'noise' / 'checkpoint-0002-000000.pth'
-    assert not differences_of_last(tmp_path / 'noise', resumed(source, lambda content: None, *noise))
-    older = resumed(source, lambda content: content['lr_scheduler'].pop('restore_lr'), *noise)
-    rates = [
-        weights.read_checkpoint(f / 'checkpoint.pth')['optimizer']['param_groups'][0]['lr']
-        for f in (tmp_path / 'noise', older)
-    ]
-    assert rates[1] == pytest.approx(rates[0], rel=1)  # of an older checkpoint, noise stays on top, at most 67 %
+    for name, key, more in (('plateau', 'best', []), ('noise', 'restore_lr', ['--lr-noise', 0.0, 1.0])):
+        flags, folder = [*plateau, *more], tmp_path / name
+        script('main_deit', *WHOLE, *flags, '--data-path', image_folder, '--output_dir', folder)
+        source = folder / 'checkpoint-0002-000000.pth'
+        assert not differences_of_last(folder, resumed(source, lambda content: None, *flags))
+        changed = {'best': 100.0, 'restore_lr': None}[key]
+        other = resumed(source, lambda c, k=key, v=changed: c['lr_scheduler'].update({k: v}), *flags)
+        assert differences_of_last(folder, other)
+
+
+def write(path: Path, content: dict):
+    utils.atomic_write(path, partial(torch.save, content))
 
 
 def write_for_ever(path: Path, durable: bool):
-    save = write if durable else lambda path, content: torch.save(content, path)
     values = torch.zeros(4_000_000)
     for i in itertools.count(1):
-        save(path, {'model': {'w': values.fill_(i)}, 'number': i})
+        content = {'model': {'w': values.fill_(i)}, 'number': i}
+        write(path, content) if durable else torch.save(content, path)
 
 
 @pytest.mark.slow
@@ -328,10 +313,6 @@ def test_row_06_killed_while_saving(forks, tmp_path, durable):
         except InputError:
             damaged += 1
     assert damaged == 0 if durable else damaged > 0
-
-
-def write(path: Path, content: dict):
-    utils.atomic_write(path, partial(torch.save, content))
 
 
 def test_row_07_order_of_a_save(tmp_path, monkeypatch):
@@ -383,9 +364,8 @@ def test_row_09_a_damaged_newest_checkpoint(start, whole, script, tmp_path, imag
         damage(folder / name)
     run = start(*WHOLE, '--output_dir', folder, '--auto-resume')
     assert run.end() == [0], run.printed
-    printed = run.printed
-    assert 'checkpoint.pth is damaged' in printed and 'going back to' in printed and names[3] in printed
-    assert 'from epoch 1, step 3 on, all is lost up to epoch 2, step 0' in printed
+    assert 'checkpoint.pth is damaged' in run.printed
+    assert re.search(f'going back to .*{names[3]}, at epoch 1, step 3', run.printed)
     assert differences(whole(), folder) == set()
     damage(folder / names[0])
     with pytest.raises(InputError, match=r'checkpoint\.pth is damaged'):
@@ -422,36 +402,17 @@ def test_row_11_infinity_too_and_that_it_matters(script, image_folder, tmp_path,
     assert not weights.read_checkpoint(tmp_path / 'checkpoint.pth')['model']['head.weight'].isfinite().any()
 
 
-class Pinned:
-    """Stands in for pinned memory on a CPU: a copy to it arrives when the event after it is waited for."""
-
-    def copy_(self, source: torch.Tensor, non_blocking: bool):
-        assert non_blocking
-        self.source, self.T = source.clone(), None
-        return self
-
-    def synchronize(self):
-        self.T = self.source.T
-
-
 @pytest.fixture
-def delayed_check(monkeypatch):
-    """A check as on a GPU, with stand-ins for what a CPU does not have."""
-    copies = []
-
-    def empty_like(values, device=None, pin_memory=False, empty_like=torch.empty_like):
-        if not pin_memory:
-            return empty_like(values, device=device)
-        copies.append(Pinned())
-        return copies[-1]
-
-    monkeypatch.setattr(torch, 'empty_like', empty_like)
-    stream = argparse.Namespace(record_event=lambda: copies[-1])
-    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
-    return engine.StepCheck(torch.device('cuda'))
+def delayed_check():
+    """A check that reads the answer one step later, as on a GPU."""
+    check = engine.StepCheck(torch.device('cpu'))
+    check.delayed = True
+    yield check
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_row_11_on_a_gpu_a_loss_is_read_one_step_later(delayed_check):
+def test_row_11_and_row_13_on_a_gpu_a_step_is_read_one_step_later(delayed_check):
     delayed_check.check(torch.tensor(1.0), 'in step 0')
     delayed_check.check(torch.tensor(float('nan')), 'in step 1')  # queued, not read
     with pytest.raises(InputError, match='the loss of rank 0 is nan in step 1'):
@@ -460,18 +421,11 @@ def test_row_11_on_a_gpu_a_loss_is_read_one_step_later(delayed_check):
     delayed_check.check(torch.tensor(float('inf')), 'in step 3')
     with pytest.raises(InputError, match='the loss of rank 0 is inf in step 3'):
         delayed_check.check_last()
-    delayed_check.check_last()
-
-
-def test_row_13_on_a_gpu_a_signal_is_read_one_step_later(delayed_check):
-    delayed_check.check(torch.tensor(1.0), 'in step 0')
     os.kill(os.getpid(), signal.SIGTERM)
-    delayed_check.check(torch.tensor(1.0), 'in step 1')
+    delayed_check.check(torch.tensor(1.0), 'in step 4')
     assert not delayed_check.stop
-    delayed_check.check(torch.tensor(1.0), 'in step 2')
+    delayed_check.check(torch.tensor(1.0), 'in step 5')
     assert delayed_check.stop
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.slow
@@ -520,26 +474,18 @@ def test_row_13_a_launcher_is_asked_to_end(start, whole, image_folder, tmp_path,
 
 
 @pytest.mark.slow
-def test_row_13_a_process_group_is_asked_to_end(start, whole, tmp_path):
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_row_13_a_process_group_is_asked_to_end(start, whole, tmp_path, number, code):
     folder = tmp_path / 'run'
     run = start(*WHOLE, '--num_workers', 2, '--output_dir', folder, ranks=2)
     run.wait_for('[1/2]')
-    run.send(signal.SIGTERM)
-    time.sleep(0.02)
-    run.send(signal.SIGTERM)
-    assert run.end() == [143, 143], run.printed
-    check_resume(start, folder, whole)
-
-
-@pytest.mark.slow
-def test_row_13_ctrl_c_ends_training_as_sigterm_does(start, whole, tmp_path):
-    folder = tmp_path / 'run'
-    run = start(*WHOLE, '--num_workers', 2, '--output_dir', folder, ranks=2)
-    run.wait_for('[1/2]')
-    run.send(signal.SIGINT)
-    assert run.end() == [130, 130], run.printed
-    assert run.printed.count('stopping after the next step') == run.printed.count('asked to stop: stopped') == 1
-    assert 'Traceback' not in run.printed
+    run.send(number)
+    if number == signal.SIGTERM:  # launchers send it twice
+        time.sleep(0.02)
+        run.send(number)
+    assert run.end() == [code, code], run.printed
+    assert run.printed.count('asked to stop: stopped') == 1 and 'Traceback' not in run.printed
+    assert run.printed.count('stopping after the next step') == (number == signal.SIGINT)
     check_resume(start, folder, whole)
 
 
@@ -566,14 +512,6 @@ def test_row_13_ctrl_c_ends_an_evaluation_with_a_line(start, tmp_path, ranks):
     assert run.printed.endswith('main_deit.py: interrupted\n') and 'Traceback' not in run.printed
 
 
-def test_row_13_ctrl_c_ends_any_script_with_a_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['visualize.py'])
-    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # restored after the test
-    with pytest.raises(SystemExit) as end:
-        utils.run_script(lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert end.value.code == 130 and capsys.readouterr().err == '\nvisualize.py: interrupted\n'
-
-
 def check_resume(start, folder: Path, whole):
     """A run of two processes that was asked to stop goes on as if it had not been."""
     found = weights.read_checkpoint(folder / 'checkpoint.pth')
@@ -585,9 +523,7 @@ def check_resume(start, folder: Path, whole):
 
 
 def test_row_13_workers_outlive_the_signal(image_folder):
-    args = engine.get_parser('', main_deit.RECIPE).parse_args(
-        ['--data-path', str(image_folder), '--input-size', '32', '--batch-size', '4', '--num_workers', '1']
-    )
+    args = arguments('--data-path', image_folder, '--input-size', 32, '--batch-size', 4, '--num_workers', 1)
     # Without the protection the signal ends the worker, and PyTorch raises a RuntimeError for it.
     batches = iter(datasets.build_loaders(args, datasets.data_config(args, args.model))[1])
     next(batches)
@@ -609,7 +545,7 @@ def test_row_14_a_rank_that_is_stuck(start, tmp_path):
     run.processes[0].join(60)
     assert run.processes[0].exitcode == 1 and run.processes[1].is_alive()
     assert 4 < time.monotonic() - began < 30
-    assert 'it was silent for longer than --dist-timeout' in run.printed
+    assert 'or was silent for longer than --dist-timeout' in run.printed
 
 
 @pytest.mark.slow
@@ -628,12 +564,37 @@ def test_row_15_an_exception_on_one_rank(image_folder):
 # --- several processes
 
 
-def accumulate_rank(rank: int, ranks: int, port: int, out: Path):
-    """A training step of two batches; writes how often gradients were exchanged, and what became of the weights."""
+def run_in_group(work, rank: int, ranks: int, port: int, out: Path):
+    """Save what `work(rank, ranks)` returns in a process group."""
     store = dist.TCPStore('127.0.0.1', port, ranks, rank == 0)
     dist.init_process_group('gloo', store=store, rank=rank, world_size=ranks)
+    torch.save(work(rank, ranks), out / f'{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def in_group(forks, tmp_path):
+    """What a function returns in each of some processes."""
+
+    def run(work, ranks: int) -> list:
+        port = free_port()
+        processes = [forks.Process(target=run_in_group, args=(work, r, ranks, port, tmp_path)) for r in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        return [torch.load(tmp_path / f'{rank}.pth') for rank in range(ranks)]
+
+    return run
+
+
+SGD = '--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0, '--no-model-ema'
+
+
+def accumulate(rank: int, ranks: int) -> tuple[list[int], torch.Tensor]:
+    """A training step of two batches: how often gradients were exchanged, and what became of the weights."""
     data, model = images_and_model(4 * ranks)
-    state = optim.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 128)
+    state = optim.build_state(arguments(*SGD), model, 'fp32', 128)
     net, exchanges = torch.nn.parallel.DistributedDataParallel(model), []
 
     def count(_, bucket):
@@ -644,27 +605,19 @@ def accumulate_rank(rank: int, ranks: int, port: int, out: Path):
     images, labels = (tensor[4 * rank : 4 * rank + 4] for tensor in data.tensors)
     batches = zip(images.split(2), labels.split(2), strict=True)
     engine.train_step(state, net, losses.Criterion(), batches, 2, engine.make_autocast('fp32', torch.device('cpu')))
-    torch.save({'exchanges': exchanges, 'weight': model[1].weight.data}, out / f'{rank}.pth')
-    dist.destroy_process_group()
+    return exchanges, model[1].weight.data
 
 
 @pytest.mark.slow
-def test_accumulated_gradients_are_exchanged_once(forks, tmp_path):
-    port = free_port()
-    processes = [forks.Process(target=accumulate_rank, args=(rank, 2, port, tmp_path)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    one, two = (torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1))
-    assert one['exchanges'] == two['exchanges'] == [48 * 7]
-    assert torch.equal(one['weight'], two['weight'])
+def test_accumulated_gradients_are_exchanged_once(in_group):
+    (one, weight), (two, other) = in_group(accumulate, 2)
+    assert one == two == [48 * 7] and torch.equal(weight, other)
     # All images in one batch of one process.
     data, model = images_and_model(8)
-    state = optim.build_state(arguments('--opt', 'sgd', '--lr', 1, '--warmup-epochs', 0), model, 'fp32', 256)
+    state = optim.build_state(arguments(*SGD), model, 'fp32', 256)
     autocast = engine.make_autocast('fp32', torch.device('cpu'))
     engine.train_step(state, model, losses.Criterion(), [data.tensors], 1, autocast)
-    torch.testing.assert_close(model[1].weight.data, one['weight'])
+    torch.testing.assert_close(model[1].weight.data, weight)
 
 
 # --- evaluation
@@ -688,40 +641,28 @@ def evaluate_shard(size: int, batch: int, rank: int, ranks: int) -> dict[str, fl
 CASES = [(size, batch) for size in (3, *range(12, 18)) for batch in range(1, 7)]
 
 
-def evaluate_rank(rank: int, ranks: int, port: int, out: Path):
-    store = dist.TCPStore('127.0.0.1', port, ranks, rank == 0)
-    dist.init_process_group('gloo', store=store, rank=rank, world_size=ranks)
-    results = [evaluate_shard(*case, rank, ranks) for case in CASES]
-    (out / f'{rank}.json').write_text(json.dumps(results))
-    dist.destroy_process_group()
+def evaluate_cases(rank: int, ranks: int) -> list[dict]:
+    return [evaluate_shard(*case, rank, ranks) for case in CASES]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('ranks', [2, 5])
-def test_row_16_evaluation_over_processes(forks, tmp_path, ranks):
-    port = free_port()
-    processes = [forks.Process(target=evaluate_rank, args=(rank, ranks, port, tmp_path)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    single = [evaluate_shard(*case, 0, 1) for case in CASES]
-    for rank in range(ranks):
-        for case, one, many in zip(CASES, single, json.loads((tmp_path / f'{rank}.json').read_text()), strict=True):
+def test_row_16_evaluation_over_processes(in_group, ranks):
+    single = evaluate_cases(0, 1)
+    for results in in_group(evaluate_cases, ranks):
+        for case, one, many in zip(CASES, single, results, strict=True):
             assert (many['acc1'], many['acc5']) == (one['acc1'], one['acc5']), case
             assert many['loss'] == pytest.approx(one['loss'], rel=1e-6), case
 
 
 @pytest.mark.parametrize('ranks', range(1, 9))
-def test_row_16_up_to_eight_ranks(monkeypatch, capsys, ranks):
+def test_row_16_up_to_eight_ranks(monkeypatch, ranks):
     for case in CASES:
-        one = evaluate_shard(*case, 0, 1)
+        one, parts = evaluate_shard(*case, 0, 1), []
         with monkeypatch.context() as patch:
-            parts = []
             patch.setattr(utils, 'all_sum', lambda values, parts=parts: (parts.append(values), sum(parts))[1])
             many = [evaluate_shard(*case, rank, ranks) for rank in range(ranks)][-1]
         assert many == pytest.approx(one, rel=1e-6) and many['acc1'] == one['acc1'], case
-        assert f'({case[0]} images)' in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_row_17_batch_size_of_evaluation():
@@ -748,9 +689,7 @@ def test_row_18_evaluation_in_a_new_process(start, whole):
 
 @pytest.mark.parametrize('interpolation', ['bicubic', 'random'])
 def test_row_01_the_default_augmentation_never_raises(interpolation):
-    args = engine.get_parser('', main_deit.RECIPE).parse_args(
-        ['--input-size', '32', '--train-interpolation', interpolation]
-    )
+    args = arguments('--input-size', 32, '--train-interpolation', interpolation)
     transform = datasets.build_transform(datasets.data_config(args, args.model), datasets.augmentation(args))
     image, _ = shapes.Shapes('train', 32)[0]
     utils.seed_all(0)
@@ -758,20 +697,17 @@ def test_row_01_the_default_augmentation_never_raises(interpolation):
         assert transform(image).shape == (3, 32, 32)
 
 
+PATH_FLAGS = [
+    ('main_deit', ['--resume']),
+    ('main_deit', ['--eval', '--resume']),
+    ('main_deit', ['--finetune']),
+    ('main_levit', ['--teacher-path']),
+    ('visualize', ['--resume']),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'script, flags',
-    [
-        ('main_deit', ['--resume']),
-        ('main_deit', ['--eval', '--resume']),
-        ('main_deit', ['--finetune']),
-        ('main_deit', ['--distillation-type', 'hard', '--teacher-path']),
-        ('main_levit', ['--distillation-type', 'none', '--resume']),
-        ('main_levit', ['--distillation-type', 'none', '--finetune']),
-        ('main_levit', ['--teacher-path']),
-        ('visualize', ['--resume']),
-    ],
-)
+@pytest.mark.parametrize('script, flags', [*PATH_FLAGS, ('main_levit', ['--distillation-type', 'none', '--resume'])])
 def test_row_02_wrong_paths(start, tmp_path, script, flags):
     wrong = tmp_path / 'no' / 'such.pth'
     # There is no data either, but that is not what the message is about.
@@ -789,14 +725,10 @@ class Malicious:
         return os.mkdir, (self.proof,)
 
 
-def raw_pickle(content, path: Path):
-    path.write_bytes(pickle.dumps(content, 2))
-
-
 WRITERS = {
     'zip': torch.save,
-    'legacy': lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
-    'raw': raw_pickle,
+    'legacy': partial(torch.save, _use_new_zipfile_serialization=False),
+    'raw': lambda content, path: path.write_bytes(pickle.dumps(content, 2)),
 }
 
 
@@ -821,16 +753,7 @@ def test_row_10_code_in_a_checkpoint_never_runs(tmp_path, kind, place):
 
 
 @pytest.mark.parametrize('kind', WRITERS)
-@pytest.mark.parametrize(
-    'name, flags',
-    [
-        ('main_deit', ['--resume']),
-        ('main_deit', ['--eval', '--resume']),
-        ('main_deit', ['--finetune']),
-        ('main_levit', ['--teacher-path']),
-        ('visualize', ['--resume']),
-    ],
-)
+@pytest.mark.parametrize('name, flags', PATH_FLAGS)
 def test_row_10_by_every_flag(script, image_folder, tmp_path, kind, name, flags):
     path, proof = tmp_path / 'bad.pth', tmp_path / 'ran'
     WRITERS[kind]({'model': {}, 'args': Malicious(proof)}, path)
@@ -844,31 +767,12 @@ def test_row_10_by_every_flag(script, image_folder, tmp_path, kind, name, flags)
     assert not proof.exists()
 
 
-def load_and_measure(path: Path, out: Path):
-    Path('/proc/self/clear_refs').write_text('5')  # forget the peak of before
-
-    def peak() -> int:
-        return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
-
-    before = peak()
-    try:
-        datasets.load_image(path)
-    except InputError as error:
-        out.write_text(json.dumps([peak() - before, str(error)]))
-
-
-@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak of memory is read from Linux')
 @pytest.mark.parametrize('size', [(3000, 1), (12, 1300), (9000, 8000)])
-def test_row_21_sizes_that_would_fill_the_memory(forks, tmp_path, size, monkeypatch):
-    path, out = tmp_path / 'a.jpg', tmp_path / 'out.json'
-    Image.new('1', size).save(path, 'png') if max(size) > 5000 else Image.new('RGB', size).save(path)
-    process = forks.Process(target=load_and_measure, args=(path, out))
-    process.start()
-    process.join(60)
-    kib, message = json.loads(out.read_text())
-    assert kib < 200 * 1024 and str(path) in message and f'{size[0]} x {size[1]}' in message
-    monkeypatch.setattr(Image.Image, 'convert', lambda *args: pytest.fail('it was decoded'))
-    with pytest.raises(InputError):
+def test_row_21_huge_images_are_refused_undecoded(tmp_path, size, monkeypatch):
+    path = tmp_path / 'a.png'
+    Image.new('1', size).save(path)
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda *args: pytest.fail('it was decoded'))
+    with pytest.raises(InputError, match=f'{path}.*{size[0]} x {size[1]}'):
         datasets.load_image(path)
 
 
@@ -894,40 +798,21 @@ def test_row_20_broken_training_images_are_tolerated_on_request(image_folder, tm
         script('main_deit', *flags, '--max-broken-images', 2)
 
 
-def test_row_22_pictures_are_upright_and_have_three_channels(tmp_path):
+def test_row_22_exif_turns_pictures_and_not_evaluation(tmp_path):
     visualize = pytest.importorskip('visualize')
-    rgb = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    for mode in ('RGB', 'L', 'LA', 'RGBA', 'P', '1', 'CMYK'):
-        path = tmp_path / f'{mode}.jpg'
-        Image.fromarray(rgb).convert(mode).save(path, 'tiff' if mode == 'CMYK' else 'png')
-        assert visualize.load_upright(path).mode == datasets.load_image(path).mode == 'RGB'
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(rgb).save(tmp_path / 'turned.jpg', exif=exif)
-    assert visualize.load_upright(tmp_path / 'turned.jpg').size == (30, 40)
-    assert datasets.load_image(tmp_path / 'turned.jpg').size == (40, 30)
+    Image.new('L', (40, 30)).save(tmp_path / 'turned.jpg', exif=exif)
+    upright, read = visualize.load_upright(tmp_path / 'turned.jpg'), datasets.load_image(tmp_path / 'turned.jpg')
+    assert (upright.size, read.size) == ((30, 40), (40, 30)) and upright.mode == read.mode == 'RGB'
 
 
-@pytest.mark.parametrize('kind', ['zip', 'page', 'tar', 'folder'])
-def test_row_24_one_line_says_what_a_file_is(tmp_path, kind):
-    path = tmp_path / 'x.pth'
-    if kind == 'zip':
-        with zipfile.ZipFile(path, 'w') as archive:
-            archive.writestr('a.txt', 'a')
-    elif kind == 'page':
-        path.write_text('\n<html><body>Sign in</body></html>')
-    elif kind == 'tar':
-        import tarfile
-
-        with tarfile.open(path, 'w') as archive:
-            archive.addfile(tarfile.TarInfo('sys_info'))
-    else:
-        path.mkdir()
-    word = {'zip': 'a zip file', 'page': 'web page'}.get(kind, kind)
-    with pytest.raises(InputError, match=word) as error:
-        weights.read_checkpoint(path)
-    message = str(error.value)
-    assert '\n' not in message and 'weights_only' not in message and 'trust' not in message
+def test_row_24_one_line_says_what_a_file_is(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'x.pth', 'w') as archive:
+        archive.writestr('a.txt', 'a')
+    with pytest.raises(InputError, match='a zip file') as error:
+        weights.read_checkpoint(tmp_path / 'x.pth')
+    assert '\n' not in str(error.value) and 'weights_only' not in str(error.value)
 
 
 # --- what is kept, and going on from it
@@ -943,7 +828,7 @@ def test_row_27_a_full_disk(start, whole, tmp_path):
     run = start(*WHOLE, '--auto-resume', '--output_dir', folder, ranks=2, file_limit=1_000_000)
     codes = run.end(60)
     assert codes[0] == 2, run.printed
-    assert 'checkpoint.pth could not be written, what was there before is whole' in run.printed
+    assert 'checkpoint.pth could not be written; the old file' in run.printed
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     # The log, a small file, comes before the checkpoint; going on from there replaces its last line again.
     assert after.pop('log.txt') and after == {name: content for name, content in before.items() if name != 'log.txt'}
@@ -951,7 +836,8 @@ def test_row_27_a_full_disk(start, whole, tmp_path):
 
 
 def build_state(args: argparse.Namespace) -> engine.State:
-    """A new run's state, of a small model."""
+    """A new run's state, of a small model without an EMA."""
+    args.model_ema = False
     return optim.build_state(args, torch.nn.Linear(3, 2), args.precision or 'fp32', batch_size=512)
 
 
@@ -961,10 +847,6 @@ def resume(args: argparse.Namespace, content: dict, source: str = 'c.pth') -> en
     changed = checkpoint.compare_flags(content, source, state.flags, engine.MAY_CHANGE, args.accept_changes)
     state.load(content, source, changed)
     return state
-
-
-def arguments(*flags) -> argparse.Namespace:
-    return engine.get_parser('', main_deit.RECIPE).parse_args(['--no-model-ema', *map(str, flags)])
 
 
 def trained(*flags, steps: int = 2) -> dict:
@@ -996,16 +878,6 @@ def test_row_28_changed_flags(name, value, capsys):
     assert bool(state.optimizer.state_dict()['state']) == (name != 'opt')
 
 
-@pytest.mark.parametrize('flags', [['--bce-loss'], ['--mixup-off-epoch', 1], ['--layer-decay', 0.5]])
-def test_row_28_flags_that_an_older_checkpoint_does_not_name(flags):
-    content = trained()
-    for name in ('bce_loss', 'mixup_off_epoch', 'layer_decay'):
-        del content['args'][name]
-    resume(arguments(), content)
-    with pytest.raises(InputError, match=f'then +now\n +{flags[0][2:].replace("-", "_")} '):
-        resume(arguments(*flags), content)
-
-
 def test_row_28_rates_and_schedules_are_those_of_now():
     content = trained('--sched', 'cosine', '--epochs', 300, '--warmup-epochs', 0)
     for flags in (['--lr', 0.2], ['--epochs', 10], ['--sched', 'step', '--decay-epochs', 1]):
@@ -1013,13 +885,6 @@ def test_row_28_rates_and_schedules_are_those_of_now():
         fresh = build_state(args)
         fresh.scheduler.step(2)
         assert resume(args, content).optimizer.param_groups[0]['lr'] == fresh.optimizer.param_groups[0]['lr']
-
-
-def test_row_28_moments_of_other_parameters():
-    content = trained()
-    content['optimizer']['state'][0]['exp_avg'] = torch.zeros(5)
-    with pytest.raises(InputError, match='optimizer state is of other parameters'):
-        resume(arguments(), content)
 
 
 def test_row_28_moments_lie_in_memory_as_their_parameters():
@@ -1049,7 +914,7 @@ def test_row_29_another_number_of_processes(whole, script, image_folder, tmp_pat
     folder = continued(whole(2), tmp_path / 'run', 'checkpoint-0001-000001.pth', 'log.txt')
     flags = [*WHOLE, '--data-path', image_folder, '--output_dir', folder]
     printed = script('main_deit', *flags, '--resume', folder / 'checkpoint-0001-000001.pth')
-    assert 'world_size was 2, now 1: training goes on, but not exactly' in printed
+    assert 'world_size was 2, now 1: the run continues, but not bit for bit' in printed
     assert 'the epoch starts over' in printed and 'Epoch 1 done' in printed
     assert re.search(r'Epoch: \[1/2\]  \[(\d+)/', printed)[1] == '1'
     assert [line['epoch'] for line in read_log(folder)] == [0, 1]
@@ -1067,7 +932,7 @@ def test_row_29_processes_that_find_different_checkpoints(forks, whole, image_fo
     for rank, run in enumerate(runs):
         run.join(60)
         assert run.exitcode == 2
-        assert 'different places, (epoch, step): (2, 0), (0, 0)' in (tmp_path / f'out{rank}').read_text()
+        assert 'start at different places, (epoch, step): (2, 0), (0, 0)' in (tmp_path / f'out{rank}').read_text()
 
 
 def test_row_30_other_precisions_and_devices(capsys):
@@ -1079,7 +944,7 @@ def test_row_30_other_precisions_and_devices(capsys):
         printed = capsys.readouterr().out
         assert 'the loss scale is left out' in printed and f'precision was {content["args"]["precision"]}' in printed
         assert state.epoch == 3 and state.scaler.is_enabled() == (now == 'fp16')
-    assert 'device was cuda, now cpu: training goes on, but not exactly' in printed
+    assert 'device was cuda, now cpu: the run continues, but not bit for bit' in printed
     scaler = resume(arguments('--precision', 'fp16'), with_scale | {'scaler': with_scale['scaler'] | {'scale': 8.0}})
     assert scaler.scaler.get_scale() == 8
 
@@ -1087,7 +952,7 @@ def test_row_30_other_precisions_and_devices(capsys):
 @pytest.mark.parametrize('saved', [None, {}, argparse.Namespace(seed=0), 'text'])
 def test_row_31_a_checkpoint_that_does_not_say_its_seed(saved, capsys):
     resume(arguments(), trained() | {'args': saved})
-    assert 'the order of images and their augmentation may not go on as they began' in capsys.readouterr().out
+    assert 'images and their augmentation may not continue in the order of before' in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -1120,7 +985,7 @@ def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path
         script('main_deit', *flags, tmp_path / 'file' / 'a')
     folder = continued(whole(), tmp_path / 'run', 'checkpoint.pth', 'checkpoint-0001-000000.pth', 'log.txt')
     before = sorted(folder.iterdir())
-    with pytest.raises(InputError, match='holds a run .*--resume or --auto-resume goes on.*--overwrite starts over'):
+    with pytest.raises(InputError, match='holds a run .*--resume or --auto-resume continues it, --overwrite'):
         script('main_deit', *flags, folder)
     assert sorted(folder.iterdir()) == before
     # A checkpoint from elsewhere would start another run here.
@@ -1129,7 +994,7 @@ def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path
         script('main_deit', *flags, folder, '--resume', tmp_path / 'other.pth')
     assert sorted(folder.iterdir()) == before
     output.prepare_output_dir(arguments('--output_dir', folder, '--resume', folder / 'checkpoint.pth'))
-    with pytest.raises(InputError, match='is of the run that --overwrite removes'):
+    with pytest.raises(InputError, match='belongs to the run that --overwrite removes'):
         (tmp_path / 'link.pth').hardlink_to(folder / 'checkpoint.pth')
         script('main_deit', *flags, folder, '--overwrite', '--resume', tmp_path / 'link.pth')
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
@@ -1139,7 +1004,7 @@ def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path
     # What is wrong otherwise is found before anything is removed; what the new run starts from is not removed.
     with pytest.raises(InputError, match='nowhere'):
         script('main_deit', *NANO, '--data-path', tmp_path / 'nowhere', '--overwrite', '--output_dir', folder)
-    with pytest.raises(InputError, match='is of the run that --overwrite removes'):
+    with pytest.raises(InputError, match='belongs to the run that --overwrite removes'):
         script('main_deit', *flags, folder, '--overwrite', '--finetune', folder / 'checkpoint.pth')
     for flag in ('--auto-resume', '--overwrite'):
         found = output.prepare_output_dir(arguments(flag, '--output_dir', folder))
@@ -1220,53 +1085,19 @@ def test_row_41_the_last_are_kept_and_the_best(tmp_path, monkeypatch, capsys):
         assert weights.read_checkpoint(tmp_path / 'checkpoint.pth')['epoch'] == epoch - 1
         return sorted(int(p.name[11:15]) for p in tmp_path.glob('checkpoint-*.pth'))
 
+    def refuse(*args):
+        raise OSError('links are not allowed')
+
     assert [save(1), save(2, best=True), save(3), save(4)] == [[1], [1, 2], [2, 3], [3, 4]]
     assert weights.read_checkpoint(tmp_path / 'best_checkpoint.pth')['epoch'] == 1
     with monkeypatch.context() as patch:
-        patch.setattr(os, 'link', lambda *args: (_ for _ in ()).throw(OSError('links are not allowed')))
+        patch.setattr(os, 'link', refuse)
         assert save(5) == [3, 4]
-        patch.undo()
-        real = Path.unlink
-        patch.setattr(
-            Path, 'unlink', lambda p, **k: real(p, **k) if '0006' in p.name else (_ for _ in ()).throw(OSError('busy'))
-        )
-        assert save(6) == [3, 4, 6]
     printed = capsys.readouterr().out
-    assert 'warning: older checkpoints' in printed and 'links are not allowed' in printed and 'busy' in printed
-    assert save(7) == [6, 7]
+    assert 'warning: older checkpoints' in printed and 'links are not allowed' in printed
+    assert save(6) == [4, 6]
     # Going back to an earlier one leaves the later ones behind.
     assert save(3) == [3]
-
-
-def test_row_42_versions_outside_the_tested_ones(capsys):
-    tested = utils.tested_versions()
-    for end in (0, -1):
-        utils.check_versions(lambda package, end=end: tested[package][end] + '+cpu')
-    utils.check_versions()
-    assert not capsys.readouterr().out, 'the installed versions are tested'
-    oldest = {package: versions[0] for package, versions in tested.items()}
-    for package, version, reason in (
-        ('torch', '2.9.1', 'can run code'),
-        ('torch', '3.0.0a1', f'not between the tested versions, {" and ".join(tested["torch"])}'),
-        ('pillow', '13.0.0', 'RandAugment'),
-        ('timm', '1.0.19', 'layers'),
-    ):
-        utils.check_versions((oldest | {package: version}).get)
-        printed = capsys.readouterr().out
-        assert printed.count('\n') == 1 and f'{package} {version}' in printed and reason in printed
-
-
-@pytest.mark.parametrize('tested', [{}, {'pillow': ['1']}])
-def test_row_42_without_a_file_nothing_is_known(monkeypatch, capsys, tested):
-    monkeypatch.setattr(utils, 'tested_versions', lambda: tested)
-    utils.check_versions()
-    assert not capsys.readouterr().out
-
-
-def test_row_42_they_are_looked_at_at_the_start(monkeypatch, capsys):
-    monkeypatch.setattr(utils, 'tested_versions', lambda: {'pillow': ['1', '2']})
-    utils.set_up_processes(arguments('--device', 'cpu'))
-    assert 'warning: pillow' in capsys.readouterr().out
 
 
 def test_row_43_no_launcher_in_a_slurm_allocation(script, image_folder, monkeypatch, whole):
@@ -1280,24 +1111,21 @@ def test_row_44_no_average_in_the_file(capsys):
     content, state = trained(), build_state(arguments())
     state.ema = ModelEmaV3(state.model)
     state.load(content, 'c.pth')
-    assert 'c.pth has no averaged weights; the average starts from its weights' in capsys.readouterr().out
+    assert 'c.pth has no averaged weights; the EMA starts from its weights' in capsys.readouterr().out
     for average, weight in zip(state.ema.module.parameters(), state.model.parameters(), strict=True):
         assert torch.equal(average, weight) and torch.equal(
             weight, content['model'][{2: 'weight', 1: 'bias'}[weight.ndim]]
         )
 
 
-def small(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    size = 32 if 'nano' in name else 64
-    model = timm.create_model(name, num_classes=4, img_size=size).eval()
-    model.set_schedule(stage_wise='nano' in name)
-    return model, torch.randn(2, 3, size, size)
-
-
 @torch.no_grad()
 def test_row_45_models_and_threads_do_not_disturb_each_other():
-    cases = [small(name) for name in ('evo_deit_nano_patch4_32', 'EvoLeViT_128S')]
+    torch.manual_seed(0)
+    cases = []
+    for name, size in (('evo_deit_nano_patch4_32', 32), ('EvoLeViT_128S', 64)):
+        model = timm.create_model(name, num_classes=4, img_size=size).eval()
+        model.set_schedule(stage_wise=size == 32)
+        cases.append((model, torch.randn(2, 3, size, size)))
     alone = [model(images) for model, images in cases]
     features = [model.forward_features(images) for model, images in cases]
     again = [model.forward_head(feature) for (model, _), feature in zip(cases, features, strict=True)]
