@@ -448,6 +448,11 @@ def train(
         finish_epoch(state, folder, record)
         left = round((time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1))
         print_rank0(f'Epoch {epoch} done, best Acc@1 {state.best_acc1:.3f}, time left {timedelta(seconds=left)}\n')
+    if folder.path and first < args.epochs:
+        print_rank0(
+            f'written: checkpoint.pth, best_checkpoint.pth and log.txt in {folder.path}; '
+            f'next: --eval --resume {folder.path}/best_checkpoint.pth'
+        )
     return test
 
 
