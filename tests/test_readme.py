@@ -14,6 +14,7 @@ import export
 import main_deit
 import models
 import visualize
+from experiments import tables
 
 PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md'))]
 COMMANDS = sorted(
@@ -25,6 +26,50 @@ COMMANDS = sorted(
         if not language and re.search(r'(main_deit|main_levit|benchmark|visualize|export)\.py ', line + ' ')
     }
 )
+
+# Commands of the README that show what they print: the lines below one that are neither commands nor comments.
+PRINTED = []
+for block in re.findall(r'^```\n(.*?)^```$', (ROOT / 'README.md').read_text(), re.M | re.S):
+    for line in block.splitlines():
+        if line.startswith('python3 '):
+            PRINTED.append((line, []))
+        elif PRINTED and line and not line.startswith('#'):
+            PRINTED[-1][1].append(line)
+PRINTED = [(command, lines) for command, lines in PRINTED if lines]
+# What makes each of them small enough for a test; the numbers are others then.
+SMALL = {
+    'main_deit --eval': '--num_workers 0 --device cpu',
+    'main_deit': '--num_workers 0 --device cpu --epochs 1 --batch-size 4 --input-size 32 --no-model-ema',
+    'benchmark': '--num_bench_iter 2 --num_warm_iter 1 -b 1 --img_size 32 --device cpu',
+    'visualize': '--device cpu',
+}
+
+
+@pytest.mark.parametrize(('command', 'lines'), PRINTED, ids=[command[:80] for command, _ in PRINTED])
+def test_commands_print_what_the_readme_shows(command, lines, script, image_folder, monkeypatch, tmp_path):
+    """On a few small images, with random weights: every line is there, up to its numbers."""
+    monkeypatch.chdir(ROOT)
+    name, flags = re.search(r'(\w+)\.py ?(.*)', command).groups()
+    model = re.search(r'--model (\S+)', flags)[1].replace('_vis_', '_')
+    torch.save({'model': timm.create_model(model).state_dict()}, tmp_path / 'weights.pth')
+    paths = {'/path/to/imagenet': image_folder, '/path/to/save': tmp_path / 'save'}
+    for path in ('/path/to/checkpoint.pth', f'{model}.pth'):
+        paths[path] = tmp_path / 'weights.pth'
+    small = SMALL[f'{name} --eval' if '--eval' in flags else name]
+    words = [str(paths.get(word, word)) for word in shlex.split(f'{flags} {small}')]
+    said = script(name, *words)
+    for path, own in paths.items():
+        said = said.replace(str(own), path)
+
+    def mask(line: str) -> str:
+        return ' '.join(re.sub(r'\d[\d,.:]*', '0', line).split())
+
+    said = [mask(line) for line in said.splitlines()]
+    assert [line for line in lines if mask(line) not in said] == []
+
+
+def test_the_tables_are_those_of_the_rows():
+    tables.main(['--check'])
 
 
 def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
