@@ -128,9 +128,8 @@ def main():
             name = f'{prefix}contact{len(contact_sheets) + 1}' if files else f'{prefix}seed{args.seed}_contact'
             contact_sheets.append(write_figure(output, name, draw_contact(predictions, classes), args.format))
     if sheets:
-        print_rank0(
-            f'written: {(contact_sheets or sheets)[0]}, and a sheet and its parts for each image ({len(sheets)})'
-        )
+        rest = f', and a sheet and its parts for each of {len(sheets)} images' if contact_sheets else ', and its parts'
+        print_rank0(f'written: {(contact_sheets or sheets)[0]}{rest}')
     if broken:
         print(f'{len(broken)} of {len(files)} images could not be drawn:', *broken, sep='\n  ', file=sys.stderr)
         raise SystemExit(1)

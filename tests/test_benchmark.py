@@ -256,7 +256,7 @@ def test_precisions(bench, monkeypatch):
     assert dtypes('train', '--precision', 'bf16') == (full, half)  # as in the scripts: autocast of fp32 weights
     assert dtypes('inference', '--amp') == dtypes('inference', '--precision', 'amp') == (full, half)
     assert dtypes('inference', '--precision', 'float16') == (torch.float16, None)
-    with pytest.raises(InputError, match='tf32 is a mode of NVIDIA GPUs'):
+    with pytest.raises(InputError, match='tf32: expected an NVIDIA GPU'):
         dtypes('inference', '--precision', 'tf32')
 
 
