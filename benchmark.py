@@ -40,7 +40,7 @@ import engine
 import losses
 import main_deit
 import main_levit
-import models
+import networks
 import optim
 import utils
 from measure import results
@@ -206,7 +206,7 @@ def find_models(names: list[str], file: str | None = None) -> list[str]:
         # The *_vis_* models are the same networks under a second name.
         matches = [name] if timm.is_model(name) else timm.list_models(name, exclude_filters='*_vis_*')
         for match in matches or [name]:
-            models.published_cfg(match)  # raises InputError for an unknown model or tag
+            networks.published_cfg(match)  # raises InputError for an unknown model or tag
         models_found += matches
     return list(dict.fromkeys(models_found))
 
@@ -220,20 +220,20 @@ def make_case(
     variants: flags in which the models of the case differ,
     autocast, tensors: how the model is called, and device, dtype and memory format of its tensors.
     """
-    dense = models.dense_baseline(name)
+    dense = networks.dense_baseline(name)
     if 'levit' in name.lower():
         recipe = main_levit.RECIPE | {'distillation_type': 'none'}  # its teacher would take most of the time
     else:
         recipe = main_deit.RECIPE | ({} if dense else {'drop_path': None})
     # No flags of checkpoints: a benchmark neither reads a run nor writes one.
     parser = utils.Parser('')
-    for module in (models, datasets, losses, engine):
+    for module in (networks, datasets, losses, engine):
         module.add_arguments(parser)
     parser.set_defaults(**recipe)
     case = parser.parse_args(training_flags, namespace=copy(args))  # what is in `args` already stays
     if case.fit_schedule:
         raise InputError('--fit-schedule: speed is measured with random weights; use --stages and --keep-ratio')
-    size = size or models.published_cfg(name).input_size[-1]
+    size = size or networks.published_cfg(name).input_size[-1]
     if args.data_path and not isinstance(size, int):
         raise InputError(f'--data-path: the loader makes square images, not {size}; use --img_size')
     if dense:
@@ -260,12 +260,12 @@ def list_models(case: Namespace) -> list[tuple[str, Callable[..., nn.Module]]]:
         flags = Namespace(**vars(case) | variant)
         method = variant.get('representative', {'evolve': 'evolved'}.get(flags.method, flags.method))
         label = ' '.join(filter(None, [case.model, method]))
-        listed.append((label, partial(models.build, flags, input_size=case.input_size)))
+        listed.append((label, partial(networks.build, flags, input_size=case.input_size)))
     if case.dense and case.compare:
         name, options = case.dense
         label = ' '.join([name, *(f'{key}={value}' for key, value in options.items())])
         rates = {'drop_rate': case.drop} | ({} if case.drop_path is None else {'drop_path_rate': case.drop_path})
-        listed.append((label, partial(models.create, name, input_size=case.input_size, **rates, **options)))
+        listed.append((label, partial(networks.create, name, input_size=case.input_size, **rates, **options)))
     return listed
 
 

@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 import models
+import networks
 import utils
 from image_data.files import load_image
 from models import weights
@@ -350,7 +351,7 @@ def saved_classes(content: dict) -> list[str] | None:
 def find_classes(content: dict, model_name: str, use_ema: bool = False) -> tuple[list[str] | None, int | None]:
     """Names and number of the classes of a checkpoint; None for what it does not say."""
     state = weights.find_weights(content, use_ema)
-    classifier = models.published_cfg(model_name).classifier or ()
+    classifier = networks.published_cfg(model_name).classifier or ()
     heads = (classifier,) if isinstance(classifier, str) else classifier
     outputs = [len(state[f'{head}.weight']) for head in heads if f'{head}.weight' in state]
     # The original Evo-LeViT has head.l where ours has head.linear.
@@ -391,10 +392,10 @@ def load_model(args: argparse.Namespace, default_model: str = '', use_ema: bool 
     except InputError as error:
         raise InputError(f'{source}: {error}') from error
     if not source:
-        count = models.published_cfg(args.model).num_classes
+        count = networks.published_cfg(args.model).num_classes
     args.pretrained = args.pretrained and not source  # the file has the weights
     config = datasets.data_config(args, args.model)
-    model = models.build(args, count or 0, config.input_size)
+    model = networks.build(args, count or 0, config.input_size)
     if source:
         load_for_evaluation(model, content, source, use_ema)
     choose_schedule(args, model, config, training=False)

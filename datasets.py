@@ -25,7 +25,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode
 
-import models
+import networks
 from image_data import timm_data
 from image_data.files import CropLoader, load_image
 from image_data.shapes import Shapes
@@ -152,7 +152,7 @@ def data_config(args: Namespace, model_name: str) -> DataConfig:
     for name in ('mean', 'std'):
         if given[name] and len(given[name]) not in (1, 3):
             raise InputError(f'--{name}: expected 1 or 3 values, found {given[name]}')
-    cfg, size = models.published_cfg(model_name), given['input_size']
+    cfg, size = networks.published_cfg(model_name), given['input_size']
     config = resolve_data_config(given | {'input_size': size and (3, size, size)}, cfg.to_dict())
     _, rows, columns = config['input_size']
     if cfg.input_size[0] != 3 or rows != columns:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 import checkpoint
 import datasets
 import losses
-import models
+import networks
 import optim
 import output
 import utils
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def get_parser(doc: str, recipe: dict) -> utils.Parser:
     """Parser with the flags of all modules; `recipe` holds the defaults of this script."""
     parser = utils.Parser(doc, usage='%(prog)s --model NAME --data-path PATH [options]')
-    for module in (models, datasets, losses, checkpoint, utils):
+    for module in (networks, datasets, losses, checkpoint, utils):
         module.add_arguments(parser)
     add_arguments(parser)
     parser.set_defaults(**recipe)

@@ -26,7 +26,7 @@ from torchvision.transforms import TenCrop
 import checkpoint
 import datasets
 import engine
-import models
+import networks
 import utils
 from image_data.files import load_image
 from measure.timing import time_alternately
@@ -60,7 +60,7 @@ def get_parser() -> utils.Parser:
     add('--input-size', type=at_least(1), metavar='PX', help="image size (default: the checkpoint's or the model's)")
     add('--precision', default='fp32', choices=tuple(TOLERANCE), help='of weights, images and logits')
     add('--fuse', action='store_true', help='fold BatchNorms and drop heads that only training uses')
-    models.add_arguments(parser)
+    networks.add_arguments(parser)
     # Preprocessing comes from the checkpoint or the model and is written with it; only the size can be set.
     parser.set_defaults(**dict.fromkeys(set(datasets.DataConfig._fields) - {'input_size'}))
     return parser
@@ -108,7 +108,7 @@ def check_flags(args: argparse.Namespace):
 
 def check_model(args: argparse.Namespace):
     """Raises InputError for flags that exclude the model, whose name may come from the checkpoint."""
-    ours = models.dense_baseline(args.model) is not None
+    ours = networks.dense_baseline(args.model) is not None
     if args.format == 'hub' and args.fuse and not ours:
         raise InputError(f'--fuse: timm cannot load a fused {args.model} from a folder; leave --fuse out')
     if args.bench and not (ours or args.method):
@@ -219,8 +219,8 @@ def check(model: nn.Module, format: str, path: Path, images: Tensor, tolerance: 
 
 def build_dense(args: argparse.Namespace, model: nn.Module, size: int) -> nn.Module:
     """The dense baseline, with random weights, prepared as the model is."""
-    name, options = models.dense_baseline(args.model) or (args.model, args.model_kwargs or {})
-    dense = models.create(name, model.num_classes, size, **options).eval()
+    name, options = networks.dense_baseline(args.model) or (args.model, args.model_kwargs or {})
+    dense = networks.create(name, model.num_classes, size, **options).eval()
     if args.fuse:
         engine.fuse(dense)
     return dense.to(DTYPES[args.precision])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-import models
+import networks
 import utils
 from datasets import DataConfig
 from models import weights
@@ -141,7 +141,7 @@ def build_criterion(
     if args.distillation_type == 'none':
         return Criterion(label_smoothing, bce=args.bce_loss)
     try:
-        teacher = models.create(args.teacher_model, num_classes, config.input_size)
+        teacher = networks.create(args.teacher_model, num_classes, config.input_size)
         weights.load_weights(teacher, args.teacher_path, report=print_rank0)
     except InputError as error:
         advice = f'train a teacher for these classes first: main_deit.py --model {args.teacher_model} --output_dir ...'
@@ -149,7 +149,7 @@ def build_criterion(
             advice = f'the original teacher, regnety_160 for ImageNet, is at {ORIGINAL_TEACHER}'
         raise InputError(f'teacher, --teacher-model and --teacher-path: {error}\n{advice}') from error
     # The loader normalizes for the student; a teacher that was trained otherwise would be wrong without an error.
-    cfg = models.published_cfg(args.teacher_model)
+    cfg = networks.published_cfg(args.teacher_model)
     if (cfg.mean, cfg.std) != (config.mean, config.std):
         print_rank0(f'teacher: its images are normalized with mean {cfg.mean}, std {cfg.std}, as in its training')
         teacher = nn.Sequential(Renormalize((config.mean, config.std), (cfg.mean, cfg.std)), teacher)

@@ -25,7 +25,7 @@ import checkpoint
 import datasets
 import engine
 import losses
-import models
+import networks
 import optim
 import output
 import utils
@@ -49,7 +49,7 @@ def main(doc: str = __doc__, recipe: dict = RECIPE) -> dict[str, float]:
     config = datasets.data_config(args, args.model)
     train_loader, val_loader = datasets.build_loaders(args, config, utils.rank(), utils.world_size())
     classes = val_loader.dataset.classes
-    model = models.build(args, len(classes), config.input_size).to(device)
+    model = networks.build(args, len(classes), config.input_size).to(device)
     checkpoint.load_finetune(model, args.finetune)
     checkpoint.choose_schedule(args, model, config)
     utils.print_rank0(f'{datasets.describe(config)}\n{engine.describe_setup(args.model, model, precision)}')

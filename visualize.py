@@ -44,7 +44,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import checkpoint
 import datasets
 import engine
-import models
+import networks
 import utils
 from image_data import shapes
 from image_data.files import FORMATS, load_image
@@ -80,7 +80,7 @@ def get_parser() -> utils.Parser:
     add('--score', action='store_true', help=about)
     about = 'only draw the learning curves of these output folders (default: none)'
     add('--log', nargs='+', default=[], metavar='RUN', help=about)
-    for add_flags in (models.add_arguments, datasets.add_image_arguments, utils.add_arguments):
+    for add_flags in (networks.add_arguments, datasets.add_image_arguments, utils.add_arguments):
         add_flags(parser)
     parser.set_defaults(model='evo_deit_small_vis_patch16_224', data_path='')
     return parser

@@ -22,7 +22,7 @@ from common import Rows, get_parser, gmacs, run_seeds, train
 from plots import draw_seeds
 from torch import nn
 
-import models
+import networks
 
 METHODS = 'dense', 'none', 'one', 'nearest'
 RECIPE = """--warmup-epochs 1 --warmup-lr 5e-4 --lr 4e-3 --drop-path 0 --mixup 0 --cutmix 0 --reprob 0
@@ -37,13 +37,13 @@ def main():
     parser.add_argument('--methods', nargs='+', default=METHODS, help='those to run')
     parser.set_defaults(batch_size=128)
     args = parser.parse_args()
-    output, (baseline, options) = Path(args.output), models.dense_baseline(args.model)
-    size = models.published_cfg(args.model).input_size[-1]
+    output, (baseline, options) = Path(args.output), networks.dense_baseline(args.model)
+    size = networks.published_cfg(args.model).input_size[-1]
     classes = len(list((Path(args.data_path) / 'train').iterdir()))
 
     def make(method: str, _=None) -> nn.Module:
         name, arguments = (baseline, options) if method == 'dense' else (args.model, {'representative': method})
-        return models.create(name, classes, size, **arguments).eval().to(args.device)
+        return networks.create(name, classes, size, **arguments).eval().to(args.device)
 
     setup = dict(model=args.model, epochs=args.epochs, batch_size=args.batch_size)
     rows = Rows(output.with_suffix('.csv'), setup)

@@ -41,6 +41,7 @@ from torch import Tensor
 
 import benchmark
 import models
+import networks
 from measure import results
 from measure.timing import time_alternately
 from models import evolution
@@ -176,7 +177,7 @@ def make_case(
     args: argparse.Namespace, mode: str, name: str, size: int, batch: int, compiled: bool, methods: Iterable[str]
 ):
     """A case of the benchmark; a ViT of timm with `methods`, each at about 0.66 of dense GMACs."""
-    evolved = models.dense_baseline(name) is None
+    evolved = networks.dense_baseline(name) is None
     flags = ['--precision', args.precision, '--num_bench_iter', '2' if args.tiny else '20', '--num_warm_iter', '3']
     flags += ['--compile'] * compiled + ['--evolve'] * evolved
     flags += ['--model-kwargs', *(f'{k}={v}' for k, v in TINY_SHAPE.items())] if evolved and args.tiny else []

@@ -113,7 +113,9 @@ def by_fraction(cell: Callable[[dict], str], images: str = JUDGE, fractions: Seq
 
 @table
 def training_free() -> str:
-    return by_fraction(lambda row: f'{difference(row["off"], row["interval"])}, {speed(row)}')
+    return by_fraction(
+        lambda row: difference(row['off'], row['interval']) + (f', {speed(row)}' if row.get('speedup') else '')
+    )
 
 
 @table
@@ -165,7 +167,7 @@ def split(pairs: Sequence[tuple[dict, dict]], column: str, sign: int) -> list[st
         off, half = compare_images(ours, theirs, column)
         found[verdict(sign * off, half)].append(NAMES[theirs['method']])
     better, worse = found['better'], found['worse']
-    return ['all others' if len(names) == len(pairs) else ', '.join(names) or 'none' for names in (better, worse)]
+    return ['all others' if len(names) == len(pairs) else ', '.join(names) or '–' for names in (better, worse)]
 
 
 @table

@@ -17,7 +17,7 @@ from torch import nn
 
 import benchmark
 import engine
-import models
+import networks
 from measure import results
 from models import evo_deit
 from utils import InputError
@@ -63,9 +63,9 @@ def make_case(mode: str, *flags, name: str = NAME, size: int = 32, batch: int = 
 @pytest.mark.parametrize('name', [NAME, 'evo_deit_small_vis_patch16_384'])
 def test_the_dense_baseline_is_the_same_network_without_selection(name):
     """Those of Evo-LeViT have other names; test_costs.py compares their FLOPs with the original's."""
-    dense, options = models.dense_baseline(name)
+    dense, options = networks.dense_baseline(name)
     with torch.device('meta'):
-        ours, theirs = models.create(name, 1000, 64), models.create(dense, 1000, 64, **options)
+        ours, theirs = networks.create(name, 1000, 64), networks.create(dense, 1000, 64, **options)
     own = '_cls.weight', '_cls.bias', '_state'
     shapes = {key: value.shape for key, value in ours.state_dict().items() if not key.endswith(own)}
     assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
@@ -73,8 +73,8 @@ def test_the_dense_baseline_is_the_same_network_without_selection(name):
 
 def test_every_model_of_ours_has_a_dense_baseline_and_no_other_has():
     ours = timm.list_models('evo_deit_*') + timm.list_models('EvoLeViT_*')
-    assert len(ours) == 21 and all(timm.is_model(models.dense_baseline(name)[0]) for name in ours)
-    assert models.dense_baseline('levit_128s') is models.dense_baseline('deit_tiny_patch16_224') is None
+    assert len(ours) == 21 and all(timm.is_model(networks.dense_baseline(name)[0]) for name in ours)
+    assert networks.dense_baseline('levit_128s') is networks.dense_baseline('deit_tiny_patch16_224') is None
     case = make_case('inference', '--evolve', '--model-kwargs', 'depth=3', name='test_vit')
     assert [len(build(num_classes=5).blocks) for _, build in benchmark.list_models(case)] == [3, 3]
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
+import networks
 from measure.costs import count_gmacs, peak_memory
 from utils import InputError
 
@@ -41,7 +42,7 @@ def count(name: str, size: int = 224, representative: str | None = None) -> floa
     """
     fake = 'deit' in name
     with torch.device('meta') if fake else nullcontext():
-        model = models.create(name, 1000, size)
+        model = networks.create(name, 1000, size)
     if representative:
         models.evolve(model, KEPT, representative=representative)
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), torch.inference_mode():
@@ -52,7 +53,7 @@ def count(name: str, size: int = 224, representative: str | None = None) -> floa
 @pytest.mark.parametrize('name', GMACS)
 def test_flops_are_those_of_the_original_models(name):
     size = timm.get_pretrained_cfg(name).input_size[-1]
-    for model, expected in zip((name, models.dense_baseline(name)[0]), GMACS[name], strict=False):
+    for model, expected in zip((name, networks.dense_baseline(name)[0]), GMACS[name], strict=False):
         assert count(model, size) == pytest.approx(expected, rel=2e-3)
 
 

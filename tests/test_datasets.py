@@ -613,7 +613,7 @@ def test_preprocessing_that_makes_no_sense_is_refused(wrong, message):
 
 def test_an_unknown_crop_mode_is_refused(monkeypatch):
     cfg = dataclasses.replace(timm.get_pretrained_cfg('resnet50'), crop_mode='spiral')
-    monkeypatch.setattr(datasets.models, 'published_cfg', lambda name: cfg)
+    monkeypatch.setattr(datasets.networks, 'published_cfg', lambda name: cfg)
     with pytest.raises(InputError, match='crop_mode spiral; expected one of center, squash, border'):
         config(flags('--model', 'resnet50'))
 

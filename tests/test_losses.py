@@ -19,7 +19,7 @@ from torchvision.transforms.functional import normalize
 import datasets
 import losses
 import main_levit
-import models
+import networks
 from losses import Criterion
 
 RECIPE = json.loads((fill.HERE / 'recipe.json').read_text())['losses']
@@ -133,7 +133,7 @@ def test_a_teacher_sees_images_as_it_was_trained(tmp_path, capsys):
     images = normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     for name, expected in (('vit_tiny_patch16_224', 2 * pixels - 1), ('regnety_002', images)):
         torch.manual_seed(0)
-        network = models.create(name, 4, 32).eval()
+        network = networks.create(name, 4, 32).eval()
         torch.save(network.state_dict(), tmp_path / 't.pth')
         flags = f'--model evo_deit_nano_patch4_32 --input-size 32 --distillation-type hard --teacher-model {name}'
         args = arguments(*flags.split(), '--teacher-path', tmp_path / 't.pth')

@@ -26,6 +26,7 @@ import losses
 import main_deit
 import main_levit
 import models
+import networks
 import optim
 from models import weights
 from utils import InputError
@@ -614,7 +615,7 @@ def test_weights_alone_start_training_and_are_evaluated(script, flags, tmp_path,
 
 def test_weights_of_timm_are_evaluated_without_a_file(script, flags, monkeypatch):
     """--pretrained: the weights that timm downloads; here none are, and the model is built as it is."""
-    monkeypatch.setattr(models, 'create', lambda *args, pretrained, **kwargs: timm.create_model(args[0], img_size=32))
+    monkeypatch.setattr(networks, 'create', lambda *args, pretrained, **kwargs: timm.create_model(args[0], img_size=32))
     data = [*flags, '--model', 'test_vit.r160_in1k', '--eval', '--pretrained']
     with pytest.raises(InputError, match='1000 classes and does not name them'):
         script('main_deit', *data)  # these are four folders of other names
@@ -729,7 +730,7 @@ def test_numbers_out_of_range_end_at_the_flag(script, capfd, flag, value, expect
     ],
 )
 def test_flags_that_would_do_nothing_are_refused_at_once(script, tmp_path, monkeypatch, useless, says):
-    monkeypatch.setattr(models, 'build', lambda *args: pytest.fail('the model was built'))
+    monkeypatch.setattr(networks, 'build', lambda *args: pytest.fail('the model was built'))
     (tmp_path / 'checkpoint.pth').touch()
     useless = [str(flag).replace('OUT', str(tmp_path)) for flag in useless]
     with pytest.raises(InputError, match=says):
@@ -810,7 +811,7 @@ def test_optimizers_that_group_otherwise_say_what_to_do():
 
 @pytest.mark.parametrize('name', ['evo_deit_nano_patch4_32', 'EvoLeViT_128S', 'vit_tiny_patch16_224'])
 def test_layer_decay_slows_early_layers(name):
-    model = models.create(name, 4, 64)
+    model = networks.create(name, 4, 64)
     if name.startswith('vit'):
         model = models.evolve(model)
     flags = ['--layer-decay', 0.5, '--lr', 1, '--warmup-epochs', 2, '--warmup-lr', 0.5]
@@ -842,7 +843,7 @@ def test_layer_decay_slows_early_layers(name):
 def test_gradient_checkpointing_runs_blocks_twice_to_the_same_weights(
     script, flags, tmp_path, monkeypatch, model, stage_epoch
 ):
-    calls, build = [], models.build
+    calls, build = [], networks.build
 
     def count_calls(*args):
         network = build(*args)
@@ -850,7 +851,7 @@ def test_gradient_checkpointing_runs_blocks_twice_to_the_same_weights(
             network.get_submodule(name).register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         return network
 
-    monkeypatch.setattr(models, 'build', count_calls)
+    monkeypatch.setattr(networks, 'build', count_calls)
     recipe = [*flags, '--model', *model, '--epochs', 1, '--stage-epoch', stage_epoch, '--lr', 0.05]
     recipe += ['--warmup-lr', 0.01, '--drop-path', 0.1, '--no-model-ema', '--distillation-type', 'none']
     counts = []
@@ -894,6 +895,6 @@ def test_tensorboard_shows_what_the_log_has(script, flags, tmp_path):
 def test_tensorboard_that_is_not_installed_is_said_at_the_start(script, flags, tmp_path, monkeypatch):
     for name in ('tensorboard', 'torch.utils.tensorboard'):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(models, 'build', lambda *args: pytest.fail('the model was built'))
+    monkeypatch.setattr(networks, 'build', lambda *args: pytest.fail('the model was built'))
     with pytest.raises(InputError, match='--tensorboard: .*pip install tensorboard'):
         script('main_deit', *flags, '--tensorboard', '--output_dir', tmp_path)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import models
+import networks
 from models import rivals
 from models.weights import InputError
 
@@ -210,7 +211,7 @@ def test_forward_does_not_wait_for_a_gpu(family, training, stage_wise, represent
     ],
 )
 def test_nearest_names(wrong, first):
-    near = models.nearest_names(wrong).removeprefix('Nearest: ').split(', ')
+    near = networks.nearest_names(wrong).removeprefix('Nearest: ').split(', ')
     assert near[0] == first and len(near) == 5
     assert not wrong.startswith('evo_') or all(name.startswith(('evo_deit', 'EvoLeViT')) for name in near)
 
@@ -231,33 +232,33 @@ def test_nearest_names(wrong, first):
 )
 def test_sizes_that_a_model_would_cut_are_refused(name, size, message):
     with torch.device('meta'), pytest.raises(InputError, match=message) if message else nullcontext():
-        assert models.create(name, 10, size).num_classes == 10
+        assert networks.create(name, 10, size).num_classes == 10
 
 
 def test_a_model_that_pads_takes_any_size():
     model = timm.create_model('vit_tiny_patch16_224', depth=1, dynamic_img_size=True, dynamic_img_pad=True)
-    models.check_input_size(model, 'vit_tiny_patch16_224', 200)
+    networks.check_input_size(model, 'vit_tiny_patch16_224', 200)
     with pytest.raises(InputError, match='found 200'):
-        models.check_input_size(timm.create_model('vit_tiny_patch16_224', depth=1), 'vit_tiny_patch16_224', 200)
+        networks.check_input_size(timm.create_model('vit_tiny_patch16_224', depth=1), 'vit_tiny_patch16_224', 200)
 
 
 def test_flags_evolve_a_vit_of_timm():
     parser = argparse.ArgumentParser()
-    models.add_arguments(parser)
+    networks.add_arguments(parser)
     flags = '--model vit_tiny_patch16_224 --evolve --keep-ratio 0.8 0.4 --stages 3 9 --representative one'.split()
-    model = models.build(parser.parse_args(flags), 10, 64)
+    model = networks.build(parser.parse_args(flags), 10, 64)
     assert model.schedule() == dict(
         stage_wise=True, evolving=True, stages=[3, 9], keep_ratio=[0.8, 0.4], representative='one'
     )
-    model = models.build(parser.parse_args(flags[:3]), 10, 64)
+    model = networks.build(parser.parse_args(flags[:3]), 10, 64)
     assert model.schedule() == dict(
         stage_wise=True, evolving=True, stages=[4, 8], keep_ratio=[0.7, 0.3], representative='nearest'
     )
     ours = '--model evo_deit_nano_patch4_32 --representative nearest --stages 6'.split()
-    model = models.build(parser.parse_args(ours), 10, 32)
+    model = networks.build(parser.parse_args(ours), 10, 32)
     assert (model.representative, model.first_blocks, model.keep_ratio) == ('nearest', (6,), (0.5,))
     for flag, name in ((['--representative'], 'one'), (['--no-representative'], 'none'), ([], 'none')):
-        assert models.build(parser.parse_args([*ours[:2], *flag]), 10, 32).representative == name
+        assert networks.build(parser.parse_args([*ours[:2], *flag]), 10, 32).representative == name
     for wrong, message in (
         (['--model', 'resnet18', '--evolve'], '--method evolve: ResNet cannot be evolved'),
         ([*flags, '--stages', '9', '3'], '--method evolve: stages: expected ascending'),
@@ -267,4 +268,4 @@ def test_flags_evolve_a_vit_of_timm():
         ),
     ):
         with pytest.raises(InputError, match=message):
-            models.build(parser.parse_args(wrong), 10, 64)
+            networks.build(parser.parse_args(wrong), 10, 64)

@@ -40,7 +40,7 @@ import checkpoint
 import datasets
 import engine
 import losses
-import models
+import networks
 import optim
 import output
 import utils
@@ -978,7 +978,7 @@ def test_row_34_labels_beyond_the_classes(label):
 
 
 def test_row_35_an_output_folder_that_is_not_free(script, image_folder, tmp_path, monkeypatch, whole):
-    monkeypatch.setattr(models, 'build', lambda *args: pytest.fail('the model was built'))
+    monkeypatch.setattr(networks, 'build', lambda *args: pytest.fail('the model was built'))
     flags = [*NANO, '--data-path', image_folder, '--output_dir']
     (tmp_path / 'file').touch()
     with pytest.raises(InputError, match=f'--output_dir {tmp_path}/file/a cannot be written to'):
@@ -1029,7 +1029,7 @@ def test_row_37_unknown_models(name, monkeypatch):
     monkeypatch.setattr('socket.socket.connect', lambda *args: pytest.fail('the network was asked'))
     monkeypatch.setattr('builtins.open', lambda *args, **kwargs: pytest.fail('a file was read'))
     with pytest.raises(InputError, match=r'there is no model .*(Nearest|timm.list_models)'):
-        models.build(arguments('--model', name), 10)
+        networks.build(arguments('--model', name), 10)
 
 
 @pytest.mark.parametrize('name', ['../x', '..', 'a/b', '/x', 'a\\b'])

@@ -10,6 +10,7 @@ from conftest import images
 from conftest import small_vit as dense
 
 import models
+import networks
 from measure.costs import count_gmacs
 from models import evolution, rivals
 
@@ -193,8 +194,8 @@ def test_merging_counts_and_unmerges():
 
 def build(flags: str) -> torch.nn.Module:
     parser = argparse.ArgumentParser()
-    models.add_arguments(parser)
-    return models.build(argparse.Namespace(**vars(parser.parse_args(flags.split())), input_size=64), 5)
+    networks.add_arguments(parser)
+    return networks.build(argparse.Namespace(**vars(parser.parse_args(flags.split())), input_size=64), 5)
 
 
 @pytest.mark.parametrize('method, flags', [('drop', '--keep-ratio 0.6'), ('merge', '--merge-r 3'), ('evolve', '')])
@@ -238,7 +239,7 @@ def test_a_download_that_fails_is_said_without_a_traceback(monkeypatch):
 
     monkeypatch.setattr(timm, 'create_model', no_connection)
     with pytest.raises(models.InputError, match='test_vit.*could not be downloaded.*no connection'):
-        models.create('test_vit', 5, pretrained=True)
+        networks.create('test_vit', 5, pretrained=True)
 
 
 def test_a_merged_token_keeps_the_place_of_the_one_that_it_was_merged_into():
