@@ -27,8 +27,8 @@ NAMES = {
     'dense': 'dense', 'nearest': '**evolved** (`nearest`)', 'merge': 'ToMe (`merge`)', 'merge_norm': '`merge_norm`',
     'decreasing, merge': '`merge`, decreasing', 'decreasing, merge_norm': '`merge_norm`, decreasing',
     'late, merge': '`merge`, late', 'late, merge_norm': '`merge_norm`, late', 'smaller image': 'smaller image',
-    'smaller, nearest': 'evolved, smaller image', 'smaller, merge': 'ToMe, smaller image', 'fuse': 'EViT (`fuse`)',
-    'drop': '`drop`', 'none': '`none` (original Evo-ViT)', 'one': '`one`', 'random': '`nearest`, random scores',
+    'smaller, nearest': 'evolved smaller image', 'smaller, merge': 'merged smaller image', 'fuse': 'EViT (`fuse`)',
+    'drop': '`drop`', 'none': '`none` (as in Evo-ViT)', 'one': '`one`', 'random': '`nearest`, random scores',
 }  # fmt: skip
 TABLES = {}
 
@@ -101,11 +101,13 @@ FREE_METHODS = (
 )  # fmt: skip
 
 
-def by_fraction(cell: Callable[[dict], str], images: str = JUDGE, fractions: Sequence[float] = FRACTIONS) -> str:
+def by_fraction(
+    cell: Callable[[dict], str], methods: Sequence[str] = FREE_METHODS, fractions: Sequence[float] = FRACTIONS
+) -> str:
     """A line for each method, a column for each fraction of dense GMACs."""
     lines = []
-    for method in FREE_METHODS:
-        rows = [find(FREE, images=images, method=method, budget=fraction) for fraction in fractions]
+    for method in methods:
+        rows = [find(FREE, images=JUDGE, method=method, budget=fraction) for fraction in fractions]
         if any(rows):
             lines.append([NAMES[method], *(cell(row) if row else '' for row in rows)])
     return markdown(['fraction of dense GMACs', *(f'{fraction:.2f}' for fraction in fractions)], lines)
@@ -124,14 +126,15 @@ def training_free_kl() -> str:
         cosine = f', {row["grid"]:.3f}' if row['grid'] != '' else ''
         return f'{row["kl"]:.4f}, {row["same"]:.1f}{cosine}'
 
-    return by_fraction(cell, fractions=(0.8, 0.66, 0.55))
+    methods = 'nearest', 'merge', 'merge_norm', 'smaller image', 'fuse', 'none', 'random'
+    return by_fraction(cell, methods, (0.8, 0.66, 0.55))
 
 
 @table
 def training_free_sets() -> str:
     """What the sets say of the same rows: the one that choices were made on, the one that judges, both together."""
     lines = []
-    for method in ('nearest', 'merge', 'smaller image'):
+    for method in ('nearest', 'merge'):
         for fraction in (0.66, 0.55):
             rows = [find(FREE, images=images, method=method, budget=fraction) for images in (CHOICE, JUDGE, BOTH)]
             if all(rows):
@@ -175,11 +178,23 @@ def training_free_verdicts() -> str:
     lines = []
     for fraction in FRACTIONS:
         mine = find(FREE, images=JUDGE, method='nearest', budget=fraction)
-        others = [find(FREE, images=JUDGE, method=method, budget=fraction) for method in FREE_METHODS[1:]]
+        methods = *FREE_METHODS[1:], 'smaller, nearest', 'smaller, merge'
+        others = [find(FREE, images=JUDGE, method=method, budget=fraction) for method in methods]
         pairs = [(mine, row) for row in others if row and abs(row['gmacs'] / mine['gmacs'] - 1) < 0.08]
         lines.append([f'{fraction:.2f}', *split(pairs, 'right', 1), *split(pairs, 'kl_images', -1)])
     heads = 'better in top-1 than', 'worse in top-1 than', 'closer to dense (KL) than', 'farther than'
     return markdown(['fraction', *heads], lines)
+
+
+@table
+def training_free_recommended() -> str:
+    """The schedules that the authors of each method recommend; ours are the defaults of `models.evolve`."""
+    dense, lines = find(FREE, images=JUDGE, method='dense')['gmacs'], []
+    for row in select(FREE, images=JUDGE, budget='recommended'):
+        schedule = row['schedule'].partition(', representative')[0].replace('_', ' ')
+        cells = f'{row["gmacs"] / dense:.2f}', difference(row['off'], row['interval']), f'{row["kl"]:.3f}'
+        lines.append([NAMES[row['method']], schedule, *cells])
+    return markdown(['', 'schedule', 'fraction', 'top-1 minus dense', 'KL'], lines)
 
 
 # --- dense prediction
@@ -235,7 +250,8 @@ def training(path: str, methods: Sequence[str]) -> str:
     lines = []
     for method in methods:
         own = [row for row in rows if row['method'] == method]
-        mean, _ = t_interval(row['top1'] for row in own)
+        pairs = {(row['seed'], row['device']) for row in rows if row['method'] == 'dense'}
+        mean, _ = t_interval(row['top1'] for row in own if (row['seed'], row['device']) in pairs)
         cells = []
         for ours, theirs in ((method, 'dense'), ('nearest', method)):
             off, half, n = compare_seeds(rows, ours, theirs)
@@ -290,14 +306,19 @@ GPU_ROWS = {
     'batch 256, bfloat16, compiled': dict(mode='inference', batch=256, precision='bf16', compile='CUDA graphs'),
     'batch 256, bfloat16': dict(mode='inference', batch=256, precision='bf16', compile='no'),
     'batch 256, float32': dict(mode='inference', batch=256, precision='fp32', compile='no'),
-    'batch 1, bfloat16, compiled': dict(mode='latency', batch=1, precision='bf16', compile='CUDA graphs'),
+    'batch 1, bfloat16, compiled': dict(batch=1, precision='bf16', compile='CUDA graphs'),
+    'batch 1, bfloat16': dict(batch=1, precision='bf16', compile='no'),
+    'batch 1, float32': dict(batch=1, precision='fp32', compile='no'),
     'training, batch 256, bfloat16': dict(mode='train', batch=256, precision='bf16', compile='no'),
 }
 
 
 @table
 def speed_gpu() -> str:
-    """Speed-ups on an H100, of the original networks and of timm's, evolved with the first form of nearest."""
+    """Speed-ups on an H100, of the original networks and of timm's, evolved with the first form of nearest.
+
+    At batch 1 the rows of a network have the mode `latency` or `inference`, which are the same call there.
+    """
     evolved = [f'deit_{size}_patch16_224 evolved' for size in ('tiny', 'small', 'base')]
     lines = []
     for name, key in GPU_ROWS.items():
@@ -327,15 +348,21 @@ def speed_evolved() -> str:
 def headline() -> str:
     """Dense, evolved, ToMe and a smaller image at about the same GMACs, on the images that judge."""
     lines = []
-    for method in ('dense', 'nearest', 'merge', 'smaller image'):
+    for method, name in (
+        ('dense', 'dense'), ('nearest', '**evolved**, its defaults'), ('merge', 'ToMe, r = 11'),
+        ('smaller image', 'smaller image, 192 px'),
+    ):  # fmt: skip
         fraction = 1 if method == 'dense' else 0.66
-        row, camvid = (find(path, method=method, budget=fraction, **key)
-                       for path, key in ((FREE, dict(images=JUDGE)), (CAMVID, {})))  # fmt: skip
-        top1 = f'{row["top1"]:.1f}' + (f' ({difference(row["off"], row["interval"])})' if fraction < 1 else '')
+        row = find(FREE, images=JUDGE, method=method, budget='recommended' if method == 'nearest' else fraction)
+        camvid = find(CAMVID, method=method, budget=fraction)
         star = '\\*' if camvid['off_low'] > 0 or camvid['off_high'] < 0 else ''
-        miou = f'{camvid["miou"]:.1f}' + (f' ({signed(camvid["off"])}{star})' if fraction < 1 else '')
-        cpu = '1' if fraction == 1 else speed(row)
-        lines.append([NAMES[method], f'{row["gmacs"]:.2f}', top1, f'{row["kl"]:.3f}', miou, cpu])
+        top1, miou = f'{row["top1"]:.1f}', f'{camvid["miou"]:.1f}'
+        if fraction < 1:
+            top1 += f' ({difference(row["off"], row["interval"])})'
+            miou += f' ({signed(camvid["off"])}{star})'
+        lines.append(
+            [name, f'{row["gmacs"]:.2f}', top1, f'{row["kl"]:.3f}', miou, '1' if fraction == 1 else speed(row)]
+        )
     heads = 'GMACs', 'ImageNet top-1', 'KL to dense', 'CamVid mIoU', 'CPU speed-up'
     return markdown(['DeiT-Ti, no training', *heads], lines)
 
