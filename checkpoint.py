@@ -26,7 +26,7 @@ MAY_CHANGE = dict.fromkeys(
     'keep_checkpoints results_file tensorboard fit_schedule'.split(),
     True,
 )
-# If one of these differs, the finished steps of an interrupted epoch saw other images than it would now.
+# If one of these changed, the finished steps of an interrupted epoch saw different images, so it restarts.
 ORDER_OF_IMAGES = {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug', 'seed', 'train_images'}
 # Flags that evaluation takes from the checkpoint, with those of the images. The schedule belongs to one method.
 SCHEDULE_FLAGS = 'stages', 'keep_ratio', 'representative', 'merge_r'
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--resume', default='', metavar='PATH', help='checkpoint (path or URL) to resume or evaluate')
     add('--auto-resume', action='store_true', help='resume from the newest intact checkpoint in --output_dir, if any')
     add('--overwrite', action='store_true', help='start over, replacing the run in --output_dir')
-    add('--accept-changes', action='store_true', help='resume with changed flags; the new values count')
+    add('--accept-changes', action='store_true', help='resume although flags changed, with the new values')
     add('--finetune', default='', metavar='PATH', help='weights to start from; heads and positions are adapted')
     add('--eval', action='store_true', help='only evaluate --resume')
     add('--eval-ema', action='store_true', help='evaluate the EMA (in training: the EMA too)')
@@ -107,7 +107,7 @@ class State:
         }
 
     def load(self, content: dict, source: str, changed: set[str] = frozenset()):
-        """Take over a checkpoint, and print what it lacks. For flags named in `changed`, this run's values count."""
+        """Load a checkpoint and print what is missing. Flags in `changed` keep this run's values."""
         load_strict(self.model, content, source)
         if self.ema and content.get('model_ema'):
             load_strict(self.ema.module, content, source, use_ema=True)
@@ -123,7 +123,9 @@ class State:
         for name in ('step', 'loss_sum', 'best_acc1'):
             setattr(self, name, content.get(name, 0))
         if self.step and changed & ORDER_OF_IMAGES:
-            print_rank0(f'{source}: its {self.step} steps of this epoch saw other images; the epoch starts over')
+            print_rank0(
+                f'{source}: the order of images changed; the epoch restarts ({self.step} finished steps dropped)'
+            )
             self.step, self.loss_sum = 0, 0.0
 
         # The learning rate is a function of the epoch and the flags; only plateau schedules have state of their own.
@@ -141,7 +143,7 @@ class State:
         if self.scaler.is_enabled() and content.get('scaler'):
             self.scaler.load_state_dict(content['scaler'])
         elif self.scaler.is_enabled() or content.get('scaler'):
-            print_rank0(f'{source} was saved in another precision; the loss scale is left out')
+            print_rank0(f'{source} was saved in another precision; its loss scale is ignored')
 
     def _load_optimizer(self, saved: dict, source: str):
         groups = self.optimizer.state_dict()['param_groups']
@@ -218,7 +220,7 @@ def choose_schedule(args: argparse.Namespace, model: nn.Module, config: datasets
     if found and (saved := saved_flags(found[1])).get('fit_schedule'):
         args.stages, args.keep_ratio = saved['stages'], saved['keep_ratio']
         models.evolve(model, args.keep_ratio, args.stages)
-        print_rank0(f'{found[0]}: the schedule is the one that the run began with')
+        print_rank0(f'{found[0]}: keeping the schedule of the run')
         return
     if training and not (args.finetune or args.pretrained):
         raise InputError('--fit-schedule needs trained weights: add --finetune or --pretrained')
@@ -237,7 +239,7 @@ def choose_schedule(args: argparse.Namespace, model: nn.Module, config: datasets
     # From here on they count as given: a checkpoint saves them with its flags, and a resume compares them.
     args.stages, args.keep_ratio = chosen
     stages, ratios = (' '.join(map(str, values)) for values in (args.stages, args.keep_ratio))
-    print_rank0(f'{folder}: {len(paths)} images choose --stages {stages} --keep-ratio {ratios}')
+    print_rank0(f'{folder}: chose --stages {stages} --keep-ratio {ratios} on {len(paths)} images')
 
 
 # --- resuming a run
@@ -296,14 +298,14 @@ def compare_flags(content: dict, source: str, flags: dict, may_change: dict[str,
     """
     saved = saved_flags(content)
     if 'seed' not in saved:
-        print_rank0(f'{source} holds no flags; images and their augmentation may not continue in the order of before')
+        print_rank0(f'{source} holds no flags; data order and augmentation may differ')
         return set()
     changed = {name: (old, flags[name]) for name, old in sorted(saved.items()) if flags.get(name, old) != old}
     allowed = set(may_change)
     if 'epochs' in changed and changed['epochs'][0] < changed['epochs'][1]:
         allowed.add('epochs')  # training on is no mistake
         old, new = changed['epochs']
-        print_rank0(f'{source}: epochs was {old}, now {new}: schedules are those of {new} epochs from here on')
+        print_rank0(f'{source}: epochs was {old}, now {new}: schedules now span {new} epochs')
     if refused := {name: values for name, values in changed.items() if name not in allowed}:
         rows = [('', 'then', 'now'), *((name, *values) for name, values in refused.items())]
         table = '\n'.join(f'  {name:24} {old!s:>20} {new!s:>20}' for name, old, new in rows)

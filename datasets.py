@@ -313,10 +313,10 @@ def name_classes(root: Path, folders: list[str], num_classes: int, source: str) 
     if num_classes == len(folders):
         print_rank0(f'{root}: {source} does not name its {num_classes} classes; using the sorted folders')
         return folders
-    message = f'{source} has {num_classes} classes and does not name them, {root} holds {len(folders)} class folders'
+    message = f'{source}: {num_classes} classes without names, but {root} has {len(folders)} class folders'
     if num_classes == len(synsets):
         message += f', {len(unknown)} of which are not ImageNet synsets: {_abbreviate(unknown)}'
-    raise InputError(message)
+    raise InputError(f'{message}. Rename the folders to the classes of the checkpoint, or fine-tune with --finetune')
 
 
 def compare_classes(trained: Sequence[str], current: Sequence[str]) -> str:

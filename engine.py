@@ -5,6 +5,7 @@ with token evolution has `set_schedule`. Nothing else here depends on the family
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -451,7 +452,8 @@ def train(
     if folder.path and first < args.epochs:
         print_rank0(
             f'written: checkpoint.pth, best_checkpoint.pth and log.txt in {folder.path}; '
-            f'next: --eval --resume {folder.path}/best_checkpoint.pth'
+            f'next: python3 {Path(sys.argv[0]).name} --eval --resume {folder.path}/best_checkpoint.pth '
+            f'--data-path {args.data_path}' + (f' --data-set {args.data_set}' if args.data_set != 'IMNET' else '')
         )
     return test
 

@@ -42,7 +42,7 @@ MAX_ONNX = 2**31  # bytes, the limit of protobuf
 HOW_TO_LOAD = {
     'onnx': "load it with onnxruntime.InferenceSession('{}')",
     'pt2': "load it with torch.export.load('{}').module()",
-    'hub': "load it with timm.create_model('local-dir:{}') after import models",
+    'hub': "load it with models.hub.load('local-dir:{}')",
 }
 
 
@@ -74,7 +74,8 @@ def main():
     path = Path(args.output or f'output/{args.model}.{args.format}')
     check_output(path, args.format, args.overwrite)
     about = config._asdict() | {'input_size': (3, config.input_size, config.input_size), 'classes': classes}
-    print_rank0(f'exporting to {path}; this can take a minute or more')
+    if args.format != 'hub':
+        print_rank0(f'exporting to {path}; this can take a minute or more')
     write(model, path, args.format, about)
     if args.check and args.format == 'onnx' and not installed('onnxruntime'):
         print_rank0('--check: skipped, because the package onnxruntime is not installed')

@@ -119,8 +119,8 @@ def partition(
         keep_ratio: the fraction of informative patches in each stage.
         stage_wise: select once per stage, or before each of its blocks.
         new_grids: blocks before which the grid changes; a selection cannot continue there.
-        cuts: blocks after which the caller needs the whole grid, so a group ends. The selection continues in the next
-            group; only rounding changes.
+        cuts: blocks whose output the caller needs as a whole grid; each ends a group. The selection continues in the
+            next group; only rounding changes.
     """
     first = min(stages, default=depth)
     selecting = {*stages, *(i for i in new_grids if i > first)} if stage_wise else set(range(first, depth))
@@ -168,7 +168,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None
 
 
 def update_score(score: Tensor | None, attention: Tensor, tradeoff: float | Tensor) -> Tensor:
-    """Moving average of class attentions (B, N). The network's first attention starts it."""
+    """Moving average of class attentions (B, N). It starts as the first block's attention."""
     if score is None or (isinstance(tradeoff, float) and tradeoff == 1):
         return attention
     return (1 - tradeoff) * score + tradeoff * attention
@@ -199,7 +199,7 @@ def novelty(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
 def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Select k of the patches (B, N, C), as kept (B, K), and assign every patch to one of them, as cluster (B, N).
 
-    Selected are the highest weight * novelty^3, with weight = score * length. Members of a previous cluster share one
+    Selects the highest weight * novelty^3, with weight = score * length. Members of a previous cluster share one
     score (B, N) but differ in length (B, N, 1), so ties are rare and the order of patches does not matter. A patch
     joins the informative patch of highest cosine similarity; an informative patch represents itself.
     """
@@ -348,7 +348,7 @@ def evolve(
     k = num_informative(n, keep_ratio)
     if select_anew:
         selection = None
-    if representative == 'nearest' and k != 0:  # the only patch of a grid may be a placeholder: nothing represents it
+    if representative == 'nearest' and k != 0:  # k = 0 only for a grid of one patch, which has no representative
         return _evolve_clusters(tokens, score, selection, k, blocks, tradeoffs, prefix)
     selection = selection or Selection(select(score, k), score)
     represent = representative == 'one'
@@ -409,8 +409,8 @@ def _evolve_clusters(
         means = cluster_means(patches, length, members, size)
     del length, members
     before = torch.cat([tokens[:, :prefix], means], 1)
-    # The class token attends to a cluster as to all of its members, so the blocks update the sum of their scores. It is
-    # not needed if the first attention overwrites it.
+    # A cluster token draws the attention of all its members, so blocks update the sum of their scores. It is not
+    # needed if the first attention overwrites it.
     total = None
     if read and not (isinstance(read[0], float) and read[0] == 1):
         if member is None:

@@ -175,7 +175,7 @@ def forward_block(
     if need_attention or reduce is not None:
         needs = dict(need_attention=need_attention, need_keys=reduce is not None)
         update, attention, keys = block.attn(block.norm1(x), **masks, **needs)
-    else:  # any attention with timm's arguments would do
+    else:  # works with any attention that takes timm's arguments
         update = block.attn(block.norm1(x), **masks)
     x = x + block.drop_path1(layer_scale(block, 1, update))
     if reduce is not None:

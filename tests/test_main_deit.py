@@ -264,7 +264,7 @@ def test_the_advice_at_the_end_of_a_run_works(script, flags, trained_run):
     again = [*flags, *TRAINED, '--resume', trained_run / 'checkpoint.pth', '--epochs']
     assert 'to train on, give a larger --epochs\n' in script('main_deit', *again, 2)
     printed = script('main_deit', *again, 3)
-    assert 'epochs was 2, now 3: schedules are those of 3 epochs from here on' in printed
+    assert 'epochs was 2, now 3: schedules now span 3 epochs' in printed
     assert 'Epoch 2 done' in printed
     with pytest.raises(InputError, match='epochs +2 +1\n.*Resume with the original flags, or pass --accept-changes'):
         script('main_deit', *again, 1)
@@ -409,7 +409,7 @@ def test_row_25_finetuning_replaces_the_head_and_trains_both(script, flags, tmp_
     torch.save(timm.create_model('evo_deit_nano_patch4_32', num_classes=7).state_dict(), tmp_path / 'seven.pth')
     with pytest.raises(InputError, match='7 classes, the model 4.*\nTo start training .*--finetune'):
         script('main_deit', *flags, '--resume', tmp_path / 'seven.pth')
-    with pytest.raises(InputError, match='seven.pth has 7 classes and does not name them, .*val holds 4 class folders'):
+    with pytest.raises(InputError, match='seven.pth: 7 classes without names, but .*val has 4 class folders'):
         script('main_deit', *flags, '--eval', '--resume', tmp_path / 'seven.pth')
 
 
@@ -478,7 +478,7 @@ def test_a_fitted_schedule_is_saved_and_comes_back(script, flags, image_folder, 
         script('main_deit', *small, *fit_flags)
     fit_flags += ['--finetune', tmp_path / 'w.pth']
     printed = script('main_deit', *small, *fit_flags, '--epochs', 1)
-    assert '30 images choose --stages 3 9 --keep-ratio 0.5 0.25' in printed and fitted == [30]
+    assert 'chose --stages 3 9 --keep-ratio 0.5 0.25 on 30 images' in printed and fitted == [30]
     evaluate = [*flags, '--model', 'vit_tiny_patch16_224', '--eval', '--resume', tmp_path / 'run' / 'checkpoint.pth']
     kept = 'nearest, keeps 0.5 from block 3 and 0.25 from block 9'
     assert kept in script('main_deit', *evaluate) and fitted == [30]
@@ -487,7 +487,7 @@ def test_a_fitted_schedule_is_saved_and_comes_back(script, flags, image_folder, 
     script('main_deit', *small, *fit_flags, '--epochs', 2, '--auto-resume')
     assert kept in script('main_deit', *evaluate)
     refit = [*evaluate, '--evolve', '--fit-schedule', image_folder / 'val']
-    assert '30 images choose --stages 2 4 --keep-ratio 0.9 0.8' in script('main_deit', *refit)
+    assert 'chose --stages 2 4 --keep-ratio 0.9 0.8 on 30 images' in script('main_deit', *refit)
     for wrong, message in (
         ([*fit_flags, '--keep-ratio', 0.5], '--fit-schedule needs --evolve, and no --keep-ratio'),
         (['--evolve', '--fit-schedule', tmp_path / 'run', *fit_flags[-2:]], 'found 0 in'),
@@ -617,7 +617,7 @@ def test_weights_of_timm_are_evaluated_without_a_file(script, flags, monkeypatch
     """--pretrained: the weights that timm downloads; here none are, and the model is built as it is."""
     monkeypatch.setattr(networks, 'create', lambda *args, pretrained, **kwargs: timm.create_model(args[0], img_size=32))
     data = [*flags, '--model', 'test_vit.r160_in1k', '--eval', '--pretrained']
-    with pytest.raises(InputError, match='1000 classes and does not name them'):
+    with pytest.raises(InputError, match='1000 classes without names'):
         script('main_deit', *data)  # these are four folders of other names
     with pytest.raises(InputError, match='--eval needs --resume with .*, or --pretrained'):
         script('main_deit', *data[:-1])
