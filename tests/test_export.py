@@ -112,7 +112,7 @@ def test_a_checkpoint_says_what_is_exported(script, tmp_path):
     with pytest.raises(InputError, match='leave --fuse out'):  # known once the checkpoint was read
         script('export', *run, tmp_path / 'other', '--fuse')
     torch.save(state, tmp_path / 'c.pth')
-    with pytest.raises(InputError, match='c.pth does not say of which model it is; expected --model'):
+    with pytest.raises(InputError, match='c.pth does not name its model; expected --model'):
         script('export', *run, tmp_path / 'other')
 
 

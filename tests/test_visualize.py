@@ -423,7 +423,7 @@ class Chooser(nn.Module):
         super().__init__()
         self.score, self.unused, self.seen = score, nn.Parameter(torch.zeros(1)), 0
 
-    def evolve(self, images):
+    def forward_blocks(self, images):
         score = torch.stack([self.score(self.seen + i) for i in range(len(images))])
         self.seen += len(images)
         return None, {'blocks.4': Selection(score.topk(32).indices, score)}, []
@@ -492,7 +492,7 @@ def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, i
     (tmp_path / 'torn.jpg').write_bytes(b'\xff\xd8\xff\xe0 no photograph')
     photograph(40, 40).save(tmp_path / 'a.jpg')
     dense = torch.load(nano)
-    dense['model']['_extra_state'] = torch.tensor([True, False])
+    dense['model']['_extra_state'] = torch.tensor([1, 0, dense['model']['_extra_state'][2]])  # stage-wise, not evolving
     torch.save(dense, tmp_path / 'dense.pth')
     good = {'--model': NANO, '--resume': nano, '--img-path': tmp_path / 'a.jpg'}
     good |= {'--output_dir': tmp_path / 'out'}
