@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_model_data_config  # noqa: E402
 
 import models  # noqa: E402
 from experiments.tables import FREE, JUDGE, find  # noqa: E402
-from pictures.drawing import describe, fade  # noqa: E402
+from pictures.drawing import fade, prediction_text  # noqa: E402
 from visualize import class_names, load_upright, predict  # noqa: E402
 
 NAME, GRAY = 'deit_tiny_patch16_224', '#808890'  # legible on white and on dark pages
@@ -42,14 +42,15 @@ def main():
             (('dense', 1), ('nearest', 'recommended'))]  # fmt: skip
     heads = [
         f'dense\n{rows[0]["gmacs"]:.2f} GMACs\n\n196 patches in\nevery block',
-        f'evolved\n{rows[1]["gmacs"]:.2f} GMACs\n{rows[1]["speedup"]:.2f}x on a CPU\n\n58 patches in\nblocks 8 to 11',
+        f'evolved\n{rows[1]["gmacs"]:.2f} GMACs\nspeed-up {rows[1]["speedup"]:.2f}\non a CPU\n\n'
+        '58 patches in\nblocks 8 to 11',
     ]
-    figure = Figure((8.3, 3.5), dpi=200, facecolor='none')
+    figure = Figure((8.3, 3.4), dpi=200, facecolor='none')
     grid = figure.subplots(2, len(images), squeeze=False)
     figure.subplots_adjust(0.135, 0.06, 1, 1, 0.03, 0.16)
     for column, prediction in enumerate(predictions):
         kept = prediction.selections['blocks.8'].kept
-        texts = f'{classes[best[column]]} {top[column]:.0%}', describe(prediction, classes)[1]
+        texts = f'{classes[best[column]]} {top[column]:.0%}', prediction_text(prediction, classes)[1]
         pixels = prediction.image, fade(prediction.image, kept)
         for axes, picture, text in zip(grid[:, column], pixels, texts, strict=True):
             axes.imshow(picture)

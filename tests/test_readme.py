@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import shutil
 
 import pytest
 import timm
 import torch
 from conftest import ROOT
+from timm.data import ImageNetInfo
 
 import benchmark
 import engine
@@ -29,13 +31,14 @@ COMMANDS = sorted(
 
 # Commands of the README that show what they print.
 PRINTED = []
-for block in re.findall(r'^```\n(.*?)^```$', (ROOT / 'README.md').read_text(), re.M | re.S):
-    for line in block.splitlines():
+for language, block in re.findall(r'^```(\w*)\n(.*?)^```$', (ROOT / 'README.md').read_text(), re.M | re.S):
+    for line in block.splitlines() if not language else ():
         if line.startswith('python3 '):
             PRINTED.append((line, []))
         elif line.startswith('#> '):
             PRINTED[-1][1].append(line[3:])
 PRINTED = [(command, lines) for command, lines in PRINTED if lines]
+assert len(PRINTED) >= 4
 # What makes each of them small enough for a test; the numbers are others then.
 SMALL = {
     'main_deit --eval': '--num_workers 0 --device cpu',
@@ -52,7 +55,11 @@ def test_commands_print_what_the_readme_shows(command, lines, script, image_fold
     name, flags = re.search(r'(\w+)\.py ?(.*)', command).groups()
     model = re.search(r'--model (\S+)', flags)[1].replace('_vis_', '_')
     torch.save({'model': timm.create_model(model).state_dict()}, tmp_path / 'weights.pth')
-    paths = {'/path/to/imagenet': image_folder, '/path/to/save': tmp_path / 'save'}
+    data = tmp_path / 'data'  # folders named as those of ImageNet
+    for split in ('train', 'val'):
+        for folder, synset in zip(sorted((image_folder / split).iterdir()), ImageNetInfo().label_names(), strict=False):
+            shutil.copytree(folder, data / split / synset)
+    paths = {'/path/to/imagenet': data, '/path/to/save': tmp_path / 'save'}
     for path in ('/path/to/checkpoint.pth', f'{model}.pth'):
         paths[path] = tmp_path / 'weights.pth'
     small = SMALL[f'{name} --eval' if '--eval' in flags else name]
