@@ -565,7 +565,7 @@ def test_a_plain_vit_is_evaluated_evolved(script, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, 'PROGRESS_SECONDS', 0)
     model = timm.create_model('deit_tiny_patch16_224', num_classes=4)
     for p in model.parameters():
-        p.data += 0.03 * torch.randn_like(p)
+        p.data += 0.1 * torch.randn_like(p)
     torch.save(model.state_dict(), tmp_path / 'w.pth')
     evaluate = [*flags, '--model', 'deit_tiny_patch16_224', '--input-size', 224, '--eval']
     evaluate += ['--resume', tmp_path / 'w.pth']
