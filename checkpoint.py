@@ -1,4 +1,15 @@
-"""The state of a run on disk: saving it, resuming from it exactly, and getting a model back for evaluation."""
+"""The state of a run on disk: saving it, resuming from it exactly, and getting a model back for evaluation.
+
+From a file to weights in a model:
+
+    resume                      training: finds the file, compares flags and classes
+        weights.read_checkpoint     a path or URL to a dictionary
+        State.load                  weights, optimizer, place in the run
+    load_model                  evaluation, pictures, export: builds the model of the file too
+        load_for_evaluation         weights, and the selection they were saved with
+    both: load_all_weights      none may be missing; advice if one is
+        weights.load_weights        names, shapes, schedule
+"""
 
 import argparse
 import math
@@ -108,9 +119,9 @@ class State:
 
     def load(self, content: dict, source: str, changed: set[str] = frozenset()):
         """Load a checkpoint and print what is missing. Flags in `changed` keep this run's values."""
-        load_strict(self.model, content, source)
+        load_all_weights(self.model, content, source)
         if self.ema and content.get('model_ema'):
-            load_strict(self.ema.module, content, source, use_ema=True)
+            load_all_weights(self.ema.module, content, source, use_ema=True)
         elif self.ema:
             self.ema.set(self.model)
             print_rank0(f'{source} has no averaged weights; the EMA starts from its weights')
@@ -175,8 +186,8 @@ class State:
         return getattr(self.scheduler, 'lr_scheduler', self.scheduler)
 
 
-def load_strict(model: nn.Module, content: dict, source: str, use_ema=False, training=True) -> weights.Loaded:
-    """Load weights of which none may be missing: a wrong accuracy is worse than an error.
+def load_all_weights(model: nn.Module, content: dict, source: str, use_ema=False, training=True) -> weights.Loaded:
+    """Load weights, all of them: an error is better than a wrong accuracy.
 
     For evaluation (`training` False) an Evo-DeiT also takes the weights of a plain ViT, and positions are resized.
     """
@@ -430,7 +441,7 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
 
 def load_for_evaluation(model: nn.Module, content: dict, source: str, use_ema: bool = False):
     """Load the weights of a checkpoint, and the selection that they were saved with: layer-wise or stage-wise."""
-    loaded = load_strict(model, content, source, use_ema, training=False)
+    loaded = load_all_weights(model, content, source, use_ema, training=False)
     print_rank0(f'{source}: {"averaged weights" if use_ema else "weights"} loaded')
     if not hasattr(model, 'set_schedule') or '_extra_state' in weights.find_weights(content, use_ema):
         return  # nothing to select, or the state dict has set it

@@ -108,7 +108,7 @@ def make_stage(args: argparse.Namespace, method: str, batch: int) -> Callable:
     tradeoffs = evolution.drop_unread(model.tradeoffs(), model.groups())
     tokens, score = evolution.run_blocks(tokens, None, blocks[:start], tradeoffs[:start])
     schedule = (1.0, 'none') if method == 'dense' else (ratio, method)
-    return partial(evolution.evolve, tokens, score, blocks[start:stop], tradeoffs[start:stop], *schedule)
+    return partial(evolution.update_group, tokens, score, blocks[start:stop], tradeoffs[start:stop], *schedule)
 
 
 def find_kernels(args: argparse.Namespace, part: str) -> Missing:

@@ -218,28 +218,58 @@ def camvid() -> str:
 
 
 DECODER = 'experiments/trained_decoder.csv'
-MEASURES = {'correlation': 1, 'error': -1, 'iou': 1}
+DECODER_FRACTIONS = 0.8, 0.66, 0.55
+MEASURES = {'correlation': 1, 'error': -1, 'iou': 1}  # 1: more is closer to dense
 
 
-def decoder(size: int, images: str) -> str:
+def decoder(size: int) -> str:
+    """A line for each method, a column for each fraction of dense GMACs: the measures and the speed-up."""
     lines = []
-    methods = dict.fromkeys(row['method'] for row in select(DECODER, size=size, images=images))
-    for method in methods:
-        for fraction in (0.8, 0.66, 0.55):
-            if row := find(DECODER, size=size, images=images, method=method, budget=fraction):
-                cells = (f'{row[name]:.3f} ± {row[f"{name}_interval"]:.3f}' for name in MEASURES)
-                lines.append([NAMES[method], f'{fraction:.2f}', *cells, speed(row)])
-    return markdown(['', 'fraction', 'correlation', 'mean absolute error', 'IoU', 'speed-up'], lines)
+    for method in dict.fromkeys(
+        row['method'] for row in select(DECODER, images=CHOICE, size=size) if row['method'] != 'dense'
+    ):
+        rows = [
+            find(DECODER, images=CHOICE, size=size, method=method, budget=fraction) for fraction in DECODER_FRACTIONS
+        ]
+        cells = (
+            ', '.join([f'{row[name]:.3f}' for name in MEASURES] + ([speed(row)] if row.get('speedup') else []))
+            if row else 'not measured'
+            for row in rows
+        )  # fmt: skip
+        lines.append([NAMES[method], *cells])
+    return markdown(['fraction of dense GMACs', *(f'{fraction:.2f}' for fraction in DECODER_FRACTIONS)], lines)
 
 
 @table
 def decoder_224() -> str:
-    return decoder(224, JUDGE if select(DECODER, size=224, images=JUDGE) else CHOICE)
+    return decoder(224)
 
 
 @table
 def decoder_448() -> str:
-    return decoder(448, CHOICE)
+    return decoder(448)
+
+
+@table
+def decoder_verdicts() -> str:
+    """Evolving beside each method: better or worse if all three measures say so."""
+    lines = []
+    for size in (224, 448):
+        for fraction in DECODER_FRACTIONS:
+            rows = select(DECODER, images=CHOICE, size=size, budget=fraction)
+            mine, *others = sorted(rows, key=lambda row: row['method'] != 'nearest')
+            found = {'better': [], 'worse': [], 'neither': []}
+            for row in others:
+                if abs(row['gmacs'] / mine['gmacs'] - 1) > 0.08:
+                    continue
+                verdicts = set()
+                for name, sign in MEASURES.items():
+                    off, half = compare_images(mine, row, f'{name}_images')
+                    verdicts.add(verdict(sign * off, half))
+                word = verdicts.pop() if len(verdicts) == 1 else 'neither'
+                found[word if word in found else 'neither'].append(NAMES[row['method']])
+            lines.append([str(size), f'{fraction:.2f}', *(', '.join(names) or '–' for names in found.values())])
+    return markdown(['px', 'fraction', 'better than', 'worse than', 'neither'], lines)
 
 
 # --- fine-tuning and training from scratch
@@ -297,7 +327,7 @@ def speed_cpu() -> str:
         cells = value_and_speed(eager, 'images_per_second'), value_and_speed(compiled[0], 'images_per_second')
         cells += value_and_speed(latency, 'ms'), value_and_speed(compiled[1], 'ms')
         train = value_and_speed(benchmark('cpu-train', model), 'images_per_second')
-        lines.append([f'`{model}`', f'{eager["arithmetic_ratio"]:.2f}', *cells, train])
+        lines.append([f'`{model}`', f'{eager["gmacs_ratio"]:.2f}', *cells, train])
     names = 'img/s', 'img/s, compiled', 'ms, batch 1', 'ms, compiled', 'training, img/s'
     return markdown(['', 'ratio of GMACs', *names], lines)
 

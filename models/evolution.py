@@ -313,7 +313,7 @@ def run_blocks(
     return tokens, score
 
 
-def evolve(
+def update_group(
     tokens: Tensor,
     score: Tensor | None,
     blocks: Sequence[Block],

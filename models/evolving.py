@@ -4,7 +4,7 @@ A forward pass is this chain of calls:
 
     model(images)                                   forward_features, then the head
         Evolving.forward_blocks(images)             embeds the images and partitions the blocks into groups
-            update_group(tokens, score, ...)        one group: evolution.evolve, or a rival with its signature
+            update_group(tokens, score, ...)        one group: evolution.update_group, or a rival with its signature
                 evolution.run_blocks(...)           the informative tokens go through the blocks of the group
                     blocks[i](tokens, places=..., attn_mask=...)        a block, called as a module
 
@@ -76,7 +76,7 @@ class Evolving:
         representative: what placeholders follow: 'none', 'one' or 'nearest'.
         stage_wise: select before each stage, or before each of its blocks.
         evolving: False makes every block see every patch.
-        update_group: how a group of blocks updates tokens: evolution.evolve, or a function with its signature.
+        update_group: how a group of blocks updates tokens: evolution.update_group, or a function with its signature.
 
     A subclass calls `init_evolution` once it has its blocks, and defines `prepare`. If its grid changes on the way, it
     also defines `block_names`, `new_grids` and `change_grid`.
@@ -88,7 +88,7 @@ class Evolving:
     selection returns a tuple: its tokens, and the attention (B, K) that the selection reads.
     """
 
-    update_group: Callable = staticmethod(evolution.evolve)
+    update_group: Callable = staticmethod(evolution.update_group)
 
     # --- the schedule
 
@@ -142,7 +142,7 @@ class Evolving:
     def method(self) -> str:
         """The name of the method: 'evolve', or a rival's."""
         update = getattr(self.update_group, 'func', self.update_group)  # arguments may be bound to it
-        return update.__name__
+        return 'evolve' if update is evolution.update_group else update.__name__
 
     def load_schedule(self, schedule: dict):
         """Set the schedule to what `schedule()` returned for another model; ValueError if it does not fit this one."""
@@ -231,7 +231,7 @@ class Evolving:
         tradeoffs = evolution.drop_unread(self.tradeoffs(), groups)
         last_selection = max([g.start for g in groups if g.select and g.keep_ratio < 1], default=0)
         # A rival without stages, such as merging, would go on reducing tokens in a model that does not evolve.
-        update_group = self.update_group if self.evolving else evolution.evolve
+        update_group = self.update_group if self.evolving else evolution.update_group
         score, selection, selections, outputs = None, None, {}, []
         for start, stop, ratio, select in groups:
             if stop_early and start > max(out_indices):

@@ -114,7 +114,7 @@ def distances(model: EvolvingViT, images: Tensor, schedules: Sequence[tuple]) ->
         tradeoffs = evolution.drop_unread(model.tradeoffs(), groups)
         for start, stop, ratio, _ in groups[1:]:
             part = blocks[start:stop], tradeoffs[start:stop], ratio, 'nearest'
-            tokens, score, _ = evolution.evolve(tokens, score, *part, prefix=model.num_prefix_tokens)
+            tokens, score, _ = evolution.update_group(tokens, score, *part, prefix=model.num_prefix_tokens)
         found.append(distance(model, dense, model.norm_tokens(tokens)))
     return torch.stack(found).float().cpu()
 

@@ -1,6 +1,6 @@
 """Baselines: dropping, fusing and merging tokens, in any ViT that `models.evolve` takes.
 
-Each method has the signature of evolution.evolve and updates one group of blocks; `apply` sets it for a model. As
+Each method has the signature of evolution.update_group and updates one group of blocks; `apply` sets it for a model. As
 with evolution, the grid is whole between groups: a patch that was dropped keeps its last values, and one that was
 merged has those of its cluster.
 
@@ -225,7 +225,7 @@ def match(metric: Tensor, r: int) -> Tensor:
 
 def random(tokens: Tensor, score: Tensor | None, *args, **kwargs):
     """A control: evolve with random numbers as attention; with 'nearest' the novelty counts too."""
-    return evolution.evolve(tokens, None if score is None else torch.rand_like(score), *args, **kwargs)
+    return evolution.update_group(tokens, None if score is None else torch.rand_like(score), *args, **kwargs)
 
 
 def apply(

@@ -68,7 +68,7 @@ def by_sorting(tokens, score, blocks, tradeoffs, k, representative):
 @pytest.mark.parametrize('keep_ratio', [0.1, 0.5, 0.7, 0.95])
 def test_gathering_equals_sorting(tokens, score, blocks, keep_ratio, representative):
     tradeoffs = [0.5, 0.3, 0.9]
-    found = evolution.evolve(tokens, score, blocks, tradeoffs, keep_ratio, representative)
+    found = evolution.update_group(tokens, score, blocks, tradeoffs, keep_ratio, representative)
     expected = by_sorting(tokens, score, blocks, tradeoffs, int(N * keep_ratio), representative)
     torch.testing.assert_close(found[:2], expected, rtol=0, atol=1e-12)
 
@@ -78,7 +78,7 @@ def test_keeping_everything_is_dense(tokens, score, blocks, representative):
     x = tokens
     for block in blocks:
         x = block(x)
-    found, _, selection = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0, representative)
+    found, _, selection = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0, representative)
     assert selection is None
     assert torch.equal(found, x)
 
@@ -93,12 +93,12 @@ def test_order_of_patches_does_not_matter(blocks, representative, equal_scores):
     if equal_scores:
         score[:, :30], score[:, 30:] = 0.5, 0.25
     before = tokens.clone(), score.clone()
-    out, new_score, selection = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.4, representative)
+    out, new_score, selection = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.4, representative)
     assert torch.equal(tokens, before[0]) and torch.equal(score, before[1])
     for _ in range(5):
         order = torch.randperm(60)
         both = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + order])
-        moved = evolution.evolve(tokens[:, both], score[:, order], blocks, [0.5] * 3, 0.4, representative)
+        moved = evolution.update_group(tokens[:, both], score[:, order], blocks, [0.5] * 3, 0.4, representative)
         torch.testing.assert_close(moved[0], out[:, both], rtol=0, atol=1e-12)
         torch.testing.assert_close(moved[1], new_score[:, order], rtol=0, atol=1e-12)
         assert torch.equal(order[moved[2].kept].sort(1).values, selection.kept.sort(1).values)
@@ -110,16 +110,16 @@ def test_any_number_of_patches_and_of_informative_ones(tokens, score, blocks, n,
     tokens, score = tokens[:, : 1 + n], score[:, :n]
     for k in range(1, n + 1):
         group = blocks, [0.5] * 3, (k + 0.5) / n if k < n else 1.0
-        out, new_score, selection = evolution.evolve(tokens, score, *group, representative)
+        out, new_score, selection = evolution.update_group(tokens, score, *group, representative)
         assert out.shape == (B, 1 + n, C) and out.isfinite().all() and new_score.isfinite().all()
         assert selection is None if k == n else selection.kept.shape[1] == k
     if n == 1:  # int(1 * 0.5) is 0: the one patch is a placeholder
-        out, _, selection = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative)
+        out, _, selection = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.5, representative)
         assert selection.kept.shape == (B, 0) and (out[:, 0] != tokens[:, 0]).all()
         assert torch.equal(out[:, 1], tokens[:, 1]) == (representative != 'one')
     else:
         with pytest.raises(ValueError, match=rf'at least {1 / n:.3g}, which keeps one of the {n} patches, found 0\.09'):
-            evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.09)
+            evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.09)
 
 
 @pytest.mark.parametrize('representative', ['one', 'nearest'])
@@ -127,7 +127,7 @@ def test_gradients(tokens, score, blocks, representative):
     tokens.requires_grad_(), score.requires_grad_()
 
     def evolve(x, s):
-        return evolution.evolve(x, s, blocks, [0.5] * 3, 0.4, representative)[:2]
+        return evolution.update_group(x, s, blocks, [0.5] * 3, 0.4, representative)[:2]
 
     assert torch.autograd.gradcheck(evolve, (tokens, score))
     evolve(tokens, score)[0].square().sum().backward()
@@ -139,16 +139,16 @@ def test_all_prefix_tokens_go_through_the_blocks(tokens, score, representative):
     def block(x, need_attention, **_):
         return x + 1, x[:, 3:, 0]
 
-    out, _, selection = evolution.evolve(tokens, score[:, :8], [block], [0.5], 0.5, representative, prefix=3)
+    out, _, selection = evolution.update_group(tokens, score[:, :8], [block], [0.5], 0.5, representative, prefix=3)
     assert selection.kept.shape == (B, 4) and selection.kept.max() < 8
     torch.testing.assert_close(out[:, :3], tokens[:, :3] + 1)
 
 
 @all_representatives
 def test_a_selection_can_go_on_in_the_next_group(tokens, score, blocks, representative):
-    whole = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.5, representative)
-    x, s, selection = evolution.evolve(tokens, score, blocks[:1], [0.5], 0.5, representative)
-    x, s, again = evolution.evolve(x, s, blocks[1:], [0.5] * 2, 0.5, representative, selection, select_anew=False)
+    whole = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.5, representative)
+    x, s, selection = evolution.update_group(tokens, score, blocks[:1], [0.5], 0.5, representative)
+    x, s, again = evolution.update_group(x, s, blocks[1:], [0.5] * 2, 0.5, representative, selection, select_anew=False)
     torch.testing.assert_close(x, whole[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(s, whole[1], rtol=0, atol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(again[:2], selection[:2], strict=True))
@@ -168,7 +168,7 @@ def test_placeholders_without_any_score_are_represented_by_their_plain_mean(toke
     # The other image of the batch does not notice.
     alone = evolution.weighted_mean(patches[1:], score[1:], kept[1:])
     assert torch.equal(found[1:], alone) and score.grad[1].any()
-    out, _, _ = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.4, representative='one')
+    out, _, _ = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.4, representative='one')
     assert out.isfinite().all()
 
 
@@ -180,14 +180,14 @@ def test_attention_is_computed_where_a_selection_reads_it(tokens, blocks):
     assert found == [None, 1.0, 0.5, learned, 0.5, 0.5, None, None]
     assert evolution.drop_unread([0.5] * 8, evolution.partition(8, (3, 6), (0.5, 1.0))) == [0.5] * 3 + [None] * 5
 
-    _, score, _ = evolution.evolve(tokens, None, blocks, [None, None, 1.0], 1.0)
+    _, score, _ = evolution.update_group(tokens, None, blocks, [None, None, 1.0], 1.0)
     assert torch.equal(score, blocks[2](blocks[1](blocks[0](tokens)), need_attention=True)[1])
     # A tradeoff of 1 overwrites the score that a group begins with, also that of clusters.
     for representative in evolution.REPRESENTATIVES:
         group = blocks, [1.0] * 3, 0.4, representative
         other = torch.rand(B, N, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        kept = evolution.evolve(tokens, other, *group)[2]
-        found = [evolution.evolve(tokens, s, *group, kept, select_anew=False)[1] for s in (other, 2 * other)]
+        kept = evolution.update_group(tokens, other, *group)[2]
+        found = [evolution.update_group(tokens, s, *group, kept, select_anew=False)[1] for s in (other, 2 * other)]
         moved = torch.zeros(B, N, dtype=torch.bool).scatter(1, kept.kept, True) | (kept.cluster is not None)
         torch.testing.assert_close(found[0][moved], found[1][moved])
 
@@ -222,7 +222,7 @@ def test_a_new_grid_selects_anew_and_stages_may_begin_anywhere():
 
 
 def nearest_group(tokens, score, blocks, keep_ratio):
-    return evolution.evolve(tokens, score, blocks, [0.5] * len(blocks), keep_ratio, 'nearest')
+    return evolution.update_group(tokens, score, blocks, [0.5] * len(blocks), keep_ratio, 'nearest')
 
 
 def unit(patches):
@@ -268,7 +268,7 @@ def test_novelty_is_the_distance_to_what_has_a_higher_weight(tokens, score):
     # A copy of a more attended patch is not selected while others are left.
     patches[:, 3] = patches[:, 7]
     score[:, 3], score[:, 7] = 0.98, 0.99
-    _, _, selection = evolution.evolve(tokens, score, [], [], 0.9, 'nearest')
+    _, _, selection = evolution.update_group(tokens, score, [], [], 0.9, 'nearest')
     assert (selection.kept != 3).all() and (selection.cluster[:, 3] == selection.cluster[:, 7]).all()
 
 
@@ -328,8 +328,8 @@ def test_every_patch_moves_by_what_its_cluster_moved(tokens, score, blocks):
 @all_representatives
 def test_a_score_that_no_selection_reads_stays_and_changes_no_token(tokens, score, blocks, representative):
     group = tokens, score, blocks, [0.5] * 3, 0.4, representative
-    expected, _, _ = evolution.evolve(*group)
-    out, same, _ = evolution.evolve(*group[:3], [None] * 3, *group[4:])
+    expected, _, _ = evolution.update_group(*group)
+    out, same, _ = evolution.update_group(*group[:3], [None] * 3, *group[4:])
     assert torch.equal(out, expected) and torch.equal(same, score)
 
 
@@ -339,7 +339,7 @@ def test_equal_patches_act_like_themselves(score, blocks):
     different = torch.randn(B, 5, C, dtype=torch.float64)
     tokens = torch.cat([different[:, :1], different[:, [1, 2, 1, 3, 4, 1, 2, 4, 4, 3]]], 1)
     score = torch.tensor([9.0, 8, 0, 7, 6, 0, 0, 0, 0, 0], dtype=torch.float64).expand(B, -1)
-    dense = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0)
+    dense = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0)
     sparse = nearest_group(tokens, score, blocks, 0.4)
     torch.testing.assert_close(sparse[0], dense[0], rtol=0, atol=1e-12)
     # The score too, when the patches of a cluster had the same before.
@@ -347,6 +347,6 @@ def test_equal_patches_act_like_themselves(score, blocks):
     kept = evolution.Selection(
         torch.tensor([[0, 1, 3, 4]] * B), score, torch.tensor([[0, 1, 0, 2, 3, 0, 1, 3, 3, 2]] * B)
     )
-    dense = evolution.evolve(tokens, score, blocks, [0.5] * 3, 1.0)
-    sparse = evolution.evolve(tokens, score, blocks, [0.5] * 3, 0.4, 'nearest', kept, select_anew=False)
+    dense = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0)
+    sparse = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.4, 'nearest', kept, select_anew=False)
     torch.testing.assert_close(sparse[1], dense[1], rtol=0, atol=1e-12)

@@ -245,7 +245,7 @@ def test_autocast_does_not_round_the_residual_stream(dense):
     tokens[0, 3] = 1e5  # beyond float16
     score = torch.rand(2, 25)
     with torch.autocast('cpu', torch.bfloat16):
-        out, _, _ = evolution.evolve(tokens, score, [], [], 0.5, 'nearest')
+        out, _, _ = evolution.update_group(tokens, score, [], [], 0.5, 'nearest')
     assert out.dtype == torch.float32 and torch.equal(out, tokens)
 
 

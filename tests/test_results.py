@@ -29,7 +29,7 @@ def test_speedup_is_the_median_ratio_of_neighbors():
     slow = [1, 1, 10, 10, 10]
     dense = dict(input='noise', batch=8, gmacs=3.0)
     summary = results.summarize(dict(input='noise', batch=8, gmacs=2.0), slow, dense, [1.5 * s for s in slow])
-    assert (summary['speedup'], summary['arithmetic_ratio'], summary['n']) == (1.5, 1.5, 5)
+    assert (summary['speedup'], summary['gmacs_ratio'], summary['n']) == (1.5, 1.5, 5)
     assert summary['images_per_second'] == 0.8 and summary['ms'] == 10_000
 
 
