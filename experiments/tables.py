@@ -25,8 +25,8 @@ BLOCK = re.compile(r'(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)', re.S)
 JUDGE, CHOICE, BOTH = 'imagenet_800', 'imagenet_500', 'imagenet_500+imagenet_800'
 NAMES = {
     'dense': 'dense', 'nearest': '**evolved** (`nearest`)', 'merge': 'ToMe (`merge`)', 'merge_norm': '`merge_norm`',
-    'decreasing, merge': '`merge`, decreasing', 'decreasing, merge_norm': '`merge_norm`, decreasing',
-    'late, merge': '`merge`, late', 'late, merge_norm': '`merge_norm`, late', 'smaller image': 'smaller image',
+    'decreasing, merge': 'decreasing `merge`', 'decreasing, merge_norm': 'decreasing `merge_norm`',
+    'late, merge': 'late `merge`', 'late, merge_norm': 'late `merge_norm`', 'smaller image': 'smaller image',
     'smaller, nearest': 'evolved smaller image', 'smaller, merge': 'merged smaller image', 'fuse': 'EViT (`fuse`)',
     'drop': '`drop`', 'none': '`none` (as in Evo-ViT)', 'one': '`one`', 'random': '`nearest`, random scores',
 }  # fmt: skip
@@ -251,6 +251,8 @@ def decoder_verdicts() -> str:
     for size in (224, 448):
         for fraction in DECODER_FRACTIONS:
             rows = select(DECODER, images=CHOICE, size=size, budget=fraction)
+            if not rows:
+                continue
             mine, *others = sorted(rows, key=lambda row: row['method'] != 'nearest')
             found = {'better': [], 'worse': [], 'neither': []}
             for row in others:
