@@ -18,7 +18,7 @@ IoU of what is above 0.5 (1 where both have nothing), each with a 95 % interval;
 values of the images. `gmacs` are of the ViT, `gmacs_whole` includes the decoder. Speed is that of the whole network,
 timed in turns with dense, at `--batch-size` images of 224 px or as many pixels.
 
-Images: those of imagenet_500.txt. The defaults were chosen on them, but for DeiT-Ti; nothing was chosen for this network.
+Images: those of imagenet_500.txt. The defaults were chosen on them for DeiT-Ti; nothing was for this network.
 
 Rule, stated before the run: at equal GMACs, a method is closer to dense than another in a measure if the 95 % interval
 of their paired difference over images excludes 0; otherwise they do not differ significantly in it. It is better if it
