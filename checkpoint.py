@@ -2,13 +2,13 @@
 
 From a file to weights in a model:
 
-    resume                      training: finds the file, compares flags and classes
-        weights.read_checkpoint     a path or URL to a dictionary
+    resume                      training: finds and reads the file, compares flags and classes
         State.load                  weights, optimizer, place in the run
-    load_model                  evaluation, pictures, export: builds the model of the file too
+    load_model                  evaluation, pictures, export: reads the file, builds its model by its flags
         load_for_evaluation         weights, and the selection they were saved with
-    both: load_all_weights      none may be missing; advice if one is
-        weights.load_weights        names, shapes, schedule
+    both: load_all_weights      all weights, or an error with advice; the model keeps the schedule of its flags
+        weights.load_weights        names, shapes, positions
+    load_finetune               --finetune: weights.load_weights alone; heads and positions are adapted
 """
 
 import argparse
@@ -187,9 +187,10 @@ class State:
 
 
 def load_all_weights(model: nn.Module, content: dict, source: str, use_ema=False, training=True) -> weights.Loaded:
-    """Load weights, all of them: an error is better than a wrong accuracy.
+    """Load weights, or InputError: a missing tensor would give a wrong accuracy.
 
-    For evaluation (`training` False) an Evo-DeiT also takes the weights of a plain ViT, and positions are resized.
+    For evaluation (`training` False) an Evo-DeiT also takes the weights of a plain ViT, which fill tensors that these
+    lack, and positions are resized.
     """
     advice = 'To start training from weights of another model, image size or classes, use --finetune.'
     if not training:
