@@ -30,6 +30,7 @@ NAMES = {
     'smaller, nearest': 'evolved smaller image', 'smaller, merge': 'merged smaller image', 'fuse': 'EViT (`fuse`)',
     'drop': '`drop`', 'none': '`none` (as in Evo-ViT)', 'one': '`one`', 'random': '`nearest`, random scores',
 }  # fmt: skip
+SHORT = NAMES | {'merge': '`merge`', 'fuse': '`fuse`', 'none': '`none`'}  # in lists
 TABLES = {}
 
 
@@ -168,7 +169,7 @@ def split(pairs: Sequence[tuple[dict, dict]], column: str, sign: int) -> list[st
     found = {'better': [], 'worse': [], 'no significant difference': []}
     for ours, theirs in pairs:
         off, half = compare_images(ours, theirs, column)
-        found[verdict(sign * off, half)].append(NAMES[theirs['method']])
+        found[verdict(sign * off, half)].append(SHORT[theirs['method']])
     better, worse = found['better'], found['worse']
     return ['all others' if len(names) == len(pairs) else ', '.join(names) or '–' for names in (better, worse)]
 
@@ -263,7 +264,7 @@ def decoder_verdicts() -> str:
                     off, half = compare_images(mine, row, f'{name}_images')
                     verdicts.add(verdict(sign * off, half))
                 word = verdicts.pop() if len(verdicts) == 1 else 'neither'
-                found[word if word in found else 'neither'].append(NAMES[row['method']])
+                found[word if word in found else 'neither'].append(SHORT[row['method']])
             lines.append([str(size), f'{fraction:.2f}', *(', '.join(names) or '–' for names in found.values())])
     return markdown(['px', 'fraction', 'better than', 'worse than', 'neither'], lines)
 
