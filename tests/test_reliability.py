@@ -1,4 +1,4 @@
-"""What holds when things go wrong: the rows of docs/reliability.md that no other test file proves.
+"""What holds when things go wrong: the cases of docs/reliability.md that no other test file proves.
 
 A run here is one or two real processes, forked from a server that has imported everything; torchrun where it matters.
 """
