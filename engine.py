@@ -450,9 +450,11 @@ def train(
         left = round((time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1))
         print_rank0(f'Epoch {epoch} done, best Acc@1 {state.best_acc1:.3f}, time left {timedelta(seconds=left)}\n')
     if folder.path and first < args.epochs:
+        # Without a best one if the run continues another folder's and was never better.
+        files = [name for name in ('checkpoint.pth', 'best_checkpoint.pth') if (folder.path / name).exists()]
         print_rank0(
-            f'written: checkpoint.pth, best_checkpoint.pth and log.txt in {folder.path}; '
-            f'next: python3 {Path(sys.argv[0]).name} --eval --resume {folder.path}/best_checkpoint.pth '
+            f'written: {", ".join(files)} and log.txt in {folder.path}; '
+            f'next: python3 {Path(sys.argv[0]).name} --eval --resume {folder.path / files[-1]} '
             f'--data-path {args.data_path}' + (f' --data-set {args.data_set}' if args.data_set != 'IMNET' else '')
         )
     return test

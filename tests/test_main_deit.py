@@ -228,6 +228,20 @@ def test_a_resumed_run_is_exact(script, flags, tmp_path, recipe):
     ]
 
 
+def test_the_last_line_names_files_that_exist(script, flags, trained_run, tmp_path):
+    """A run that resumes from another folder, and never beats the accuracy of there, has no best checkpoint here."""
+    content = weights.read_checkpoint(trained_run / 'checkpoint-0001-000000.pth')
+    torch.save(content | {'best_acc1': 100.0}, tmp_path / 'warmup.pth')
+    out, run = tmp_path / 'out', [*flags, *TRAINED, '--eval-ema', '--output_dir']
+    printed = script('main_deit', *run, out, '--resume', tmp_path / 'warmup.pth')
+    assert not (out / 'best_checkpoint.pth').exists()
+    assert f'written: checkpoint.pth and log.txt in {out}; next:' in printed
+    assert f'--resume {out}/checkpoint.pth ' in printed
+    printed = script('main_deit', *run, tmp_path / 'new')
+    assert f'written: checkpoint.pth, best_checkpoint.pth and log.txt in {tmp_path}/new; next:' in printed
+    assert f'--resume {tmp_path}/new/best_checkpoint.pth ' in printed
+
+
 def test_row_26_the_best_is_remembered(script, flags, tmp_path, monkeypatch):
     accuracies = iter([50.0, 40.0, 45.0, float('nan'), 60.0])
 
