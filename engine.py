@@ -89,6 +89,7 @@ def get_parser(doc: str, recipe: dict) -> utils.Parser:
 def parse_args(doc: str, recipe: dict) -> argparse.Namespace:
     """Parse the command line; InputError for missing files and for flags without effect, before anything is loaded."""
     parser = get_parser(doc, recipe)
+    # A value that is there already hides the default, so None means that --model was not given.
     args = parser.parse_args(namespace=argparse.Namespace(model=None))
     checkpoint.check_paths(args)
     if args.eval:
@@ -250,7 +251,8 @@ def prepare_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Move batches to the device and mix them. `key` is (seed, epoch, step).
 
-    Mixup and stochastic depth are functions of the key, rank and batch, so a resumed run repeats them exactly.
+    Mixup and stochastic depth are functions of the key, rank and batch, so a resumed run repeats them exactly. The
+    forward pass of a batch must come before the next batch is drawn, which seeds anew.
     """
     for i, (images, targets) in enumerate(batches):
         utils.seed_all(*key, 1 + utils.rank(), i)

@@ -41,8 +41,7 @@ def run_script(main: Callable[[], object]):
         except RuntimeError as error:
             if dist.is_initialized() and re.search(r'timed? ?out|closed by peer|reset by peer', str(error), re.I):
                 error.add_note(
-                    'This process stopped waiting for another one, which ended (see its own message) or was silent for '
-                    'longer than --dist-timeout (seconds).'
+                    'Another process exited (see its message) or did not respond within --dist-timeout seconds.'
                 )
             raise
 
@@ -54,7 +53,7 @@ def run_script(main: Callable[[], object]):
     except KeyboardInterrupt:
         if rank() == 0:
             print(f'\n{Path(sys.argv[0]).name}: interrupted', file=sys.stderr, flush=True)
-        sys.unraisablehook = lambda _: None  # errors while half-built objects are torn down mean nothing
+        sys.unraisablehook = lambda _: None  # ignore errors of destructors during shutdown
         sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
@@ -129,7 +128,7 @@ def above_zero(text: str) -> float:
 
 
 def check_source(flag: str, source: str, advice: str = ''):
-    """InputError if the value of a flag is neither a URL nor a file; `advice` ends the message."""
+    """InputError if the value of a flag is neither a URL nor a file; `advice` is appended to the message."""
     if source and not is_url(source) and not Path(source).is_file():
         raise InputError(f'{flag} {source}: {Path(source).absolute()} is not a file{advice}')
 
@@ -149,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def rank() -> int:
-    """Number of this process, 0 without a launcher."""
+    """Rank of this process, 0 without a launcher."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -218,13 +217,13 @@ def half_precision(device: torch.device) -> str:
 
 
 def pick_precision(precision: str | None, device: torch.device, amp: bool = True) -> str:
-    """The precision asked for, by default on a GPU half precision with `amp`, else TF32 if available, else fp32.
+    """Return `precision` if given. Default: half precision on a GPU with `amp`, else TF32 if supported, else fp32.
 
-    The original runs in fp32 used TF32 on GPUs that have it: it was PyTorch's default.
+    The original fp32 runs used TF32 on GPUs that support it, which was PyTorch's default then.
     """
     has_tf32 = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == 'tf32' and not has_tf32:
-        raise InputError(f'--precision tf32: expected an NVIDIA GPU since Ampere, found {device}; use fp32')
+        raise InputError(f'--precision tf32: expected an NVIDIA GPU, Ampere or newer, found {device}; use fp32')
     if precision:
         return precision
     if amp and device.type == 'cuda':
@@ -238,7 +237,7 @@ def set_backends(precision: str, device: torch.device):
     with warnings.catch_warnings(action='ignore'):  # some versions warn that there are newer names
         torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
         torch.backends.cudnn.allow_tf32 = precision == 'tf32'
-    torch.backends.cudnn.benchmark = device.type == 'cuda'  # all batches have the same shape
+    torch.backends.cudnn.benchmark = device.type == 'cuda'  # training batches have one shape
 
 
 def make_autocast(precision: str, device: torch.device) -> partial:

@@ -89,7 +89,7 @@ def get_parser() -> utils.Parser:
 @torch.inference_mode()
 def main():
     parser = get_parser()
-    args = parser.parse_args(namespace=argparse.Namespace(model=None))
+    args = parser.parse_args(namespace=argparse.Namespace(model=None))  # None: --model was not given
     check_arguments(args)
     prefix = f'{args.save_name}_' if args.save_name else ''
     # Everything that can be wrong with the input is read before a folder is made.

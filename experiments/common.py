@@ -31,10 +31,11 @@ from measure.results import circumstances  # noqa: E402
 from measure.timing import progress, time_alternately  # noqa: E402
 from utils import atomic_write  # noqa: E402
 
-# Validation images of ImageNet. The defaults were chosen on the first list, and not on the second one, which judges.
+# Validation images of ImageNet. The defaults were chosen on the first list; the second is held out.
 IMAGES = [ROOT / 'experiments' / f'imagenet_{n}.txt' for n in (500, 800)]
 BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # fractions of dense GMACs
 TOLERANCE = 0.09  # relative; a method that does not come closer to a budget has no row
+EQUAL_GMACS = 0.08  # relative; methods whose GMACs differ by more are not compared
 
 
 def around(t: float) -> tuple[float, float]:
@@ -46,9 +47,9 @@ def around(t: float) -> tuple[float, float]:
 
 METHODS = 'nearest', 'none', 'one', 'drop', 'fuse', 'merge', 'merge_norm', 'random'
 MERGING = 'merge', 'merge_norm'
-# Merging at other rates: ToMe's decreasing schedule, and only from the block on at which evolving starts.
+# Merging schedules: ToMe's decreasing one, and merging only from the first evolving block on.
 SCHEDULED = tuple(f'{schedule}, {method}' for schedule in ('decreasing', 'late') for method in MERGING)
-# On images with shorter sides: a method of models.apply besides, and its arguments.
+# On smaller images: the method of models.apply, if any, and its arguments.
 SMALLER = {
     'smaller image': (None, {}),
     'smaller, nearest': ('evolve', dict(keep_ratio=(0.7, 0.3), representative='nearest')),
@@ -65,7 +66,7 @@ RECOMMENDED = {
 
 
 def merge_rates(method: str, total: float, depth: int) -> int | tuple[int, ...]:
-    """Patches that each of `depth` blocks merges away, `total` in all, by a method of MERGING or SCHEDULED."""
+    """Patches merged per block (one number, or one per block), about `total` in all."""
     if method in MERGING:
         return round(total / depth)
     if method.startswith('decreasing'):  # linearly, from twice the mean to zero
@@ -131,7 +132,7 @@ def get_parser(
         add('--weights', required=True, metavar='PATH', help='its weights: .pth, .safetensors or URL')
     folders = {'nargs': '+'} if several else {}
     add('--data-path', required=True, metavar='PATH', help='folder of the data, see above', **folders)
-    add('--output', default=f'experiments/{output}', metavar='PATH', help='of the rows and the plot, without suffix')
+    add('--output', default=f'experiments/{output}', metavar='PATH', help='writes PATH.csv and PATH.png')
     add('--device', default=device, help='cpu, cuda, ...')
     add('--batch-size', type=int, default=32, metavar='N', help='images per batch')
     if speed:
@@ -153,7 +154,7 @@ def pretrained(name: str, weights: str) -> nn.Module:
 def build(
     args: argparse.Namespace, method: str, t: float | str, img_size: int | tuple[int, int] | None = None
 ) -> nn.Module:
-    """The pretrained model for evaluation, dense, with a method at t, or for images with sides t times as long."""
+    """The pretrained model in eval mode. `t` is the setting of the method or, in SMALLER, the scale of the image."""
     model = copy.deepcopy(pretrained(args.model, args.weights))
     if img_size is not None:
         model.set_input_size(img_size)
@@ -217,7 +218,7 @@ class Budgets:
 
 
 class Rows:
-    """A CSV file of results. What it holds of the same setup (model, weights, sizes) is not computed again."""
+    """A CSV file of results. Rows of the same setup (model, weights, sizes) are not computed again."""
 
     def __init__(self, path: Path, setup: dict):
         self.path, self.setup, self.rows = path, setup, []
@@ -262,7 +263,7 @@ class Rows:
     ):
         """Measure img/s of the rows whose speed is missing, or of all, once per method and setting.
 
-        `make` builds a model from both, on the device. Columns of a GPU start with `gpu_`, so a row can have both.
+        `make` builds a model from both, on the device. GPU columns have the prefix `gpu_`, so a row can have both.
         """
         kind = 'gpu_' if torch.device(device).type == 'cuda' else ''
         pending = [row for row in self.ours() if which == 'all' or row.get(f'{kind}speedup', '') == '']
@@ -285,7 +286,7 @@ class Rows:
 
 
 def _number(column: str, text: str) -> float | int | str:
-    for kind in (int, float) if column != 'commit' else ():  # 3e80123 is no number
+    for kind in (int, float) if column != 'commit' else ():  # a hash such as 3e80123 would become a float
         try:
             return kind(text)
         except ValueError:
@@ -430,7 +431,8 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return values.mean().item(), math.inf
-    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(n, 2.571)  # of n - 1 degrees of freedom; 6 or more: of 5
+    # Of n - 1 degrees of freedom; beyond 6 values that of 6, which makes the interval wider.
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(n, 2.571)
     return values.mean().item(), quantile * values.std().item() / math.sqrt(n)
 
 
@@ -452,8 +454,7 @@ def _make_step(model: nn.Module, batch_size: int, train: bool) -> Callable:
 
     def forward() -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda'):
-            logits = model(x)
-        return logits[0] if isinstance(logits, tuple) else logits
+            return model(x)
 
     if not train:
         model.eval()
@@ -488,14 +489,14 @@ def verdict(difference: float, half: float) -> str:
 
 
 def report(rows: Sequence[dict], reference: str, measures: dict[str, tuple[str, float, int, int]]):
-    """Print the paired differences of a method to all others at equal GMACs (within 8 %), with the verdicts.
+    """Print the paired differences of a method to all others at equal GMACs (EQUAL_GMACS), with the verdicts.
 
-    `measures` are packed columns, each with a unit, a factor, digits, and 1 or -1: is more better, or less?
+    `measures` are packed columns with (unit, factor, digits, sign); the sign is 1 if higher is better, else -1.
     """
     ours = {row['budget']: row for row in rows if row['method'] == reference}
     for row in rows:
         mine = ours.get(row['budget'])
-        if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > 0.08:
+        if mine is None or row is mine or abs(row['gmacs'] / mine['gmacs'] - 1) > EQUAL_GMACS:
             continue
         found = []
         for column, (unit, scale, digits, sign) in measures.items():

@@ -8,7 +8,6 @@ difference whose 95 % interval excludes 0.
 """
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'experiments')]
 
-from common import compare_seeds, paired_interval, t_interval, unpack, verdict  # noqa: E402
+from common import EQUAL_GMACS, Rows, compare_seeds, paired_interval, t_interval, unpack, verdict  # noqa: E402
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 BLOCK = re.compile(r'(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)', re.S)
@@ -43,15 +42,7 @@ def table(function: Callable) -> Callable:
 @cache
 def read(path: str) -> list[dict]:
     """The rows of a CSV, numbers as numbers."""
-    with open(ROOT / path, newline='') as file:
-        return [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return Rows(ROOT / path, {}).rows
 
 
 def select(path: str, **key) -> list[dict]:
@@ -181,7 +172,7 @@ def training_free_verdicts() -> str:
         mine = find(FREE, images=JUDGE, method='nearest', budget=fraction)
         methods = *FREE_METHODS[1:], 'smaller, nearest', 'smaller, merge'
         others = [find(FREE, images=JUDGE, method=method, budget=fraction) for method in methods]
-        pairs = [(mine, row) for row in others if row and abs(row['gmacs'] / mine['gmacs'] - 1) < 0.08]
+        pairs = [(mine, row) for row in others if row and abs(row['gmacs'] / mine['gmacs'] - 1) <= EQUAL_GMACS]
         lines.append([f'{fraction:.2f}', *split(pairs, 'right', 1), *split(pairs, 'kl_images', -1)])
     heads = 'better in top-1 than', 'worse in top-1 than', 'closer to dense (KL) than', 'farther than'
     return markdown(['fraction', *heads], lines)
@@ -257,7 +248,7 @@ def decoder_verdicts() -> str:
                 continue
             found = {'better': [], 'worse': [], 'neither': []}
             for row in others:
-                if abs(row['gmacs'] / mine['gmacs'] - 1) > 0.08:
+                if abs(row['gmacs'] / mine['gmacs'] - 1) > EQUAL_GMACS:
                     continue
                 verdicts = set()
                 for name, sign in MEASURES.items():

@@ -17,11 +17,11 @@ __all__ = [
 ]
 
 
-def apply(model: nn.Module, method: str, **flags) -> nn.Module:
-    """Apply `evolve` or a rival to a ViT of timm, in place; ValueError for another method, or flags without effect."""
+def apply(model: nn.Module, method: str, **arguments) -> nn.Module:
+    """Apply `evolve` or a rival to a ViT of timm, in place; ValueError for another method, or wrong arguments."""
     if method not in (known := ('evolve', *rivals.METHODS)):
         raise ValueError(f'method: expected one of {", ".join(known)}, found {method!r}')
     known = ('keep_ratio', 'stages', 'representative') if method == 'evolve' else rivals.ARGUMENTS[method]
-    if unknown := [f'--{name.replace("_", "-")}' for name in flags if name not in known]:
-        raise ValueError(f'{", ".join(unknown)} has no effect with --method {method}')
-    return evolve(model, **flags) if method == 'evolve' else rivals.apply(model, method, **flags)
+    if unknown := [name for name in arguments if name not in known]:
+        raise ValueError(f'{", ".join(unknown)} has no effect on {method}, which takes {", ".join(known)}')
+    return evolve(model, **arguments) if method == 'evolve' else rivals.apply(model, method, **arguments)

@@ -63,8 +63,6 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
     Source: timm.models.vision_transformer.VisionTransformer, and the original Evo-DeiT.
     """
 
-    distilled_training = False
-
     def __init__(
         self,
         *args,
@@ -131,10 +129,6 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         # A moving average that starts with the last block before the first selection.
         first = min(self.first_blocks, default=len(self.blocks))
         return [1.0 if i < first else 0.5 for i in range(len(self.blocks))]
-
-    def set_distilled_training(self, enable: bool = True):
-        """Return the logits of all heads in training, for a loss on each; without this, their mean, as timm does."""
-        self.distilled_training = enable
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
         return tokens  # the original normalizes after the pooling

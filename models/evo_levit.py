@@ -184,8 +184,6 @@ class EvoLeViT(SavedEvolution, nn.Module):
     saved_attributes = 'stage_wise', 'learned_tradeoff', 'evolving'
     num_prefix_tokens = 1
 
-    distilled_training = False
-
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -338,9 +336,13 @@ class EvoLeViT(SavedEvolution, nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
 
-    def set_distilled_training(self, enable: bool = True):
-        """Return the logits of all heads in training, for a loss on each; without this, their mean, as timm does."""
-        self.distilled_training = enable
+    def get_extra_state(self) -> Tensor:
+        """The schedule as a tensor, so that it is part of every state dict and loads without unpickling."""
+        return torch.tensor([getattr(self, name) for name in self.saved_attributes])
+
+    def set_extra_state(self, state: Tensor):
+        for name, value in zip(self.saved_attributes, state.tolist(), strict=True):
+            setattr(self, name, value)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | Heads:
         """Tokens (B, 1 + N, C) to logits (B, classes), the mean of two heads, or with `pre_logits` to their input.

@@ -12,6 +12,8 @@ gave to the token that represents it. There are three kinds of representatives:
 Patches are gathered before a group and scattered back after it: they stay in raster order, nothing is sorted, the grid
 is whole after each group, and only the score passes from one group to the next.
 
+Another criterion is another score: `rivals.random` replaces it before it calls `update_group`.
+
 Shapes: B batch, P prefix tokens (class token first), N patches, K informative patches, n patches of a sequence,
 C channels, H heads, D channels of a head.
     tokens      (B, P + N, C)
@@ -138,14 +140,14 @@ def drop_unread(tradeoffs: Sequence[Tradeoff], groups: Sequence[Group]) -> list[
     That is after the last selection, and before a constant tradeoff of 1, which overwrites the score.
     """
     tradeoffs, read = list(tradeoffs), False
-    for start, stop, ratio, select in reversed(groups):
+    for start, stop, ratio, selects in reversed(groups):
         for i in reversed(range(start, stop)):
             overwrites = isinstance(tradeoffs[i], float) and tradeoffs[i] == 1
             if not read:
                 tradeoffs[i] = None
             elif overwrites:
                 read = False
-        read = read or (select and ratio < 1)
+        read = read or (selects and ratio < 1)
     return tradeoffs
 
 
@@ -199,9 +201,10 @@ def novelty(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
 def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Select k of the patches (B, N, C), as kept (B, K), and assign every patch to one of them, as cluster (B, N).
 
-    Selects the highest weight * novelty^3, with weight = score * length. Members of a previous cluster share one
-    score (B, N) but differ in length (B, N, 1), so ties are rare and the order of patches does not matter. A patch
-    joins the informative patch of highest cosine similarity; an informative patch represents itself.
+    Selects the highest weight * novelty^3, with weight = score * length. The power and the length were chosen by
+    the KL to dense (docs/log.md). Members of a previous cluster share one score (B, N) but differ in length (B, N, 1),
+    so ties are rare and the order of patches does not matter. A patch joins the informative patch of highest cosine
+    similarity; an informative patch represents itself.
     """
     unit = (patches / length).to(patches.dtype)
     weight = score * length.squeeze(2)

@@ -326,16 +326,12 @@ class Evolving:
 class SavedEvolution(Evolving):
     """A network of our own: its schedule is saved with its weights, and `fuse` prepares it for inference."""
 
-    saved_attributes = 'stage_wise', 'evolving'
     fused = False
+    distilled_training = False
 
-    def get_extra_state(self) -> Tensor:
-        """The schedule as a tensor, so that it is part of every state dict and loads without unpickling."""
-        return torch.tensor([getattr(self, name) for name in self.saved_attributes])
-
-    def set_extra_state(self, state: Tensor):
-        for name, value in zip(self.saved_attributes, state.tolist(), strict=True):
-            setattr(self, name, value)
+    def set_distilled_training(self, enable: bool = True):
+        """Return the logits of all heads in training, for a loss on each; without this, their mean, as timm does."""
+        self.distilled_training = enable
 
     def train(self, mode: bool = True):
         if mode and self.fused:

@@ -84,11 +84,6 @@ def image_root(tmp_path):
 # --- flags
 
 
-def test_flags_are_spelled_with_dashes_or_underscores():
-    args = flags('--no-repeated-aug', '--no_pin_mem', '--num-workers', 3, '--data_path', 'x')
-    assert (args.repeated_aug, args.pin_mem, args.num_workers, args.data_path) == (False, False, 3, 'x')
-
-
 @pytest.mark.parametrize(
     'wrong, message',
     [
@@ -333,14 +328,6 @@ def test_unusable_files_are_refused_by_name(tmp_path, fast):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_broken_image_stops_evaluation_with_its_path(image_root, workers):
-    path = image_root / 'val' / 'bee' / '0.png'
-    path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(InputError, match=str(path)):
-        list(make_loaders(small(image_root, '--num_workers', workers, evaluate=True))[1])
-
-
 def test_an_error_of_the_crop_is_not_an_unreadable_image(image_root, monkeypatch):
     def breaks(*_):
         raise ValueError('a bug')
@@ -382,14 +369,6 @@ def labels(data: datasets.ImageFiles) -> dict[str, int]:
     return {Path(path).parent.name: label for path, label in data.samples}
 
 
-def test_a_checkpoint_names_its_classes(image_root):
-    args = small(image_root, evaluate=True)
-    data = make_loaders(args, classes=['cat', 'dog', 'bee', 'ant'], num_classes=4)[1].dataset
-    assert labels(data) == {'cat': 0, 'bee': 2, 'ant': 3} and len(data.classes) == 4
-    with pytest.raises(InputError, match='1 classes that training lacks: bee'):
-        make_loaders(args, classes=['cat', 'dog', 'ant'], num_classes=3)
-
-
 def test_classes_without_names_are_those_of_imagenet_or_the_folders_in_order(image_root, tmp_path, capsys):
     synsets = ImageNetInfo().label_names()
     folder(tmp_path / 'imagenet' / 'val', {synsets[700]: 1, synsets[3]: 1})
@@ -418,12 +397,6 @@ def test_other_data_sets_have_the_classes_of_the_checkpoint():
         make_dataset(False, args, ['a ball', *names[1:]], 10)
 
 
-def test_evaluation_needs_only_the_validation_folder(tmp_path):
-    folder(tmp_path / 'val', {'ant': 2, 'bee': 1})
-    train, val = make_loaders(small(tmp_path, evaluate=True))
-    assert train is None and (len(val.dataset), val.dataset.classes) == (3, ['ant', 'bee'])
-
-
 def test_missing_data_is_named_with_what_is_there(tmp_path):
     (tmp_path / 'training').mkdir()
     there = f'does not exist: .*{tmp_path} holds training'
@@ -442,13 +415,6 @@ def test_missing_data_is_named_with_what_is_there(tmp_path):
     (tmp_path / 'train' / 'bee' / 'a.txt').write_text('')
     with pytest.raises(InputError, match=f'no images in bee; {tmp_path}/train/bee holds a.txt'):
         make_loaders(flags('--data-path', tmp_path))
-
-
-def test_too_few_images_and_odd_batches_are_named_with_numbers(image_root):
-    with pytest.raises(InputError, match='13 training images give each of 2 processes 7 an epoch.*batch of 8'):
-        make_loaders(flags('--data-path', image_root, '--batch-size', 8), world_size=2)
-    with pytest.raises(InputError, match='--batch-size 7 is odd'):
-        build_mixup(flags('--batch-size', 7), 10)
 
 
 # --- other data sets
@@ -677,13 +643,6 @@ def test_batches_are_the_same_bits_with_any_number_of_workers(image_root, monkey
     assert len(runs[0][0]) == 3 and not torch.equal(runs[0][0][0][0], runs[0][1][0][0])
 
 
-def test_an_epoch_resumed_has_the_batches_that_were_left(image_root):
-    loader = make_loaders(small(image_root, '--batch-size', 3))[0]
-    whole, rest = batches(loader, 5), batches(loader, 5, start=6)
-    assert len(whole) == 4
-    assert_same(whole[2:], rest)
-
-
 def test_the_seed_changes_order_and_augmentation(image_root):
     first, second = (make_loaders(small(image_root, '--seed', seed))[0] for seed in (0, 1))
     assert list(first.sampler) != list(second.sampler)
@@ -698,13 +657,6 @@ def test_evaluating_leaves_the_random_numbers_alone(image_root, workers):
     loader, before = make_loaders(small(image_root, '--num_workers', workers, evaluate=True))[1], state()
     list(loader)
     assert state() == before
-
-
-@pytest.mark.parametrize('world_size', [1, 3, 8])
-def test_processes_evaluate_each_image_once(image_root, world_size):
-    args = small(image_root, '--batch-size', 2, evaluate=True)
-    found = [batch for rank in range(world_size) for batch in make_loaders(args, rank, world_size)[1]]
-    assert sorted(torch.cat([labels for _, labels in found]).tolist()) == [0, 0, 1, 1, 2, 2, 2]
 
 
 def test_training_data_can_be_sent_to_another_process():

@@ -10,7 +10,7 @@ import torch
 from conftest import images, nano, untouched, without_gradient
 from golden import fill
 from test_evo_levit import small
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from models import evo_deit, evo_levit, weights
@@ -60,7 +60,7 @@ def test_number_of_parameters(name):
 @pytest.mark.parametrize('name', ['evo_deit_tiny_patch16_224', 'EvoLeViT_128S'])
 def test_weight_decay_is_that_of_the_original(name):
     model = timm.create_model(name)
-    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    groups = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05).param_groups
     without = {id(p) for group in groups if not group['weight_decay'] for p in group['params']}
     original = model.to_published(dict(model.named_parameters()))
     found = {key for key, p in original.items() if id(p) in without and not key.startswith('stage_blocks')}

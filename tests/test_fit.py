@@ -1,4 +1,4 @@
-"""models.fit_schedule: candidates of equal cost, distances of the very model, and a margin for the default."""
+"""models.fit_schedule: candidates of equal cost, distances of the evolved model, a margin for the default."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_candidates_cost_the_fraction_that_is_asked_for(name):
     assert len(found) > 3 and found[0][0] == (1, 3)
     for stages, ratios in found:
         vit.evolve(model, ratios, stages)
-        assert count_gmacs(model, [x]) / dense == pytest.approx(0.7, abs=0.045)  # of 25 patches one is 0.04
+        assert count_gmacs(model, [x]) / dense == pytest.approx(0.7, abs=0.045)  # one of 25 patches is 0.04
 
 
 def test_the_first_candidate_is_the_default():
@@ -45,7 +45,7 @@ def test_distances_are_those_of_the_evolved_model(name):
 
 
 @pytest.mark.parametrize(('gain', 'other'), [(0.5, True), (0.05, False), (-0.5, False)])
-def test_another_schedule_than_the_default_must_be_significantly_nearer(monkeypatch, tmp_path, gain, other):
+def test_the_default_wins_unless_another_schedule_is_significantly_closer(monkeypatch, tmp_path, gain, other):
     noise = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
     def distances(model, x, schedules):

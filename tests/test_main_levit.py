@@ -1,12 +1,9 @@
 """main_levit.py as its users run it."""
 
-import json
-
 import pytest
 import timm
 import torch
 from conftest import NANO, ROOT, accuracy, free_port, launch, read_log
-from golden import fill
 
 from models import weights
 from utils import InputError
@@ -20,16 +17,6 @@ def flags(image_folder, tmp_path_factory):
     torch.save({'model': teacher.state_dict()}, path)
     model = ['--model', 'EvoLeViT_128S', '--input-size', 64, '--data-path', image_folder]
     return [*NANO, *model, '--teacher-model', 'regnety_002', '--teacher-path', path]
-
-
-def test_weight_decay_is_as_published():
-    published = json.loads((fill.HERE / 'recipe.json').read_text())['no_weight_decay']['EvoLeViT_128S']
-    model = timm.create_model('EvoLeViT_128S')
-    optimizer = timm.optim.create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.025)
-    without = {id(p) for g in optimizer.param_groups if g['weight_decay'] == 0 for p in g['params']}
-    names = model.to_published({key: p for key, p in model.state_dict(keep_vars=True).items() if key != '_extra_state'})
-    doubled = {key for key in names if key.startswith('stage_blocks.')}
-    assert {key for key, p in names.items() if id(p) in without} - doubled == set(published) - doubled
 
 
 def test_distributed_training_resumes_and_evaluates_to_the_logged_accuracy(script, flags, tmp_path):
