@@ -9,6 +9,10 @@ From a file to weights in a model:
     both: load_all_weights      all weights, or an error with advice; the model keeps the schedule of its flags
         weights.load_weights        names, shapes, positions
     load_finetune               --finetune: weights.load_weights alone; heads and positions are adapted
+
+The schedule in evaluation: stages and keep ratios are those of the given flags, else those saved with the flags of the
+training (restore_model_args). Layer-wise or stage-wise is what the state dict says, else the checkpoint
+(load_for_evaluation). In training, flags and epoch decide.
 """
 
 import argparse
@@ -268,7 +272,7 @@ def resume(args: argparse.Namespace, state: State, may_change: dict[str, bool]):
         changed = compare_flags(content, source, state.flags, may_change, args.accept_changes)
         trained = saved_classes(content)
         if trained and state.classes and (differences := datasets.compare_classes(trained, state.classes)):
-            _refuse_change(f'{source} was trained on other classes: {differences}', 'data', args.accept_changes)
+            _check_change(f'{source} was trained on other classes: {differences}', 'data', args.accept_changes)
         state.load(content, source, changed)
         place, best = f'epoch {state.epoch}, step {state.step}', f'{state.best_acc1:.3f}'
         print_rank0(f'{source}: resuming at {place}, best Acc@1 so far {best}')
@@ -321,14 +325,15 @@ def compare_flags(content: dict, source: str, flags: dict, may_change: dict[str,
     if refused := {name: values for name, values in changed.items() if name not in allowed}:
         rows = [('', 'then', 'now'), *((name, *values) for name, values in refused.items())]
         table = '\n'.join(f'  {name:24} {old!s:>20} {new!s:>20}' for name, old, new in rows)
-        _refuse_change(f'{source} was trained with other flags:\n{table}', 'flags', accept)
+        _check_change(f'{source} was trained with other flags:\n{table}', 'flags', accept)
     for name, (old, new) in changed.items():
         if not may_change.get(name, True):
             print_rank0(f'{source}: {name} was {old}, now {new}: the run continues, but not bit for bit')
     return set(changed)
 
 
-def _refuse_change(message: str, what: str, accept: bool):
+def _check_change(message: str, what: str, accept: bool):
+    """Print the message if the change is accepted, else raise it as InputError."""
     if not accept:
         raise InputError(f'{message}\nResume with the original {what}, or pass --accept-changes.')
     print_rank0(message)

@@ -69,7 +69,7 @@ def get_parser() -> utils.Parser:
 def main():
     args = get_parser().parse_args()
     check_flags(args)
-    model, config, classes, args = load_model(args)
+    model, config, classes, args = load_for_export(args)
     check_model(args)
     path = Path(args.output or f'output/{args.model}.{args.format}')
     check_output(path, args.format, args.overwrite)
@@ -134,7 +134,7 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def load_model(args: argparse.Namespace) -> checkpoint.Restored:
+def load_for_export(args: argparse.Namespace) -> checkpoint.Restored:
     """The model, for inference, with --fuse and --precision applied; and what came with it."""
     precision = DTYPES[args.precision]
     model, config, classes, args = checkpoint.load_model(args, use_ema=args.eval_ema)

@@ -100,7 +100,7 @@ def main():
         print_rank0(f'written: {write_figure(output, f"{prefix}curves", curves.draw_curves(runs), args.format)}')
         return
     device = utils.set_up_processes(args)
-    model, config, names, args = load_model(args, parser.get_default('model'))
+    model, config, names, args = load_selecting_model(args, parser.get_default('model'))
     model.to(device)
     print_rank0(f'{datasets.describe(config)}\n{engine.describe_model(args.model, model, config.input_size)}')
     if args.precision not in (None, 'fp32'):
@@ -184,7 +184,7 @@ def prepare_output_dir(output: Path, images: Sequence[Path]) -> Path:
     return output
 
 
-def load_model(args: argparse.Namespace, default_model: str) -> checkpoint.Restored:
+def load_selecting_model(args: argparse.Namespace, default_model: str) -> checkpoint.Restored:
     """The model of --resume; InputError if it does not fit the weights, or selects no patches."""
     restored = checkpoint.load_model(args, default_model)
     model, args = restored.model, restored.args

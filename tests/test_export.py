@@ -97,7 +97,7 @@ def test_the_dense_baseline_is_timed_beside_it(trained, script, monkeypatch, tmp
     assert re.findall(r'batch (\d): evolved [\d.]+ img/s, dense [\d.]+ img/s; speed-up [\d.]+', said) == ['1', '3']
     assert f'torch {torch.__version__.split("+")[0]}' in said and '1 threads' in said
     args = export.get_parser().parse_args(['--model', VIT, '--evolve', '--model-kwargs', 'depth=3'])
-    model, config, _, args = export.load_model(args)
+    model, config, _, args = export.load_for_export(args)
     assert len(export.build_dense(args, model, config.input_size).blocks) == len(model.blocks) == 3
 
 

@@ -92,7 +92,7 @@ def drawn(tmp_path, folder: str = 'out') -> set[str]:
 def load_model(*flags) -> nn.Module:
     """The model that the script would draw."""
     args = visualize.get_parser().parse_args([str(flag) for flag in flags])
-    return visualize.load_model(args, 'evo_deit_small_vis_patch16_224').model
+    return visualize.load_selecting_model(args, 'evo_deit_small_vis_patch16_224').model
 
 
 @pytest.mark.parametrize('schedule', ['stage', 'layer'])
