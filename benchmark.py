@@ -6,8 +6,8 @@
     python3 benchmark.py --img_size 224 384 512 --results_file sizes.csv --plot sizes.png     a sweep
     python3 benchmark.py --bench train --data-path /path/to/imagenet                          with the data loader
 
-A model and its baseline are called in turns, so that whatever else the machine does slows both. The speed-up is the
-median ratio of neighboring calls. The table shows the main columns; --results_file has all of them.
+Calls of a model and its baseline alternate, so background load slows both. The speed-up is the median ratio of
+neighboring calls. The table shows the main columns; --results_file has all of them.
 
 Flags of the model, the training step and the loader are those of main_deit.py and main_levit.py, with the defaults of
 the model's recipe: --evolve, --stages, --representative, --opt, --drop_path, --data-set, --num_workers, ...
@@ -95,7 +95,7 @@ def get_parser() -> utils.Parser:
     add('--num_warm_iter', type=count, metavar='N', help='calls before timing (default: 10, on a CPU 2)')
     about = f'latency: {LATENCY_CALLS} times as many; end to end: batches in each of {PASSES} passes'
     add('--num_bench_iter', type=count, metavar='N', help=f'timed calls (default: 40, on a CPU 10); {about}')
-    add('--detail', action='store_true', help='print the operators that take most time')
+    add('--detail', action='store_true', help='print the operators that take the most time')
     add('--gp', metavar='POOL', help='no effect: the model sets the pooling')
     add('--drop_block', type=float, metavar='RATE', help='no effect: these models have no such layer')
     utils.add_arguments(parser)
@@ -321,7 +321,7 @@ def measure(case: Namespace) -> list[dict]:
     if case.data_path:
         load, num_classes = build_loader(case)
         candidates.append(Candidate(row | {'model': 'the loader alone'}, batches=load))
-        deque(load(), 0)  # now all passes read files from memory; a damaged one ends the run here
+        deque(load(), 0)  # warms the page cache; a damaged file ends the run here
     for label, build in list_models(case):
         candidates.append(Candidate(row | {'model': label}))
         run_or_record_error(prepare, candidates[-1], case, build, num_classes)

@@ -10,9 +10,9 @@ From a file to weights in a model:
         weights.load_weights        names, shapes, positions
     load_finetune               --finetune: weights.load_weights alone; heads and positions are adapted
 
-The schedule in evaluation: stages and keep ratios are those of the given flags, else those saved with the flags of the
-training (restore_model_args). Layer-wise or stage-wise is what the state dict says, else the checkpoint
-(load_for_evaluation). In training, flags and epoch decide.
+The schedule in evaluation: stages and keep ratios come from the command line, else from the flags in the checkpoint
+(restore_model_args). Layer-wise or stage-wise comes from the state dict, else from `schedule` in the checkpoint
+(load_for_evaluation). In training, the flags and the epoch decide.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MAY_CHANGE = dict.fromkeys(
 )
 # If one of these changed, the finished steps of an interrupted epoch saw different images, so it restarts.
 ORDER_OF_IMAGES = {'world_size', 'batch_size', 'grad_accum_steps', 'repeated_aug', 'seed', 'train_images'}
-# Flags that evaluation takes from the checkpoint, with those of the images. The schedule belongs to one method.
+# Flags that evaluation restores from the checkpoint, besides preprocessing. A schedule is valid for one method only.
 SCHEDULE_FLAGS = 'stages', 'keep_ratio', 'representative', 'merge_r'
 MODEL_FLAGS = 'model', 'method', *SCHEDULE_FLAGS, 'model_kwargs'
 
@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--resume', default='', metavar='PATH', help='checkpoint (path or URL) to resume or evaluate')
     add('--auto-resume', action='store_true', help='resume from the newest intact checkpoint in --output_dir, if any')
     add('--overwrite', action='store_true', help='start over, replacing the run in --output_dir')
-    add('--accept-changes', action='store_true', help='resume although flags changed, with the new values')
+    add('--accept-changes', action='store_true', help='resume with the new values even if flags or classes changed')
     add('--finetune', default='', metavar='PATH', help='weights to start from; heads and positions are adapted')
     add('--eval', action='store_true', help='only evaluate --resume')
-    add('--eval-ema', action='store_true', help='evaluate the EMA (in training: the EMA too)')
+    add('--eval-ema', action='store_true', help='with --eval: evaluate the EMA; in training: evaluate it too')
     add('--results-file', default='', metavar='PATH', help='with --eval: write the results as JSON')
     add('--tensorboard', action='store_true', help='write the log for TensorBoard too (pip install .[logging])')
     add('--save-interval-steps', type=at_least(0), default=0, metavar='N', help='also save every N steps (0: off)')
@@ -108,7 +108,7 @@ class State:
         return {
             'model': self.model.state_dict(),
             'model_ema': self.ema.module.state_dict() if self.ema else None,
-            # Evo-DeiT and Evo-LeViT also keep it in their state dict; an evolved timm ViT does not.
+            # Evo-DeiT and Evo-LeViT also keep stage_wise and evolving in their state dict; a timm ViT does not.
             'schedule': self.model.schedule() if hasattr(self.model, 'schedule') else None,
             'optimizer': self.optimizer.state_dict(),
             'lr_scheduler': self._plateau().state_dict() | {'restore_lr': getattr(self.scheduler, 'restore_lr', None)},
@@ -122,7 +122,7 @@ class State:
         }
 
     def load(self, content: dict, source: str, changed: set[str] = frozenset()):
-        """Load a checkpoint and print what is missing. Flags in `changed` keep this run's values."""
+        """Load a checkpoint and print what it lacks. State that depends on a flag in `changed` is not restored."""
         load_all_weights(self.model, content, source)
         if self.ema and content.get('model_ema'):
             load_all_weights(self.ema.module, content, source, use_ema=True)
@@ -148,8 +148,8 @@ class State:
             self.scheduler.step(self.epoch - 1, self.best_acc1)
         original = hasattr(self.model, 'is_published') and self.model.is_published(weights.find_weights(content))
         if content.get('optimizer') is None or original or 'opt' in changed:
-            # The optimizer state of the original Evo-ViT has another order and number of parameters.
-            print_rank0(f'{source}: the optimizer starts anew, at epoch {self.epoch} and its learning rate')
+            # The original Evo-ViT has other parameters, in another order, so its optimizer state does not fit.
+            print_rank0(f'{source}: the optimizer starts from scratch, at the learning rate of epoch {self.epoch}')
         else:
             self._load_optimizer(content['optimizer'], source)
             if self._plateau() is not self.scheduler and 'sched' not in changed:
@@ -164,8 +164,8 @@ class State:
         groups = self.optimizer.state_dict()['param_groups']
         if [len(group['params']) for group in saved['param_groups']] != [len(group['params']) for group in groups]:
             raise InputError(
-                f'{source}: its optimizer groups parameters in another way, which --weight-decay 0 and --layer-decay '
-                'change. Resume with the original values (--weight-decay 1e-12 instead of 0), or start with --finetune'
+                f'{source}: its optimizer has other parameter groups; --weight-decay 0 and --layer-decay change them. '
+                'Resume with the original values (--weight-decay 1e-12 instead of 0), or start with --finetune'
             )
         # LAMB and Adan count steps in their groups. Everything else there follows from the flags of this run.
         for group, before in zip(groups, saved['param_groups'], strict=True):
@@ -186,15 +186,15 @@ class State:
             group['lr'] = before['lr']
 
     def _plateau(self):
-        # timm's plateau schedule leaves half of its state out of its state dict; torch's, inside it, does not.
+        # timm's plateau schedule wraps torch's. torch's state dict is complete, timm's is not.
         return getattr(self.scheduler, 'lr_scheduler', self.scheduler)
 
 
 def load_all_weights(model: nn.Module, content: dict, source: str, use_ema=False, training=True) -> weights.Loaded:
-    """Load weights, or InputError: a missing tensor would give a wrong accuracy.
+    """Load all weights; InputError otherwise, since a missing tensor would silently give a wrong accuracy.
 
-    For evaluation (`training` False) an Evo-DeiT also takes the weights of a plain ViT, which fill tensors that these
-    lack, and positions are resized.
+    For evaluation (`training=False`) positions are resized, and an Evo-DeiT also takes the weights of a plain ViT: the
+    tensors that these lack (`norm_cls`, `head_cls`) become copies.
     """
     advice = 'To start training from weights of another model, image size or classes, use --finetune.'
     if not training:
@@ -264,8 +264,8 @@ def choose_schedule(args: argparse.Namespace, model: nn.Module, config: datasets
 def resume(args: argparse.Namespace, state: State, may_change: dict[str, bool]):
     """Continue from the checkpoint of --resume or --auto-resume, if there is one, and print where.
 
-    `may_change` is the MAY_CHANGE of all modules. InputError if other flags or the classes differ, unless with
-    --accept-changes, and if the processes do not all start at the same place.
+    `may_change` is the MAY_CHANGE of all modules. InputError if other flags or the classes differ (unless
+    --accept-changes is set), or if the processes would not all start at the same epoch and step.
     """
     if found := find_resume_checkpoint(args.output_dir if args.auto_resume else '', args.resume):
         source, content = found
@@ -343,7 +343,7 @@ def _check_change(message: str, what: str, accept: bool):
 
 
 def saved_flags(content: dict) -> dict:
-    """The flags of the training. Original checkpoints hold a Namespace with other flags, and bare weights nothing."""
+    """The training flags; {} for checkpoints of the original, whose Namespace has other flags, and for bare weights."""
     flags = content.get('args')
     flags = dict(flags) if isinstance(flags, dict) else {}
     if 'evolve' in flags:  # version 0.2 had no --method
@@ -422,9 +422,9 @@ def load_model(args: argparse.Namespace, default_model: str = '', use_ema: bool 
 
 
 def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Namespace:
-    """Fill flags of model, images and precision that are not given with those of the training.
+    """Complete the flags: model, preprocessing and precision default to those of the training.
 
-    Prints where a given model or image size differs from the training.
+    Prints given flags of the model, and a given image size, that differ from the training.
     """
     saved, restored = saved_flags(content), {}
     if name := saved_model(content):
@@ -439,7 +439,7 @@ def restore_model_args(args: argparse.Namespace, content: dict) -> argparse.Name
         elif name in (*MODEL_FLAGS, 'input_size') and given != saved.get(name, given):
             before = f"the model's own {name}" if saved[name] is None else f'{name} {saved[name]}'
             print_rank0(f'{args.resume} was trained with {before}, and is evaluated with {given}')
-    # TF32 is a matter of the device: it is the default without --amp on GPUs that have it, and fp32 elsewhere.
+    # A run in TF32 may be evaluated anywhere: without AMP, None picks TF32 on GPUs that have it, and fp32 elsewhere.
     trained = saved.get('precision') or 'fp32'
     restored['precision'] = getattr(args, 'precision', None) or (None if trained == 'tf32' else trained)
     return argparse.Namespace(**vars(args) | restored | {'amp': False})

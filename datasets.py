@@ -1,4 +1,4 @@
-"""From image files, or images that the program draws, to batches: datasets, transforms, loaders, mixup.
+"""From images to batches: datasets, transforms, loaders, mixup.
 
 A dataset maps an index to (image, label) and has `classes`, a list of names. Training indexes it by (epoch, position,
 index): augmentation is a function of (seed, epoch, position), so batches do not depend on the number of workers.
@@ -37,7 +37,7 @@ DATA_SETS = ('IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'SHAPES')
 DATA_SET_NAMES = ', '.join((*DATA_SETS, *(f'{prefix}NAME' for prefix in timm_data.PREFIXES)))
 INAT_LEVELS = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 CROP_MODES = ('center', 'squash', 'border')
-# Flags that may differ when a run is resumed, and whether it stays bit for bit the same even so.
+# Flags that may differ when a run is resumed; True: the run still continues bit for bit.
 MAY_CHANGE = dict.fromkeys(('data_path', 'val_split', 'num_workers', 'pin_mem', 'max_broken_images', 'dist_eval'), True)
 
 
@@ -48,12 +48,13 @@ def add_arguments(parser: ArgumentParser):
     add = parser.add_argument_group('loading').add_argument
     add('--num_workers', type=at_least(0), default=10, help='loading processes, at most the available cores')
     add('--pin-mem', action=BooleanOptionalAction, default=True, help='pinned memory (CUDA only)')
-    about = 'unreadable training images that each process may replace by others'
+    about = 'unreadable training images allowed per process; the next image replaces each'
     add('--max-broken-images', type=at_least(0), default=0, metavar='N', help=about)
     add('--dist-eval', action='store_true', help='no effect: evaluation is always distributed, and exact')
 
     add = parser.add_argument_group('augmentation').add_argument
-    add('--repeated-aug', action=BooleanOptionalAction, default=True, help='a third of the images, three times each')
+    about = 'repeated augmentation: an epoch sees a third of the images, three times each'
+    add('--repeated-aug', action=BooleanOptionalAction, default=True, help=about)
     about = 'area of random crops as a fraction of the image (above 32 px only)'
     add('--scale', type=between(0.01, 1), nargs=2, action=Ascending, default=FULL_SCALE, metavar='AREA', help=about)
     add('--color-jitter', type=positive, default=0.4, help='strength of color jitter, used without --aa')
@@ -70,11 +71,12 @@ def add_arguments(parser: ArgumentParser):
     add = parser.add_argument_group('mixup, cutmix and label smoothing').add_argument
     add('--mixup', type=positive, default=0.8, help='mixup alpha, 0 for none')
     add('--cutmix', type=positive, default=1.0, help='cutmix alpha, 0 for none')
-    about = 'min and max side of the box, replace --cutmix'
+    about = 'min and max side of the cutmix box, as fractions of the image side; replaces --cutmix'
     add('--cutmix-minmax', type=unit, nargs=2, action=Ascending, metavar='SIDE', help=about)
     add('--mixup-prob', type=unit, default=1.0, help='probability of mixup or cutmix')
     add('--mixup-switch-prob', type=unit, default=0.5, help='probability of cutmix if both are on')
-    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mixing ratio')
+    about = 'draw mixing ratios per batch, pair or image (elem)'
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help=about)
     add('--smoothing', type=unit, default=0.1, help='label smoothing')
 
 
@@ -95,7 +97,7 @@ def add_image_arguments(parser: ArgumentParser):
     add('--input-size', type=at_least(1), metavar='PX', help='image size')
     add('--mean', type=between(0, 1), nargs='+', metavar='M', help='pixel mean (0 to 1), one value or one per channel')
     add('--std', type=between(0.001, 1), nargs='+', metavar='S', help='pixel standard deviation, likewise')
-    add('--crop-pct', type=between(0.01, 1), metavar='P', help='fraction of the resized side that evaluation crops')
+    add('--crop-pct', type=between(0.01, 1), metavar='P', help='evaluation: crop as a fraction of the resized side')
     add('--crop-mode', choices=CROP_MODES, help='crop of evaluation, as in timm')
     add('--interpolation', choices=('bilinear', 'bicubic'), help='resize filter of evaluation')
 
@@ -108,7 +110,7 @@ def data_set(text: str) -> str:
 
 
 class Ascending(Action):
-    """For a flag with two numbers, of which the first may not be the larger one."""
+    """argparse action for two numbers in ascending order."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: list[float], option_string=None):
         if values[0] > values[1]:
@@ -388,7 +390,7 @@ class Seeded(Dataset):
     """Indexed by (epoch, position, index); augmentation is a function of (seed, epoch, position).
 
     Up to `max_broken` unreadable images are replaced by the next one in the dataset; all workers share the count.
-    Without workers this seeds the generators of the training process, which seeds them again for each step.
+    With `num_workers=0` this reseeds the training process itself, which is harmless: each step seeds again.
     """
 
     def __init__(self, dataset: Dataset, seed: int, max_broken: int = 0):
@@ -458,7 +460,7 @@ def build_loader(args: Namespace, dataset: Dataset, **options) -> DataLoader:
     workers = min(args.num_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     options |= dict(num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_ignore_signals_to_the_group)
     options |= dict(pin_memory=args.pin_mem and torch.cuda.is_available())
-    # With its own generator, the loader does not draw from that of training: evaluation must not change a run.
+    # A loader draws a seed for its workers. Its own generator keeps evaluation from changing the random state of a run.
     return DataLoader(dataset, args.batch_size, generator=torch.Generator(), **options)
 
 

@@ -62,16 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser):
     about = 'select layer-wise before epoch N, stage-wise from then on (default: 2/3 of --epochs; 0 with --method)'
     add('--stage-epoch', type=at_least(0), metavar='N', help=about)
     add('--prune-warmup-epoch', type=at_least(0), default=0, metavar='N', help='no selection in the first N epochs')
-    add('--eval-interval', type=at_least(1), default=1, metavar='N', help='evaluate every N epochs, and in the last N')
+    about = 'evaluate every N epochs, and after each of the last N'
+    add('--eval-interval', type=at_least(1), default=1, metavar='N', help=about)
     add('--print-freq', type=at_least(1), default=50, metavar='N', help='print progress every N steps')
-    about = 'default: fp32 on a CPU, bf16 on a GPU (older ones fp16, with --no-amp tf32); with --eval as in training'
+    about = 'default: bf16 on GPUs (fp16 before Ampere, tf32 with --no-amp), fp32 on CPUs; with --eval as in training'
     add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], help=about)
     on_off = argparse.BooleanOptionalAction
     add('--amp', action=on_off, default=True, help='half precision on GPUs, if --precision is not given')
     add('--fuse', action='store_true', help='with --eval: fold BatchNorm and drop heads that only training needs')
     add('--compile', action='store_true', help='torch.compile the model and the teacher')
     add('--grad-checkpointing', action='store_true', help='save memory: recompute blocks in the backward pass')
-    add('--mixup-off-epoch', type=at_least(0), default=0, metavar='N', help='no mixup from epoch N on (0: never)')
+    about = 'turn off mixup and cutmix from epoch N on (0: never)'
+    add('--mixup-off-epoch', type=at_least(0), default=0, metavar='N', help=about)
     optim.add_arguments(parser)
 
 
@@ -124,7 +126,7 @@ def train_step(
     """Make one optimizer step from `count` batches of images (B, 3, H, W) and targets; returns the mean loss.
 
     `net` is the model, possibly wrapped in DistributedDataParallel. `accept` sees the loss before the update and may
-    raise. Nothing here waits for a GPU, except the overflow check of fp16 with an optimizer that is not fused.
+    raise. Nothing here synchronizes with the GPU, except the inf check of fp16 with an optimizer that is not fused.
     """
     total = 0.0
     for i, (images, targets) in enumerate(batches, 1):
@@ -141,7 +143,7 @@ def train_step(
     if accept is not None:
         accept(total)
     if clip_grad is not None:
-        # The limit is for true gradients, without the loss scale.
+        # Clip the true gradients, not those multiplied by the loss scale.
         state.scaler.unscale_(state.optimizer)
         # AGC also clips the heads, as the original recipe does (facebookresearch/LeViT, engine.py). Its paper and
         # timm's train.py leave the head out.
@@ -163,8 +165,8 @@ class Progress:
 
     def __init__(self, state: State, steps: int, images: int, device: torch.device):
         self.state, self.steps, self.images = state, steps, images
-        # Two sums of losses: of the whole epoch, and since the last line. In a resumed epoch the first starts with the
-        # loss of the earlier steps; rank 0 holds it, as it is a sum over all processes already.
+        # Two loss sums: over the epoch, and since the last printed line. A resumed epoch starts from the loss of its
+        # earlier steps. Only rank 0 adds it, since it is already summed over all processes.
         earlier = state.loss_sum if utils.rank() == 0 else 0.0
         self.losses = torch.tensor([earlier, 0.0], dtype=torch.float64, device=device)
         self.first = self.last = state.step
@@ -208,9 +210,10 @@ def train_one_epoch(
     check: StepCheck,
     folder: RunFolder,
 ) -> dict[str, float]:
-    """Train from step `state.step` of the epoch to its end; returns what the log keeps of it.
+    """Train from step `state.step` of the epoch to its end; returns the epoch's record for the log.
 
-    `step_on` is `train_step` on a number of batches. If any process was asked to stop, all save and raise SystemExit.
+    `step_on(batches, count)` is `train_step` with the rest bound. If any process is asked to stop, the state is saved
+    and all processes raise SystemExit.
     """
     device, accumulate = next(state.model.parameters()).device, args.grad_accum_steps
     steps = len(loader) // accumulate
@@ -227,7 +230,7 @@ def train_one_epoch(
         progress.losses += step_on(inputs, accumulate, accept=partial(check.check, place=place))
         state.step = step + 1
 
-        # All processes know of a request to stop after the same step, so their checkpoint is of one step.
+        # All processes learn of a request to stop after the same step, so they all stop there.
         interval = args.save_interval_steps
         if check.stop or (interval and state.step % interval == 0 and state.step < steps):
             check.check_last()  # on a GPU the last loss is still unread; a bad one must not be saved
@@ -251,8 +254,8 @@ def prepare_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Move batches to the device and mix them. `key` is (seed, epoch, step).
 
-    Mixup and stochastic depth are functions of the key, rank and batch, so a resumed run repeats them exactly. The
-    forward pass of a batch must come before the next batch is drawn, which seeds anew.
+    Mixup and stochastic depth depend only on the key, the rank and the index of the batch, so a resumed run repeats
+    them exactly. Drawing a batch reseeds: run its forward pass before drawing the next one.
     """
     for i, (images, targets) in enumerate(batches):
         utils.seed_all(*key, 1 + utils.rank(), i)
@@ -366,7 +369,7 @@ def describe_setup(name: str, model: nn.Module, precision: str) -> str:
 
 
 def describe_model(name: str, model: nn.Module, input_size: int) -> str:
-    """What a model computes: fractions of patches that it keeps, and GMACs, beside those with all patches."""
+    """Describe a model in one line: keep ratio of each stage, and GMACs, next to those with all patches."""
     evolves, gmacs = hasattr(model, 'set_schedule'), [count_gmacs(model, input_size)]
     if evolves and model.evolving:
         model.evolving = False
@@ -384,7 +387,7 @@ def describe_evolution(model: nn.Module) -> list[str]:
     schedule = model.schedule()
     if 'merge_r' in schedule:
         r = schedule['merge_r']
-        reduction = f'{r} patches fewer after each block' if isinstance(r, int) else f'{sum(r)} patches fewer in all'
+        reduction = f'merges {r} patches per block' if isinstance(r, int) else f'merges {sum(r)} patches in all'
         return [schedule['method'], reduction]
     representatives = {'none': 'no representative', 'one': 'one representative', 'nearest': 'nearest'}
     stages = zip(schedule['keep_ratio'], schedule['stages'], strict=True)
@@ -424,7 +427,7 @@ def train(
     print_rank0(describe_epochs(args, first, len(train_loader), selects=evolves and bool(model.first_blocks)))
     if args.grad_checkpointing:
         checkpoint_gradients(model)
-    folder.clear()  # nothing can stop the new run any more, so --overwrite may remove the old one
+    folder.clear()  # all checks have passed, so --overwrite may now remove the old run
     autocast, net = make_autocast(state.flags['precision'], device), wrap_model(model, criterion, args.compile)
     clip = dict(clip_grad=args.clip_grad, clip_mode=args.clip_mode)
     step_on = partial(train_step, state, net, criterion, autocast=autocast, **clip)
@@ -435,7 +438,7 @@ def train(
             network.set_schedule(epoch >= stage_wise_from(args), epoch >= args.prune_warmup_epoch)
         mixup_off = args.mixup_off_epoch and epoch >= args.mixup_off_epoch
         record = train_one_epoch(args, state, step_on, train_loader, None if mixup_off else mixup, check, folder)
-        # BatchNorm statistics differ between processes. Those of rank 0 count, because it writes the checkpoint.
+        # BatchNorm statistics differ between processes: broadcast those of rank 0, which writes the checkpoint.
         for network in networks if utils.world_size() > 1 else ():
             distribute_bn(network, utils.world_size())
         if (epoch + 1) % args.eval_interval == 0 or epoch >= args.epochs - args.eval_interval:
@@ -444,7 +447,7 @@ def train(
             if args.eval_ema:
                 results = evaluate(ema, val_loader, autocast, 'Test of the EMA')
                 record |= {f'test_ema_{key}': value for key, value in results.items()}
-        # As in the original Evo-ViT, epoch e runs at the rate of e - 1: epochs 0 and 1 both have the warm-up rate.
+        # As in the original Evo-ViT, epoch e runs at the rate of epoch e - 1: epochs 0 and 1 both run at --warmup-lr.
         state.scheduler.step(epoch, record.get('test_acc1', state.best_acc1))
         # The state now points at the start of the next epoch: that is where a checkpoint of it resumes.
         state.epoch, state.step, state.loss_sum = epoch + 1, 0, 0.0
@@ -476,7 +479,7 @@ def describe_epochs(args: argparse.Namespace, first: int, batches: int, selects:
         raise InputError(f'--grad-accum-steps {count}: an epoch has only {batches} batches')
     text = f'{batches // count} steps an epoch, '
     if first >= epochs:
-        return f'{text}all {epochs} epochs are done already; to train on, give a larger --epochs'
+        return f'{text}all {epochs} epochs are done already; to keep training, pass a larger --epochs'
     stages = f', stage-wise from epoch {stage_wise_from(args)}' if selects else ''
     return f'{text}epochs {first} to {epochs - 1}{stages}'
 

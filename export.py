@@ -5,8 +5,9 @@
     python3 export.py --model evo_deit_tiny_patch16_224 --resume checkpoint.pth --format hub --output folder
     python3 export.py --model deit_tiny_patch16_224 --evolve --resume weights.pth --bench 1 32
 
-The batch size of what is exported is free. --check compares its logits with the model's. --bench also exports the
-dense baseline and times the two in turns. ONNX needs the packages onnx and onnxscript, and onnxruntime for these two.
+Exports have a dynamic batch size. --check compares the logits of the export with the model's. --bench also exports
+the dense baseline and times the two in turns. ONNX needs the packages onnx and onnxscript; --check and --bench also
+need onnxruntime.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from measure.timing import time_alternately
 from models import hub
 from utils import InputError, at_least, print_rank0
 
-EXPORT_BATCH = 2  # other than the 10 of `check_images`, so that --check finds a batch size that became a constant
+EXPORT_BATCH = 2  # not the 10 of `check_images`, so that --check catches a hard-coded batch size
 PHOTOGRAPH = Path(__file__).parent / 'imgs' / 'a.jpg'
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16}
 TOLERANCE = {'fp32': 1e-4, 'fp16': 0.05}  # relative to the largest logit

@@ -148,7 +148,7 @@ def build_criterion(
         if num_classes == 1000:
             advice = f'the original teacher, regnety_160 for ImageNet, is at {ORIGINAL_TEACHER}'
         raise InputError(f'teacher, --teacher-model and --teacher-path: {error}\n{advice}') from error
-    # The loader normalizes for the student; a teacher that was trained otherwise would be wrong without an error.
+    # The loader normalizes for the student. A teacher trained with another mean and std would silently be wrong.
     cfg = networks.published_cfg(args.teacher_model)
     if (cfg.mean, cfg.std) != (config.mean, config.std):
         print_rank0(f'teacher: its images are normalized with mean {cfg.mean}, std {cfg.std}, as in its training')

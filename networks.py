@@ -25,7 +25,7 @@ class Pairs(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-# Arguments of a model that flags or data decide; giving them twice would fail, or silently win.
+# Model arguments that flags or data determine. Passing them here would fail, or silently override the flag.
 HAVE_FLAGS = {
     'in_chans': 'images are read in RGB, with 3 channels',
     'img_size': 'use --input-size',
@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--merge-r', type=int, metavar='R', help='merge, merge_norm: patches merged per block (default: 8)')
     add(
         '--keep-ratio', type=float, nargs='+', metavar='R',
-        help='fraction of informative patches (drop, fuse: of those left), one or one per stage (default: 0.5, with '
-        '--evolve 0.7 0.3, with its rivals 0.7)',
+        help='fraction of informative patches (drop, fuse: of those left), one value or one per stage (default: 0.5; '
+        '--evolve: 0.7 0.3; its rivals: 0.7)',
     )  # fmt: skip
     add(
         '--stages', type=int, nargs='+', metavar='BLOCK',
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def build(args: argparse.Namespace, num_classes: int, input_size: int | None = None) -> nn.Module:
-    """Build the model of `add_arguments`; InputError for flags that do not fit it, or with the nearest names."""
+    """Build the model that the flags describe; InputError for flags that do not fit it, or an unknown name."""
     if args.merge_r is not None and 'merge_r' not in rivals.ARGUMENTS.get(args.method, ()):
         raise InputError('--merge-r needs --method merge')
     flags = {'keep_ratio': args.keep_ratio, 'stages': args.stages, 'representative': args.representative}

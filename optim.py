@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--opt', default='adamw', metavar='NAME', help='any timm optimizer')
     add('--opt-eps', type=between(0), default=1e-8, metavar='E', help='epsilon of the optimizer')
     add('--opt-betas', type=between(0, 1), nargs=2, metavar='B', help="betas (default: the optimizer's own)")
-    add('--layer-decay', type=between(0.01, 1), metavar='F', help='learning rate of a layer: F times that of the next')
+    about = 'layer-wise learning rate decay: each layer has F times the rate of the next'
+    add('--layer-decay', type=between(0.01, 1), metavar='F', help=about)
     add('--clip-grad', type=above_zero, metavar='NORM', help='gradient clipping (default: off)')
     add('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='clip the norm, each value, or by AGC')
     add('--momentum', type=between(0, 1), default=0.9, metavar='M', help='momentum of SGD and others')
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add('--model-ema-force-cpu', action='store_true', help='keep the EMA on the CPU')
 
     add = parser.add_argument_group('learning rate').add_argument
-    add('--lr', type=between(0), default=5e-4, help='learning rate per 512 images, scaled to the global batch')
+    add('--lr', type=between(0), default=5e-4, help='learning rate at a global batch of 512; scales linearly')
     add('--sched', default='cosine', metavar='NAME', help='any timm schedule')
     add('--sched-on-updates', action='store_true', help='update the rate every step, not every epoch; for short runs')
     add('--lr-noise', type=between(0, 1), nargs='+', metavar='PCT', help='epochs with noise, as fractions of the run')

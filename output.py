@@ -66,16 +66,16 @@ class RunFolder(NamedTuple):
     log: Log = Log()
 
     def clear(self):
-        """Remove the earlier run; called once nothing can stop the new one."""
+        """Remove the earlier run; called once all checks of the new one have passed."""
         for path in self.stale:
             path.unlink()
 
     def save(self, state: State, best: bool = False):
-        """Write `checkpoint.pth` and, for a new best accuracy, `best_checkpoint.pth`; keep the last `keep` others."""
+        """Write `checkpoint.pth`, and `best_checkpoint.pth` if `best`; keep the last `keep` as `checkpoint-*.pth`."""
         if not self.path:
             return
         newest, write = self.path / 'checkpoint.pth', partial(torch.save, state.state_dict())
-        # The best comes first: after a crash between the two, the epoch is repeated, and with it the best.
+        # Write the best first: after a crash between the two, the resumed run repeats the epoch and writes both.
         if best:
             utils.atomic_write(self.path / 'best_checkpoint.pth', write)
         utils.atomic_write(newest, write)

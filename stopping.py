@@ -32,9 +32,9 @@ def catch_signals() -> list[int]:
 class StepCheck:
     """Tells all processes, for each step, whether every loss is finite and whether any process was asked to stop.
 
-    On a CPU they know before the update. On a GPU the answer is read one step later, so that the host never waits for
-    the step that it has just queued. One update from a bad loss then happens before all stop, so `check_last` must be
-    called before a checkpoint is written.
+    On a CPU the answer is read before the update. On a GPU it is read one step later, so that the host never waits for
+    the step that it has just queued. One update with a non-finite loss may then happen before all processes stop, so
+    `check_last` must be called before a checkpoint is written.
     """
 
     def __init__(self, device: torch.device):

@@ -315,7 +315,7 @@ def print_coverage(coverage: dict[str, tuple[np.ndarray, float]]):
         mean, interval = mean_percent(fractions)
         print_rank0(
             f'{selection_title(name):<16} informative patches cover {mean:.1f} +- {interval:.1f} % of the object, '
-            f'chance {100 * chance:.1f} %, more in {(fractions > chance).mean():.0%} of the images'
+            f'chance {100 * chance:.1f} %, above chance in {(fractions > chance).mean():.0%} of the images'
         )
     print_rank0(f'(mean fraction of its area over {len(fractions)} images, with the 95 % interval of the mean)')
 

@@ -31,7 +31,7 @@ from measure.results import circumstances  # noqa: E402
 from measure.timing import progress, time_alternately  # noqa: E402
 from utils import atomic_write  # noqa: E402
 
-# Validation images of ImageNet. The defaults were chosen on the first list; the second is held out.
+# Validation images of ImageNet. The defaults were chosen on the first list, and not on the second.
 IMAGES = [ROOT / 'experiments' / f'imagenet_{n}.txt' for n in (500, 800)]
 BUDGETS = 0.9, 0.8, 0.66, 0.55, 0.45  # fractions of dense GMACs
 TOLERANCE = 0.09  # relative; a method that does not come closer to a budget has no row

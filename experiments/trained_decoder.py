@@ -17,7 +17,7 @@ IoU of what is above 0.5 (1 where both have nothing), each with a 95 % interval;
 values of the images. `gmacs` are of the ViT, `gmacs_whole` includes the decoder. Speed is that of the whole network,
 timed in turns with dense, at `--batch-size` images of 224 px or as many pixels.
 
-Images: those of imagenet_500.txt. The defaults were chosen on them for DeiT-Ti; nothing was for this network.
+Images: those of imagenet_500.txt. The defaults were chosen on them, but for DeiT-Ti and not for this network.
 
 Rule, stated before the run: at equal GMACs, a method is closer to dense than another in a measure if the 95 % interval
 of their paired difference over images excludes 0; otherwise they do not differ significantly in it. It is better if it
@@ -72,9 +72,8 @@ class Decoder(nn.Module):
             setattr(self, f'upconv{i}', nn.ConvTranspose2d(*widths[i - 1 : i + 1], 4, stride=2, padding=1))
             setattr(self, f'bn{i}', nn.BatchNorm2d(widths[i]))
         self.final_conv = nn.Conv2d(widths[3], 1, 1)
-        counters = {
-            f'bn{i}.num_batches_tracked': torch.tensor(0) for i in (1, 2, 3)
-        }  # missing, as the weights come from an ONNX file
+        # The weights come from an ONNX file, which has no such counters.
+        counters = {f'bn{i}.num_batches_tracked': torch.tensor(0) for i in (1, 2, 3)}
         self.load_state_dict(counters | weights)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@
         --data-path imagenet-val-500 imagenet-val-227
 
 Images: two sets of ImageNet validation images (val/<synset>/*, or folders of synsets). The defaults were chosen on
-those of imagenet_500.txt, and not on those of imagenet_800.txt, which judge. (The 800 are a public copy of 227 x 227
-px, resized to the model's crop.) Each set is reported, then both pooled; plots show the last set.
+those of imagenet_500.txt; those of imagenet_800.txt are the test set. (The 800 are a public copy at 227 x 227 px,
+resized to the model's crop.) Each set is reported, then both pooled; plots show the last set.
 
 Methods: the dense model and every method at five fractions of its GMACs. `smaller image` is the dense model on images
 with shorter sides; `smaller, nearest` evolves it with the defaults, `smaller, merge` merges 8 patches in each block.
@@ -19,7 +19,7 @@ timed in turns with dense. `right`, `same_images` and `kl_images` hold the value
 Rule, stated before the run: at equal GMACs, a method is better than another if the 95 % interval of their paired
 difference in top-1 excludes 0, and closer to dense if that of the KL does; otherwise they do not differ significantly.
 A method loses nothing measurable if the interval of its difference to dense contains 0. The verdicts are those of the
-set that judges.
+test set.
 """
 
 import argparse

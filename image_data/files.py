@@ -76,8 +76,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class CropLoader:
     """Reads and crops an image file as timm's random crop does, faster.
 
-    torchvision decodes to Pillow's pixels, and torch resizes to them up to rounding (2 of 255). A JPEG whose crop is at
-    least twice the output size is decoded at 1/2, 1/4 or 1/8: the low-pass filter of JPEG's transform differs a little.
+    Decoding by torchvision gives Pillow's pixels; resizing by torch differs by rounding (up to 2 of 255). A JPEG whose
+    crop is at least twice the output size is decoded at 1/2, 1/4 or 1/8 scale, which low-pass filters a little
+    differently than resizing.
     """
 
     def __init__(self, crop: RandomResizedCropAndInterpolation):

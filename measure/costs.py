@@ -43,7 +43,7 @@ def count_gmacs(call: Callable, inputs: Sequence[Tensor]) -> float:
 
 
 def peak_memory(call: Callable, inputs: Sequence[Tensor], kept: list, calls: int, device: torch.device) -> int:
-    """Peak memory, in bytes, of `calls` calls of `call(*inputs)`, and of one more on a CPU.
+    """Peak memory, in bytes, over `calls` calls of `call(*inputs)`; on a CPU, of one more call after these.
 
     `kept` holds the tensors that outlive a call, such as weights and optimizer state, in any nesting.
     """

@@ -40,8 +40,8 @@ def time_alternately(calls: Sequence[Callable], turns: int, warm_up: int, device
 def keep_freed_memory():
     """Make malloc keep the memory of freed CPU tensors (Linux with glibc).
 
-    Otherwise large blocks return to the kernel and every call pays for new pages. That slows some models and not
-    others, and the model with larger tensors more.
+    Otherwise large blocks return to the kernel, and every call pays for page faults again. That slows models with large
+    tensors most, and others not at all.
     """
     with suppress(OSError, AttributeError, TypeError):  # a C library other than GNU's
         library = ctypes.CDLL(None)

@@ -48,7 +48,7 @@ class EvoDeiT(SavedEvolution, EvolvingViT, VisionTransformer):
         stages: the first block of each stage that evolves; earlier blocks see every patch. Default: 4, 8, ..., so a
             model of 4 blocks or fewer does not evolve.
         representative: what placeholders follow, see evolution.py: 'none' (the original), 'one' or 'nearest'.
-        fused: create the model as `fuse` leaves it, for weights that were saved so.
+        fused: create the model already fused, to load fused weights.
 
     ValueError for arguments that could not be computed exactly: tokens besides the class token and the patches, no
     positions, patch dropout, attention pooling, other blocks or attention. Defaults differ from timm's in

@@ -1,9 +1,9 @@
 """Evo-LeViT: a LeViT with a class token, in which half of the patches go through each layer and the others follow their
 representative (see evolution.py).
 
-Linear+BN, BN+Linear, the MLP and the stem are timm's LeViT layers. It differs from LeViT in a class token; in learned
-positions before the first stage and each down-sampling, in place of attention biases, so LeViT's weights do not fit;
-and in four heads in training, two on the mean of all patches and two on the class token.
+Linear+BN, BN+Linear, the MLP and the stem are timm's LeViT layers. Evo-LeViT differs from LeViT in three ways: it has a
+class token; it has learned position embeddings before the first stage and each down-sampling, in place of attention
+biases, so LeViT's weights do not fit; and it trains four heads, two on the mean of all patches, two on the class token.
 
 Shapes: B batch, N patches of a stage, C channels, H heads, D channels of a key, E of a value.
 """
@@ -48,8 +48,8 @@ def attend(
     Returns values (B, n, H * E) and, with `need_attention`, the class token's attention to the patches, (B, m - 1),
     averaged over heads, in float32 or better.
     """
-    # A fused kernel returns no map, so the class token's row is computed beside it. CPUs have none for float32 with
-    # values wider than keys.
+    # Fused kernels do not return the attention map, so the class token's row is computed separately. CPUs have no fused
+    # kernel for float32 with values wider than keys.
     scale = q.shape[-1] ** -0.5
     if q.is_cuda or q.dtype in (torch.float16, torch.bfloat16):
         x = F.scaled_dot_product_attention(q, k, v, None if attn_mask is None else attn_mask.to(q.dtype))
@@ -171,7 +171,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
         stages: the first layer of each stage that evolves, counted over the network. Default: layer 2 and the first
             layer of each further grid (2, 4, 8; in EvoLeViT_128S 2, 5). A new grid always selects anew.
         representative: what placeholders follow, see evolution.py: 'one' (the original), 'none' or 'nearest'.
-        fused: create the model as `fuse` leaves it, for weights that were saved so.
+        fused: create the model already fused, to load fused weights.
 
     Attributes that are saved with the weights:
         stage_wise: select before each stage (True, as at the end of training), or before each layer.
@@ -331,7 +331,7 @@ class EvoLeViT(SavedEvolution, nn.Module):
             raise ValueError(f'images: expected {self.img_size}, the img_size of the model, found {(*x.shape[-2:],)}')
         cls_token = self.cls_token
         if self.training:
-            # Gives tradeoffs that the schedule does not read a gradient of zero, as DistributedDataParallel needs one.
+            # DistributedDataParallel needs a gradient for every parameter: 0 for tradeoffs that no selection reads.
             cls_token = cls_token + 0 * torch.cat([a.learn_tradeoff for a in self.attentions()]).sum()
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed

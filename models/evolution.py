@@ -9,8 +9,8 @@ gave to the token that represents it. There are three kinds of representatives:
     'nearest'   the most similar informative patch. Each informative patch becomes the mean of its cluster, and
                 attention counts it once for each member. It needs no training.
 
-Patches are gathered before a group and scattered back after it: they stay in raster order, nothing is sorted, the grid
-is whole after each group, and only the score passes from one group to the next.
+Patches are gathered before a group and scattered back after it: they stay in raster order, nothing is sorted, and the
+grid is whole after each group. The tokens, the score and a selection that continues pass to the next group.
 
 Another criterion is another score: `rivals.random` replaces it before it calls `update_group`.
 
@@ -92,7 +92,7 @@ def num_informative(n: int, keep_ratio: float) -> int:
     # int(100 * 0.29) is 28. The original rounds like this; another rounding would change what its checkpoints compute.
     if not 0 < keep_ratio <= 1:
         raise ValueError(f'keep_ratio: expected a value in (0, 1], found {keep_ratio}')
-    if isinstance(n, torch.SymInt):  # an exported program for any image size computes K when it runs
+    if isinstance(n, torch.SymInt):  # exported with a dynamic image size: K is computed at run time
         return n if keep_ratio == 1 else torch.sym_int(n * keep_ratio)
     k = int(n * keep_ratio)
     if k == 0 and n > 1:
@@ -157,7 +157,7 @@ def drop_unread(tradeoffs: Sequence[Tradeoff], groups: Sequence[Group]) -> list[
 def class_attention(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None = None, prefix: int = 1) -> Tensor:
     """The class token's attention (B, H, n) to the patches; its query q (B, H, 1, D), all keys k (B, H, P + n, D).
 
-    Computed in float32 or better: in half precision many scores would be equal, and topk among equals is arbitrary.
+    Computed in float32 or better: in half precision many scores would tie, and topk breaks ties arbitrarily.
     """
     if attention_dtype(q) in (torch.float16, torch.bfloat16):
         # Not a matrix product, which autocast would run in half precision.
@@ -227,8 +227,8 @@ def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> t
 def in_chunks(channels: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Split tensors (B, N, ...) along N into chunks of at most 4 * channels patches.
 
-    In large grids a matrix (N, N) would be the peak of memory. That of a chunk is no larger than the hidden layer of an
-    MLP, (N, 4 * C). An exported program for any image size cannot loop over chunks.
+    On large grids a matrix (N, N) would dominate peak memory. A chunk's matrix is no larger than the hidden layer of an
+    MLP, (N, 4 * C). An exported program does not use chunks: with a dynamic image size it cannot loop over them.
     """
     if torch.compiler.is_exporting() or tensors[0].shape[1] <= 4 * channels:
         return [tensors]
@@ -405,7 +405,7 @@ def _evolve_clusters(
     if len(chunks) == 1:
         member = memberships(cluster, k, score.dtype)
         members, size = [member], member.sum(2)
-    else:  # in large grids the one-hot matrix (K, N) would be the peak of memory
+    else:  # on large grids the one-hot matrix (K, N) would dominate peak memory
         member, members = None, memberships_in_turn(chunks, k, score.dtype)
         size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, torch.ones_like(score))
     if means is None:  # else the selection continues, with the tokens that the previous group made

@@ -170,7 +170,7 @@ class Evolving:
     def groups(self, cuts: Sequence[int] = ()) -> list[Group]:
         """Partition the blocks into groups that share a selection; a group also ends after each block in `cuts`."""
         depth = len(self.block_names())
-        # A backbone of timm may have lost its last blocks, and the stages there.
+        # timm's features_only may have dropped the last blocks, and with them the stages that begin there.
         stages = [block for block in self.first_blocks if block < depth] if self.evolving else []
         ratios = self.keep_ratio[: len(stages)]
         return evolution.partition(depth, stages, ratios, self.stage_wise, self.new_grids(), cuts)
@@ -286,14 +286,14 @@ class Evolving:
         Returns what timm's VisionTransformer does: (features, intermediates), the intermediates alone, or a dictionary;
         each (B, C, rows, columns) or (B, N, C). ValueError for an attention mask.
 
-        Features depend on the intermediates (without `norm`), so `torch.autograd.grad` gives the gradients with respect
-        to grids that Grad-CAM needs. Inside a stage of 'nearest' these are the gradients at its end: take its last
-        block, or one before the first stage.
+        The features are computed from the intermediates (without `norm`), so `torch.autograd.grad` gives the gradients
+        that Grad-CAM needs. With 'nearest', a grid inside a stage has the gradient of the end of the stage, so choose
+        the last block before a stage (3 or 7 with the defaults of a ViT with 12 blocks).
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')
         if attn_mask is not None:
-            raise ValueError('attn_mask: expected none, as it would not be computed')
+            raise ValueError('attn_mask: expected none, as masks are not supported')
         levels = self.feature_levels(x)
         chosen = [levels[i] for i in sorted(feature_take_indices(len(levels), indices, as_set=True)[0])]
         prefix, patches, grids = [], [], iter([grid for _, grid in chosen])

@@ -78,7 +78,7 @@ def candidates(model: EvolvingViT, n: int, fraction: float) -> list[tuple[tuple[
         if enough and abs(count_macs(model, n, stages, ratios) / target - 1) <= max(0.02, 1 / n):
             found.append((stages, ratios))
         elif shape is default:
-            raise ValueError(f'fraction: expected one between those of few and of all patches, found {fraction}')
+            raise ValueError(f'fraction: expected a fraction of MACs that keep ratios can reach, found {fraction}')
     return found
 
 

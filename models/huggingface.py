@@ -82,8 +82,8 @@ def to_timm(state: Mapping[str, Tensor], model: nn.Module | None = None) -> tupl
     Args:
         model: the model that the weights are for, which may have another pooling or other heads.
 
-    Returns the state dict, the unused names, with `text_model.*` for all that begin so, and a message for the user, ''
-    if there is nothing to say.
+    Returns the state dict, the unused names (`text_model.*` stands for all with this prefix), and a message for the
+    user, '' if there is none.
     """
     tower = find_tower(state)
     if tower is None:

@@ -1,4 +1,4 @@
-"""Baselines: dropping, fusing and merging tokens, in any ViT that `models.evolve` takes.
+"""Baselines: dropping, fusing and merging tokens, in any ViT of timm that `models.evolve` takes.
 
 Each method has the signature of evolution.update_group and updates one group of blocks; `apply` sets it for a model. As
 with evolution, the grid is whole between groups: a patch that was dropped keeps its last values, and one that was
@@ -48,7 +48,7 @@ def drop(
     """Top-k: the patches with the least class attention leave in the group's first block, between attention and MLP.
 
     They do not come back. Only that block's attention decides. Source: EViT (https://arxiv.org/abs/2202.07800) without
-    its fused token; numbers of patches are rounded down here, and up there.
+    its fused token. EViT rounds the number of kept patches up; here it is rounded down.
     """
     x, kept, n = tokens, None, tokens.shape[1] - prefix
     k = evolution.num_informative(n, keep_ratio)
@@ -277,6 +277,6 @@ def apply(
 METHODS: dict[str, Callable] = {
     'drop': drop, 'fuse': fuse, 'merge': merge, 'merge_norm': merge_norm, 'random': random
 }  # fmt: skip
-# What `apply` has of arguments for each.
+# The arguments of `apply` that each method takes.
 ARGUMENTS = dict.fromkeys(('drop', 'fuse', 'random'), ('keep_ratio', 'stages'))
 ARGUMENTS |= dict.fromkeys(('merge', 'merge_norm'), ('merge_r',))

@@ -4,8 +4,8 @@
 
 Three kinds of modules become subclasses of their classes, with the same names, parameters and arguments: the module
 that loops over the layers, the layers, and their attentions. Embeddings, norms, poolers and heads stay as they are.
-Inside a stage, a layer is called as a module on the prefix tokens and the informative patches, with the log of the
-cluster sizes as its attention mask. The loop over the groups of layers is in evolving.py.
+Inside a stage, a layer is called as a module on the prefix tokens and the informative patches. With 'nearest', its
+attention mask is the log of the cluster sizes. The loop over the groups of layers is in evolving.py.
 
 Shapes: B batch, P prefix tokens, N patches, n of them in a sequence, C channels, H heads, D channels of a head.
 """
@@ -77,7 +77,7 @@ class EvolvedAttention(Evolved):
         if 'position_embeddings' in kwargs:
             q, k = self.source.apply_rotary_pos_emb(q, k, *kwargs.pop('position_embeddings'))
         scale = self.scaling if hasattr(self, 'scaling') else self.scale
-        # A fused kernel returns no map, so the row that a selection reads is computed beside it.
+        # Fused kernels do not return the attention map, so the row that a selection reads is computed separately.
         prefix = self.num_prefix_tokens
         query = q[:, :, :1] if prefix else q.mean(2, keepdim=True)
         attended.append(evolution.class_attention(query, k, scale, attention_mask, prefix).sum(1))

@@ -106,8 +106,8 @@ def attend(
         return out
     attention = None
     if need_attention:
-        # A fused kernel returns no map, so the row that a selection reads is computed beside it, at 1 / (P + n) of the
-        # map's cost.
+        # Fused kernels do not return the attention map, so the row that a selection reads is computed separately, at
+        # 1 / (P + n) of the cost of the map.
         query = q[:, :, :1] if attn.class_token else q[:, :, attn.num_prefix_tokens :].mean(2, keepdim=True)
         attention = evolution.class_attention(query, k, attn.scale, attn_mask, attn.num_prefix_tokens).sum(1)
     return out, attention, k if need_keys else None
@@ -180,7 +180,7 @@ def forward_block(
     x = x + block.drop_path1(layer_scale(block, 1, update))
     if reduce is not None:
         x = reduce(x, attention, keys)
-    del update, keys  # a view of queries, keys and values, which would stay in memory through the MLP
+    del update, keys  # frees memory for the MLP: `keys` is a view that keeps all of qkv alive
     x = x + block.drop_path2(layer_scale(block, 2, block.mlp(block.norm2(x))))
     return (x, attention) if need_attention else x
 
@@ -302,7 +302,7 @@ def evolve(
         except ImportError as error:
             raise ValueError(
                 f'{type(model).__name__} cannot be evolved with this version of transformers ({error}); '
-                "pip install 'evo-vit[transformers]' installs one that is tested"
+                'versions 5.20 and 5.24 are tested'
             ) from error
         return transformers_vit.evolve_encoder(model, keep_ratio, stages, representative, stage_wise)
     if reason := why_not(model):

@@ -78,7 +78,7 @@ def read_checkpoint(source: str | Path, report: Report = print) -> dict:
         with torch.serialization.safe_globals(harmless):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        what = f'is no readable checkpoint: {describe_file(path)}'
+        what = f'is not a readable checkpoint: {describe_file(path)}'
         if refused := re.search(r'GLOBAL ([\w.]+)', str(error)):
             what = f'holds Python objects ({refused[1]}), not only weights; it was not loaded, as that could run code'
         raise InputError(f'{source} {what}') from error
@@ -151,7 +151,7 @@ class Loaded(NamedTuple):
     """What `load_weights` did not load one to one, as names of tensors.
 
     missing: in the model but not in the file; unchanged.
-    dropped: in the file but not used; `text_model.*` for all names that begin so.
+    dropped: in the file but not used; `text_model.*` stands for all names with this prefix.
     filled: in the model but not in the file; copied from others, such as `head_cls` from `head`.
     pooling: the model's new `global_pool` if the weights changed it, else ''.
     """

@@ -91,8 +91,8 @@ def mean_percent(fractions: np.ndarray) -> tuple[float, float]:
 def pixel_patches(image: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The row of patches of each row of pixels, and the same for columns; every grid covers the image evenly.
 
-    A patch of Evo-LeViT's coarser grids takes the place of every second one of the finer grid, and covers it here, also
-    where 7 rows become 4.
+    Evo-LeViT's coarser grids keep every second row and column of the finer grid. Here they are stretched over the whole
+    image, also where 7 rows become 4.
     """
     rows, columns = (np.arange(image.shape[i]) * grid.shape[i] // image.shape[i] for i in (0, 1))
     return rows, columns

@@ -266,7 +266,7 @@ def test_published_checkpoints_go_on_and_are_evaluated(script, flags, tmp_path):
     assert '(30 images)' in printed
     out = tmp_path / 'out'
     printed = script('main_deit', *flags, '--epochs', 4, '--resume', tmp_path / 'published.pth', '--output_dir', out)
-    assert 'no averaged weights' in printed and 'the optimizer starts anew' in printed
+    assert 'no averaged weights' in printed and 'the optimizer starts from scratch' in printed
     assert [line['epoch'] for line in read_log(out)] == [2, 3]
     # The rate is that of the epoch, not of a new run: here the second and third of five warm-up epochs.
     assert [line['train_lr'] for line in read_log(out)] == pytest.approx(
@@ -276,7 +276,7 @@ def test_published_checkpoints_go_on_and_are_evaluated(script, flags, tmp_path):
 
 def test_the_advice_at_the_end_of_a_run_works(script, flags, trained_run):
     again = [*flags, *TRAINED, '--resume', trained_run / 'checkpoint.pth', '--epochs']
-    assert 'to train on, give a larger --epochs\n' in script('main_deit', *again, 2)
+    assert 'to keep training, pass a larger --epochs\n' in script('main_deit', *again, 2)
     printed = script('main_deit', *again, 3)
     assert 'epochs was 2, now 3: schedules now span 3 epochs' in printed
     assert 'Epoch 2 done' in printed
@@ -671,7 +671,7 @@ def test_results_say_which_method_they_are_of(script, flags, tmp_path):
     kept = 'keeps 0.7 from block 1 and 0.49 from block 3 and 0.343 from block 4'
     for method, selection, says in (
         ('drop', 'drop, stage-wise', f'test_vit, drop, {kept}, 0.00095 of 0.0014 GMACs'),
-        ('merge_norm', 'merge_norm', 'test_vit, merge_norm, 8 patches fewer after each block, '),
+        ('merge_norm', 'merge_norm', 'test_vit, merge_norm, merges 8 patches per block, '),
         (None, 'no selection', 'test_vit, dense, 0.0014 GMACs, 32 px\n'),
     ):
         assert says in script('main_deit', *evaluate, *(['--method', method] if method else []))

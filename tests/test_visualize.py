@@ -509,7 +509,7 @@ def test_wrong_input_is_named_and_leaves_nothing(script, checkpoint, tmp_path, i
         ({'--data-set': 'SHAPES'}, '4 classes, the data set 10'),
         ({'--data-path': image_folder, '--score': None}, 'expected --data-set SHAPES, found IMNET'),
         ({'--resume': tmp_path / 'none.pth'}, 'none.pth is not a file'),
-        ({'--resume': tmp_path / 'a.jpg'}, 'a.jpg is no readable checkpoint'),
+        ({'--resume': tmp_path / 'a.jpg'}, 'a.jpg is not a readable checkpoint'),
         ({'--resume': plain}, 'does not fit EvoDeiT'),
         ({'--resume': tmp_path / 'dense.pth'}, 'every patch is informative'),
         ({'--model': 'deit_tiny_patch16_224', '--resume': plain}, 'selects no patches'),
