@@ -164,7 +164,7 @@ def test_the_default_precision_is_the_fastest_safe_one(monkeypatch, capability, 
     if levit == 'tf32':
         assert engine.pick_precision('tf32', device) == 'tf32'
     else:
-        with pytest.raises(InputError, match='tf32: expected an NVIDIA GPU since Ampere, found .*use fp32'):
+        with pytest.raises(InputError, match='tf32: expected an NVIDIA GPU, Ampere or newer, found .*use fp32'):
             engine.pick_precision('tf32', device)
 
 
