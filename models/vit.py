@@ -302,7 +302,7 @@ def evolve(
         except ImportError as error:
             raise ValueError(
                 f'{type(model).__name__} cannot be evolved with this version of transformers ({error}); '
-                'versions 5.20 and 5.24 are tested'
+                "pip install 'transformers>=5.20,<5.25' installs one that is tested"
             ) from error
         return transformers_vit.evolve_encoder(model, keep_ratio, stages, representative, stage_wise)
     if reason := why_not(model):
