@@ -417,6 +417,11 @@ def test_missing_data_is_named_with_what_is_there(tmp_path):
         make_loaders(flags('--data-path', tmp_path))
 
 
+def test_too_few_images_for_several_processes_are_named_with_numbers(image_root):
+    with pytest.raises(InputError, match='13 training images give each of 2 processes 7 an epoch.*batch of 8'):
+        make_loaders(flags('--data-path', image_root, '--batch-size', 8), world_size=2)
+
+
 # --- other data sets
 
 

@@ -57,6 +57,19 @@ def test_export_with_a_batch_of_any_size(inference_model):
             torch.testing.assert_close(program(x), inference_model(x), rtol=0, atol=1e-6)
 
 
+def test_onnx_with_a_batch_of_any_size(inference_model):
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+    batch = torch.export.Dim('batch')
+    program = torch.onnx.export(
+        inference_model, (images(inference_model, 2),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
+    for size in (1, 3):
+        x = images(inference_model, size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(x)[0], inference_model(x), rtol=0, atol=1e-5)
+
+
 def test_inference_compiles_to_one_graph(inference_model):
     x = images(inference_model, 2)
     torch.compiler.reset()  # code belongs to a class: each of the models compiles it anew
