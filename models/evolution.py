@@ -7,7 +7,8 @@ gave to the token that represents it. There are three kinds of representatives:
     'none'      no token: placeholders stay as they are (the original Evo-DeiT).
     'one'       one token for all placeholders, their mean weighted by score (the paper, the original Evo-LeViT).
     'nearest'   the most similar informative patch. Each informative patch becomes the mean of its cluster, and
-                attention counts it once for each member. It needs no training.
+                attention counts it once for each member. A later stage merges these clusters further. It needs
+                no training.
 
 Patches are gathered before a group and scattered back after it: they stay in raster order, nothing is sorted, and the
 grid is whole after each group. The tokens, the score and a selection that continues pass to the next group.
@@ -54,13 +55,16 @@ class Group(NamedTuple):
 class Selection(NamedTuple):
     """One selection: kept (B, K), the score (B, N) it was made by and, for 'nearest', cluster (B, N).
 
-    tokens (B, K, C): the tokens of the clusters after the group, from which the next group continues this selection.
+    tokens (B, K, C) and size (B, K): the clusters after the group, with which the next group continues this selection
+    or, at a lower keep_ratio, makes fewer.
     """
 
     kept: Tensor
     score: Tensor
     cluster: Tensor | None = None
     tokens: Tensor | None = None
+    size: Tensor | None = None
+    keep_ratio: float = 1.0
 
 
 def check_keep_ratio(keep_ratio: float | Sequence[float], stages: int) -> tuple[float, ...]:
@@ -186,39 +190,41 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), index]
 
 
-def novelty(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
-    """How little a patch resembles any patch of higher weight: (B, n), from 0 (a duplicate) to 1 (nothing similar).
+def redundancy(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
+    """How much a patch resembles a patch of higher weight: (B, n), from 0 (nothing similar) to 1 (a duplicate).
 
-    Novelty is 1 minus the highest cosine similarity (at least 0) to a patch of higher weight, which could represent it.
-    So the peaks of weight * novelty are the centers of density peak clustering (Rodriguez and Laio, 2014), with the
-    weight as density. cosine (B, n, N): of n patches, with weights weight_i (B, n), to all N, with weight (B, N).
+    It is the highest cosine similarity (at least 0) to a patch of higher weight, which could represent it. So the peaks
+    of weight * (1 - redundancy) are the centers of density peak clustering (Rodriguez and Laio, 2014), with the weight
+    as density. cosine (B, n, N): of n patches, with weights weight_i (B, n), to all N, with weight (B, N).
     """
     # 1 where j has the higher weight, else 0. On CPUs differences and signs are several times faster than comparisons.
     higher = (weight.unsqueeze(1) - weight_i.unsqueeze(2)).sign_().relu_()
-    return 1 - higher.to(cosine.dtype).mul_(cosine).amax(2)
+    return higher.to(cosine.dtype).mul_(cosine).amax(2)
 
 
 def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Select k of the patches (B, N, C), as kept (B, K), and assign every patch to one of them, as cluster (B, N).
 
-    Selects the highest weight * novelty^3, with weight = score * length. The power and the length were chosen by
-    the KL to dense (docs/log.md). Members of a previous cluster share one score (B, N) but differ in length (B, N, 1),
-    so ties are rare and the order of patches does not matter. A patch joins the informative patch of highest cosine
-    similarity; an informative patch represents itself.
+    Selects the highest weight * novelty^3, with weight = score * length and novelty = 1 - redundancy. The power and the
+    length were chosen by the KL to dense (docs/log.md). Members of a previous cluster share one score (B, N) but differ
+    in length (B, N, 1), so ties are rare and the order of patches does not matter. A patch joins the informative patch
+    of highest cosine similarity; an informative patch represents itself.
     """
     unit = (patches / length).to(patches.dtype)
     weight = score * length.squeeze(2)
+    root = weight ** (1 / 3)  # root * novelty has the same order as weight * novelty^3, in fewer operators
 
     if patches.shape[1] <= 4 * patches.shape[2] and not torch.compiler.is_exporting():
-        # One matrix (N, N) serves both the novelty and the assignment.
+        # One matrix (N, N) serves both the redundancy and the assignment.
         cosine = unit @ unit.transpose(1, 2)
-        kept = select(weight * novelty(cosine, weight, weight).to(weight.dtype) ** 3, k)
+        similar = redundancy(cosine, weight, weight)
+        kept = select(torch.addcmul(root, root, similar.to(root.dtype), value=-1), k)
         cosine.diagonal(dim1=1, dim2=2).fill_(2)  # nothing is more similar to a patch than itself
         columns = kept.unsqueeze(1).expand(-1, cosine.shape[1], -1)
         return kept, cosine.gather(2, columns).max(2).indices  # on CPUs `max` is faster than `argmax`
     chunks = in_chunks(patches.shape[2], unit, weight)
-    new = torch.cat([novelty(u @ unit.transpose(1, 2), w, weight) for u, w in chunks], 1)
-    kept = select(weight * new.to(weight.dtype) ** 3, k)
+    similar = torch.cat([redundancy(u @ unit.transpose(1, 2), w, weight) for u, w in chunks], 1)
+    kept = select(torch.addcmul(root, root, similar.to(root.dtype), value=-1), k)
     informative = gather_tokens(unit, kept).transpose(1, 2)
     cluster = torch.cat([(u @ informative).max(2).indices for u, _ in chunks], 1)
     return kept, cluster.scatter(1, kept, torch.arange(k, device=kept.device).expand_as(kept))
@@ -263,16 +269,19 @@ def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
     return weight.unsqueeze(1).to(patches.dtype) @ patches
 
 
-def memberships(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Clusters (B, N) as a one-hot matrix (B, K, N), whose row sums are the sizes."""
+def memberships(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32, size: Tensor | None = None) -> Tensor:
+    """Clusters (B, N) as a matrix (B, K, N) with one nonzero per column: the member's size (B, N), or 1.
+
+    Its row sums are the sizes of the clusters.
+    """
     zeros = torch.zeros(cluster.shape[0], k, cluster.shape[1], dtype=dtype, device=cluster.device)
-    return zeros.scatter(1, cluster.unsqueeze(1), 1)
+    return zeros.scatter(1, cluster.unsqueeze(1), 1 if size is None else size.unsqueeze(1))
 
 
-def memberships_in_turn(chunks: Iterable[tuple[Tensor]], k: int, dtype: torch.dtype) -> Iterable[Tensor]:
-    """Yield `memberships` chunk by chunk, so that only one matrix exists at a time."""
-    for (cluster,) in chunks:
-        yield memberships(cluster, k, dtype)
+def memberships_in_turn(chunks: Iterable[tuple[Tensor, ...]], k: int, dtype: torch.dtype) -> Iterable[Tensor]:
+    """Yield `memberships` chunk by chunk (clusters and, if any, sizes), so that only one matrix exists at a time."""
+    for cluster, *size in chunks:
+        yield memberships(cluster, k, dtype, *size)
 
 
 def cluster_means(patches: Tensor, length: Tensor, members: Iterable[Tensor], size: Tensor) -> Tensor:
@@ -349,11 +358,11 @@ def update_group(
     if keep_ratio == 1:
         return *run_blocks(tokens, score, blocks, tradeoffs), None
     k = num_informative(n, keep_ratio)
-    if select_anew:
-        selection = None
+    select_anew = select_anew or selection is None
     if representative == 'nearest' and k != 0:  # k = 0 only for a grid of one patch, which has no representative
-        return _evolve_clusters(tokens, score, selection, k, blocks, tradeoffs, prefix)
-    selection = selection or Selection(select(score, k), score)
+        return _evolve_clusters(tokens, score, selection, k, keep_ratio, blocks, tradeoffs, prefix, select_anew)
+    if select_anew:
+        selection = Selection(select(score, k), score)
     represent = representative == 'one'
     return *_evolve_kept(tokens, score, selection.kept, blocks, tradeoffs, prefix, represent), selection
 
@@ -389,32 +398,49 @@ def _evolve_clusters(
     score: Tensor,
     selection: Selection | None,
     k: int,
+    keep_ratio: float,
     blocks: Sequence[Block],
     tradeoffs: Sequence[Tradeoff],
     prefix: int,
+    select_anew: bool,
 ) -> tuple[Tensor, Tensor, Selection]:
     """Update the mean of each cluster; every patch receives the update of its cluster."""
-    patches, read = tokens[:, prefix:], [t for t in tradeoffs if t is not None]
-    length = vector_length(patches, score.dtype)
-    if selection is None:
+    patches, scored_by = tokens[:, prefix:], score
+    # Fewer clusters than before are clusters of those. Starting from the patches again costs more and is less close to
+    # dense (docs/log.md).
+    nested = select_anew and selection is not None and keep_ratio < selection.keep_ratio
+    if nested:
+        items, item_score, item_size = selection.tokens, score.gather(1, selection.kept), selection.size
+    else:
+        items, item_score, item_size = patches, score, None
+    length = vector_length(items, score.dtype)
+    if select_anew:
         # A selection has no gradient. The means and the score below have one.
-        kept, cluster = select_clusters(patches.detach(), length.detach(), score.detach(), k)
-        selection = Selection(kept, score, cluster)
-    kept, scored_by, cluster, means = selection
-    k, chunks = kept.shape[1], in_chunks(patches.shape[2], cluster)
+        weight = item_score if item_size is None else item_score * item_size
+        kept, cluster = select_clusters(items.detach(), length.detach(), weight.detach(), k)
+        means = None
+    else:
+        kept, scored_by, cluster, means, *_ = selection
+
+    k = kept.shape[1]
+    chunks = in_chunks(items.shape[2], cluster) if item_size is None else in_chunks(items.shape[2], cluster, item_size)
     if len(chunks) == 1:
-        member = memberships(cluster, k, score.dtype)
+        member = memberships(cluster, k, score.dtype, item_size)
         members, size = [member], member.sum(2)
-    else:  # on large grids the one-hot matrix (K, N) would dominate peak memory
+    else:  # on large grids the matrix (K, N) would dominate peak memory
         member, members = None, memberships_in_turn(chunks, k, score.dtype)
-        size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, torch.ones_like(score))
+        ones = torch.ones_like(score) if item_size is None else item_size
+        size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, ones)
     if means is None:  # else the selection continues, with the tokens that the previous group made
-        means = cluster_means(patches, length, members, size)
+        means = cluster_means(items, length, members, size)
     del length, members
     before = torch.cat([tokens[:, :prefix], means], 1)
+    if nested:  # from here on, of patches
+        kept, cluster, member = selection.kept.gather(1, kept), cluster.gather(1, selection.cluster), None
+
+    read, total = [t for t in tradeoffs if t is not None], None
     # A cluster token draws the attention of all its members, so blocks update the sum of their scores. It is not
     # needed if the first attention overwrites it.
-    total = None
     if read and not (isinstance(read[0], float) and read[0] == 1):
         if member is None:
             total = torch.zeros_like(size).scatter_add(1, cluster, score)
@@ -426,7 +452,7 @@ def _evolve_clusters(
         score = (total / size).gather(1, cluster)  # members share the score of their cluster
     change = (after[:, prefix:] - means).to(patches.dtype)
     if member is None:
-        patches = patches + gather_tokens(change, cluster)
+        patches = patches + change.gather(1, cluster.unsqueeze(2).expand_as(patches))
     else:
         # A gather, written as a product with the one-hot matrix: its gradient needs no atomic sums.
         one_hot = member.to(patches.dtype).transpose(1, 2)
@@ -435,7 +461,7 @@ def _evolve_clusters(
         else:  # autocast would round the sum, the residual stream, to half precision too
             patches = patches + one_hot @ change
     tokens = torch.cat([after[:, :prefix].to(tokens.dtype), patches], 1)
-    return tokens, score, Selection(kept, scored_by, cluster, after[:, prefix:])
+    return tokens, score, Selection(kept, scored_by, cluster, after[:, prefix:], size, keep_ratio)
 
 
 def log_size_mask(size: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:

@@ -238,6 +238,7 @@ class Evolving:
                 break
             if start in self.new_grids():
                 tokens, score = self.change_grid(start, tokens, score if start <= last_selection else None)
+                selection = None  # its clusters were of the old grid
             # Whole grid in, whole grid out: what happens to the tokens in between is up to `update_group`.
             group = blocks[start:stop], tradeoffs[start:stop], ratio, self.representative
             tokens, score, selection = update_group(

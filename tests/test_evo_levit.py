@@ -268,3 +268,11 @@ def test_layers_are_grouped_by_depth():
     )
     order = [layers[name] for name in (*names, 'head.bn.bias')]
     assert order == sorted(set(order))
+
+
+def test_a_new_grid_does_not_merge_clusters_of_the_old_one():
+    model = timm.create_model('EvoLeViT_128S', representative='nearest', keep_ratio=[0.8, 0.4]).eval()
+    with torch.inference_mode():
+        output, selections = model.forward_with_selection(torch.randn(1, 3, 224, 224))
+    assert output.isfinite().all()
+    assert [kept.shape[1] for kept in selections.values()] == [int(49 * 0.8), int(16 * 0.4)]

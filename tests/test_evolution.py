@@ -243,7 +243,7 @@ def cluster_means(patches, cluster, k):
 
 def novelty(patches, weight):
     patches = unit(patches)
-    return evolution.novelty(patches @ patches.mT, weight, weight)
+    return 1 - evolution.redundancy(patches @ patches.mT, weight, weight)
 
 
 def test_sizes_add_up_and_informative_patches_represent_themselves(tokens, score):
@@ -288,7 +288,10 @@ def test_large_grids_are_clustered_in_chunks(blocks, monkeypatch):
     for whole in (False, True):
         monkeypatch.setattr(torch.compiler, 'is_exporting', lambda whole=whole: whole)
         leaf = tokens.clone().requires_grad_()
-        out, new_score, (kept, _, cluster, _) = nearest_group(leaf, score, blocks, 0.4)
+        out, new_score, selection = nearest_group(leaf, score, blocks, 0.6)
+        out, new_score, (kept, _, cluster, *_) = evolution.update_group(
+            out, new_score, blocks, [0.5] * len(blocks), 0.4, 'nearest', selection
+        )
         out.square().sum().backward()
         found.append((out, new_score, kept, cluster, leaf.grad))
         assert torch.equal(cluster.gather(1, kept), torch.arange(40).expand(B, -1))
@@ -313,7 +316,7 @@ def test_sums_do_not_overflow_in_half_precision():
 
 
 def test_every_patch_moves_by_what_its_cluster_moved(tokens, score, blocks):
-    out, new_score, (kept, _, cluster, _) = nearest_group(tokens, score, blocks, 0.4)
+    out, new_score, (kept, _, cluster, *_) = nearest_group(tokens, score, blocks, 0.4)
     means, size = cluster_means(tokens[:, 1:], cluster, 4)
     x = torch.cat([tokens[:, :1], means], 1)
     bias = torch.nn.functional.pad(size.log(), (1, 0))[:, None, None]
@@ -350,3 +353,47 @@ def test_equal_patches_act_like_themselves(score, blocks):
     dense = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0)
     sparse = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.4, 'nearest', kept, select_anew=False)
     torch.testing.assert_close(sparse[1], dense[1], rtol=0, atol=1e-12)
+
+
+def test_later_stages_merge_the_clusters_of_earlier_ones(tokens, score, blocks):
+    """A stage that keeps fewer makes clusters of clusters, each weighted by its size; all patches follow."""
+    tokens, score, first = nearest_group(tokens, score, blocks, 0.6)
+    out, new_score, second = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.3, 'nearest', first)
+    share = score.gather(1, first.kept)
+    kept, cluster = select_clusters(first.tokens, share * first.size, 3)
+    assert torch.equal(second.kept, first.kept.gather(1, kept))
+    assert torch.equal(second.cluster, cluster.gather(1, first.cluster))
+    assert torch.equal(second.size, torch.nn.functional.one_hot(second.cluster, 3).sum(1).to(second.size))
+    for image in range(B):
+        for j in range(3):
+            members = cluster[image] == j
+            mean = (first.tokens[image] * first.size[image, :, None])[members].sum(0)
+            length = (first.tokens[image].norm(dim=1) * first.size[image])[members].sum() / second.size[image, j]
+            means = unit(mean) * length
+            moved = (out - tokens)[image, 1:][second.cluster[image] == j]
+            torch.testing.assert_close(moved, (second.tokens[image, j] - means).expand_as(moved))
+            assert new_score[image][second.cluster[image] == j].unique().numel() == 1
+
+
+@pytest.mark.parametrize('keep_ratio', [0.6, 0.8])
+def test_a_stage_that_keeps_as_many_or_more_starts_from_the_patches(tokens, score, blocks, keep_ratio):
+    tokens, score, first = nearest_group(tokens, score, blocks, 0.6)
+    group = tokens, score, blocks, [0.5] * 3, keep_ratio, 'nearest'
+    found, expected = evolution.update_group(*group, first), evolution.update_group(*group)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_equal_patches_act_like_themselves_in_later_stages(blocks):
+    """Clusters of clusters of equal patches compute what the dense group does."""
+    torch.manual_seed(3)
+    different = torch.randn(B, 4, C, dtype=torch.float64)
+    tokens = torch.cat([different[:, :1], different[:, [1, 2, 1, 3, 3, 1, 2, 1, 3, 3]]], 1)
+    score = torch.tensor([9.0, 8, 0, 7, 6, 0, 0, 0, 0, 0], dtype=torch.float64).expand(B, -1)
+    kept = torch.tensor([[0, 1, 2, 3, 4, 5]] * B)
+    cluster = torch.tensor([[0, 1, 2, 3, 4, 5, 1, 0, 4, 3]] * B)
+    size = torch.tensor([[2.0, 2, 1, 2, 2, 1]] * B, dtype=torch.float64)
+    first = evolution.Selection(kept, score, cluster, tokens[:, 1:7], size, 0.6)
+    sparse, _, second = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.3, 'nearest', first)
+    dense = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0)[0]
+    assert second.size.sort(1).values.tolist() == [[2, 4, 4]] * B
+    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
