@@ -55,8 +55,7 @@ class Group(NamedTuple):
 class Selection(NamedTuple):
     """One selection: kept (B, K), the score (B, N) it was made by and, for 'nearest', cluster (B, N).
 
-    tokens (B, K, C) and size (B, K): the clusters after the group, with which the next group continues this selection
-    or, at a lower keep_ratio, makes fewer.
+    tokens (B, K, C) and size (B, K): the clusters, which the next group continues with or, at a lower keep_ratio, merges.
     """
 
     kept: Tensor
@@ -302,6 +301,45 @@ def cluster_means(patches: Tensor, length: Tensor, members: Iterable[Tensor], si
     return mean * (mean_length / vector_length(mean, size.dtype)).to(mean.dtype)
 
 
+def make_clusters(
+    patches: Tensor, score: Tensor, k: int, keep_ratio: float, previous: Selection | None = None
+) -> tuple[Selection, Tensor | None]:
+    """Cluster patches (B, N, C) with a score (B, N), or the previous clusters, to k clusters.
+
+    At a lower keep ratio than before, the previous clusters are merged. Starting from the patches again costs more and
+    is less close to dense (docs/log.md).
+
+    Returns a selection whose tokens are the means of the clusters, and the one-hot matrix (B, K, N) of patches if it was
+    needed, else None.
+    """
+    if merges := previous is not None and keep_ratio < previous.keep_ratio:
+        items, item_size = previous.tokens, previous.size
+        total = score.gather(1, previous.kept) * item_size
+    else:
+        items, item_size, total = patches, None, score
+    length = vector_length(items, score.dtype)
+    # A selection has no gradient. The means have one.
+    kept, cluster = select_clusters(items.detach(), length.detach(), total.detach(), k)
+    k, chunks = kept.shape[1], in_chunks(items.shape[2], cluster, *([item_size] if merges else []))
+    if len(chunks) == 1:
+        member = memberships(cluster, k, score.dtype, item_size)
+        members, size = [member], member.sum(2)
+    else:  # on large grids the matrix (K, N) would dominate peak memory
+        member, members = None, memberships_in_turn(chunks, k, score.dtype)
+        size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, item_size if merges else torch.ones_like(score))
+    means = cluster_means(items, length, members, size)
+    if merges:  # from indices of clusters to those of patches
+        kept, cluster, member = previous.kept.gather(1, kept), cluster.gather(1, previous.cluster), None
+    return Selection(kept, score, cluster, means, size, keep_ratio), member
+
+
+def move_clusters(selection: Selection, change: Tensor) -> Selection:
+    """Move each cluster token by the mean change of its members; change (B, N, C), of the patches since the group."""
+    member = memberships(selection.cluster, selection.kept.shape[1], selection.size.dtype)
+    change = (member / selection.size.unsqueeze(2)).to(change.dtype) @ change
+    return selection._replace(tokens=selection.tokens + change.to(selection.tokens.dtype))
+
+
 # --- update
 
 
@@ -360,7 +398,10 @@ def update_group(
     k = num_informative(n, keep_ratio)
     select_anew = select_anew or selection is None
     if representative == 'nearest' and k != 0:  # k = 0 only for a grid of one patch, which has no representative
-        return _evolve_clusters(tokens, score, selection, k, keep_ratio, blocks, tradeoffs, prefix, select_anew)
+        member = None
+        if select_anew:
+            selection, member = make_clusters(tokens[:, prefix:], score, k, keep_ratio, selection)
+        return _evolve_clusters(tokens, score, selection, member, blocks, tradeoffs, prefix)
     if select_anew:
         selection = Selection(select(score, k), score)
     represent = representative == 'one'
@@ -396,48 +437,14 @@ def _evolve_kept(
 def _evolve_clusters(
     tokens: Tensor,
     score: Tensor,
-    selection: Selection | None,
-    k: int,
-    keep_ratio: float,
+    selection: Selection,
+    member: Tensor | None,
     blocks: Sequence[Block],
     tradeoffs: Sequence[Tradeoff],
     prefix: int,
-    select_anew: bool,
 ) -> tuple[Tensor, Tensor, Selection]:
-    """Update the mean of each cluster; every patch receives the update of its cluster."""
-    patches, scored_by = tokens[:, prefix:], score
-    # Fewer clusters than before are clusters of those. Starting from the patches again costs more and is less close to
-    # dense (docs/log.md).
-    nested = select_anew and selection is not None and keep_ratio < selection.keep_ratio
-    if nested:
-        items, item_score, item_size = selection.tokens, score.gather(1, selection.kept), selection.size
-    else:
-        items, item_score, item_size = patches, score, None
-    length = vector_length(items, score.dtype)
-    if select_anew:
-        # A selection has no gradient. The means and the score below have one.
-        weight = item_score if item_size is None else item_score * item_size
-        kept, cluster = select_clusters(items.detach(), length.detach(), weight.detach(), k)
-        means = None
-    else:
-        kept, scored_by, cluster, means, *_ = selection
-
-    k = kept.shape[1]
-    chunks = in_chunks(items.shape[2], cluster) if item_size is None else in_chunks(items.shape[2], cluster, item_size)
-    if len(chunks) == 1:
-        member = memberships(cluster, k, score.dtype, item_size)
-        members, size = [member], member.sum(2)
-    else:  # on large grids the matrix (K, N) would dominate peak memory
-        member, members = None, memberships_in_turn(chunks, k, score.dtype)
-        ones = torch.ones_like(score) if item_size is None else item_size
-        size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, ones)
-    if means is None:  # else the selection continues, with the tokens that the previous group made
-        means = cluster_means(items, length, members, size)
-    del length, members
-    before = torch.cat([tokens[:, :prefix], means], 1)
-    if nested:  # from here on, of patches
-        kept, cluster, member = selection.kept.gather(1, kept), cluster.gather(1, selection.cluster), None
-
+    """Update the token of each cluster; every patch receives the update of its cluster."""
+    patches, means, cluster, size = tokens[:, prefix:], selection.tokens, selection.cluster, selection.size
     read, total = [t for t in tradeoffs if t is not None], None
     # A cluster token draws the attention of all its members, so blocks update the sum of their scores. It is not
     # needed if the first attention overwrites it.
@@ -447,7 +454,8 @@ def _evolve_clusters(
         else:
             total = (member @ score.unsqueeze(2)).squeeze(2)
     mask = log_size_mask(size, prefix, attention_dtype(tokens))
-    after, total = run_blocks(before, total, blocks, tradeoffs, kept, mask)
+    before = torch.cat([tokens[:, :prefix], means], 1)
+    after, total = run_blocks(before, total, blocks, tradeoffs, selection.kept, mask)
     if read:
         score = (total / size).gather(1, cluster)  # members share the score of their cluster
     change = (after[:, prefix:] - means).to(patches.dtype)
@@ -461,7 +469,7 @@ def _evolve_clusters(
         else:  # autocast would round the sum, the residual stream, to half precision too
             patches = patches + one_hot @ change
     tokens = torch.cat([after[:, :prefix].to(tokens.dtype), patches], 1)
-    return tokens, score, Selection(kept, scored_by, cluster, after[:, prefix:], size, keep_ratio)
+    return tokens, score, selection._replace(tokens=after[:, prefix:])
 
 
 def log_size_mask(size: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:

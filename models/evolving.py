@@ -247,7 +247,10 @@ class Evolving:
             if select and selection is not None:
                 selections[names[start]] = Selection(*selection[:3])  # without what a rival keeps for itself
             if stop - 1 in out_indices:
-                tokens = tokens if take_out is None else take_out(tokens)
+                if take_out is not None:
+                    grid, tokens = tokens, take_out(tokens)
+                    if tokens is not grid and selection is not None and selection.tokens is not None:
+                        selection = evolution.move_clusters(selection, (tokens - grid)[:, self.num_prefix_tokens :])
                 outputs.append(tokens)
         return tokens, selections, outputs
 
@@ -288,8 +291,7 @@ class Evolving:
         each (B, C, rows, columns) or (B, N, C). ValueError for an attention mask.
 
         The features are computed from the intermediates (without `norm`), so `torch.autograd.grad` gives the gradients
-        that Grad-CAM needs. With 'nearest', a grid inside a stage has the gradient of the end of the stage, so choose
-        the last block before a stage (3 or 7 with the defaults of a ViT with 12 blocks).
+        that Grad-CAM needs, for each block before the last.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt: expected NCHW or NLC, found {output_fmt}')

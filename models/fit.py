@@ -86,10 +86,14 @@ def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequen
     """MACs of embedding and blocks for an image of n patches, with 'nearest'."""
     channels = model.embed_dim
     total = n * sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1)
+    previous, m = 1.0, n
     for start, stop, ratio, _ in evolution.partition(len(model.blocks), stages, ratios):
         k = evolution.num_informative(n, ratio)
-        if ratio < 1:  # similarities, then means and their change as products with a one-hot matrix
-            total += n * n * channels + 2 * k * n * channels
+        if ratio < 1:  # similarities and means, of patches (whose changes go back by a product) or of previous clusters
+            merges = ratio < previous < 1
+            m = m if merges else n
+            total += (m * m + k * m + (0 if merges else k * n)) * channels
+        previous, m = ratio, k
         tokens = model.num_prefix_tokens + k
         for block in model.blocks[start:stop]:
             weights = sum(p.numel() for p in block.parameters() if p.ndim == 2)
@@ -109,12 +113,14 @@ def distances(model: EvolvingViT, images: Tensor, schedules: Sequence[tuple]) ->
         tokens, score = evolution.run_blocks(tokens, None, [block], [1.0 if i + 1 in firsts else None])
     dense, found = model.norm_tokens(tokens), []
     for stages, ratios in schedules:
-        tokens, score = states[stages[0]]
+        (tokens, score), selection = states[stages[0]], None
         groups = evolution.partition(len(blocks), stages, ratios)
         tradeoffs = evolution.drop_unread(model.tradeoffs(), groups)
         for start, stop, ratio, _ in groups[1:]:
             part = blocks[start:stop], tradeoffs[start:stop], ratio, 'nearest'
-            tokens, score, _ = evolution.update_group(tokens, score, *part, prefix=model.num_prefix_tokens)
+            tokens, score, selection = evolution.update_group(
+                tokens, score, *part, selection, prefix=model.num_prefix_tokens
+            )
         found.append(distance(model, dense, model.norm_tokens(tokens)))
     return torch.stack(found).float().cpu()
 

@@ -132,7 +132,12 @@ class EvolvedLoop(Evolved):
                 chosen = collected.get('_hidden_states_layers')  # None: the input of the first layer, and all outputs
                 cuts = [i for i in range(len(layers)) if chosen is None or i + 1 in chosen]
         blocks = [partial(layer, **kwargs) for layer in layers]
-        tokens, selections, outputs = self.evolution.forward_blocks((tokens, blocks), cuts)
+
+        def take_out(tokens: Tensor) -> Tensor:
+            """Views, on which the next layers depend, so that there are gradients by hidden states."""
+            return tokens.view_as(tokens) if tokens.requires_grad else tokens
+
+        tokens, selections, outputs = self.evolution.forward_blocks((tokens, blocks), cuts, take_out=take_out)
         for i, output in zip(cuts, outputs, strict=True):
             collected['hidden_states'][i + 1] = output  # the whole grid; inside a stage the hook saw fewer tokens
         output = BaseModelOutput(last_hidden_state=tokens)

@@ -347,9 +347,9 @@ def test_equal_patches_act_like_themselves(score, blocks):
     torch.testing.assert_close(sparse[0], dense[0], rtol=0, atol=1e-12)
     # The score too, when the patches of a cluster had the same before.
     score = score.gather(1, torch.tensor([[0, 1, 0, 3, 4, 0, 1, 4, 4, 3]]).expand(B, -1))
-    kept = evolution.Selection(
-        torch.tensor([[0, 1, 3, 4]] * B), score, torch.tensor([[0, 1, 0, 2, 3, 0, 1, 3, 3, 2]] * B)
-    )
+    kept, size = torch.tensor([[0, 1, 3, 4]] * B), torch.tensor([[3.0, 2, 2, 3]] * B, dtype=torch.float64)
+    cluster = torch.tensor([[0, 1, 0, 2, 3, 0, 1, 3, 3, 2]] * B)
+    kept = evolution.Selection(kept, score, cluster, evolution.gather_tokens(tokens[:, 1:], kept), size, 0.4)
     dense = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0)
     sparse = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.4, 'nearest', kept, select_anew=False)
     torch.testing.assert_close(sparse[1], dense[1], rtol=0, atol=1e-12)

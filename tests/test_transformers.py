@@ -181,6 +181,13 @@ def test_gradients_reach_what_they_reach_in_the_dense_model(name):
     assert reached[0] == reached[1] and len(reached[1]) > 50
 
 
+def test_outputs_have_gradients_by_hidden_states():
+    model = models.evolve(create('ViTModel'))
+    out = model(images(), output_hidden_states=True)
+    gradients = torch.autograd.grad(out.last_hidden_state[:, 0].square().sum(), out.hidden_states[1:6])
+    assert all(gradient.abs().sum(2).all() for gradient in gradients)  # each token counts
+
+
 @torch.no_grad()
 def test_hidden_states_can_be_chosen_by_index():
     model = create('CLIPVisionModel')

@@ -87,7 +87,7 @@ def test_the_interface_stays_and_the_tokens_evolve(pair, representative):
 
 @pytest.mark.parametrize('output_fmt', ['NCHW', 'NLC'])
 def test_logits_have_gradients_by_grids(output_fmt):
-    """At keep ratio 1 those of timm's model by its blocks' outputs; inside a stage of 'nearest' they are 0."""
+    """At keep ratio 1 those of timm's model by its blocks' outputs; evolved, by each grid before the last block's."""
 
     def gradient(model, block):
         features, (grid,) = model.forward_intermediates(x, [block], output_fmt=output_fmt)
@@ -105,11 +105,23 @@ def test_logits_have_gradients_by_grids(output_fmt):
         torch.testing.assert_close(gradient(evolved, block), expected[block], rtol=1e-4, atol=1e-6)
     for representative in evolution.REPRESENTATIVES:
         evolved = vit.evolve(dense(depth=6), (0.7, 0.3), representative=representative)
-        for block in (0, 1, 3):
+        for block in (0, 1, 3, 4):
             moved = gradient(evolved, block).abs().sum(2)
             assert moved.isfinite().all() and (moved > 0).sum() >= x.shape[0] * 7
             assert representative != 'nearest' or (moved > 0).all()  # each patch counts in the mean of its cluster
-    assert not gradient(vit.evolve(dense(depth=6)), 4).any()
+    assert not gradient(vit.evolve(dense(depth=6)), 5).any()  # its head reads the class token alone
+
+
+@pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
+def test_grids_that_are_taken_out_change_no_gradient_of_parameters(representative):
+    model = vit.evolve(dense(depth=6), (0.7, 0.3), representative=representative).double()
+    x, found = images(model).double(), []
+    for taken in ([], [1, 2, 3, 4]):
+        model.zero_grad()
+        features = model.forward_intermediates(x, taken)[0] if taken else model.forward_features(x)
+        model.forward_head(features).square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(*found)
 
 
 def test_timms_ways_of_changing_a_model():
