@@ -11,7 +11,7 @@ gave to the token that represents it. There are three kinds of representatives:
                 no training.
 
 Patches are gathered before a group and scattered back after it: they stay in raster order, nothing is sorted, and the
-grid is whole after each group. The tokens, the score and a selection that continues pass to the next group.
+grid is whole after each group. The tokens, the score and the selection pass to the next group.
 
 Another criterion is another score: `rivals.random` replaces it before it calls `update_group`.
 
@@ -55,7 +55,8 @@ class Group(NamedTuple):
 class Selection(NamedTuple):
     """One selection: kept (B, K), the score (B, N) it was made by and, for 'nearest', cluster (B, N).
 
-    tokens (B, K, C) and size (B, K): the clusters, which the next group continues with or, at a lower keep_ratio, merges.
+    tokens (B, K, C) and size (B, K): the clusters. The next group continues with them or, at a lower keep_ratio, merges
+    them.
     """
 
     kept: Tensor
@@ -309,8 +310,8 @@ def make_clusters(
     At a lower keep ratio than before, the previous clusters are merged. Starting from the patches again costs more and
     is less close to dense (docs/log.md).
 
-    Returns a selection whose tokens are the means of the clusters, and the one-hot matrix (B, K, N) of patches if it was
-    needed, else None.
+    Returns a selection whose tokens are the means of the clusters, and the one-hot matrix (B, K, N) of the patches, or
+    None where it was not needed.
     """
     if merges := previous is not None and keep_ratio < previous.keep_ratio:
         items, item_size = previous.tokens, previous.size
@@ -383,8 +384,9 @@ def update_group(
             selection reads it. If all are None, the score does not change.
         keep_ratio: int(N * keep_ratio) patches are informative; ValueError if that is 0 and N > 1.
         representative: 'none', 'one' or 'nearest', see above.
-        selection: that of the previous group, None before the first.
-        select_anew: select by the score, instead of continuing `selection`.
+        selection: that of the previous group on this grid, None before the first.
+        select_anew: select by the score, instead of continuing `selection`. At a lower keep ratio 'nearest' merges the
+            clusters of `selection`.
         prefix: P, the number of prefix tokens; they go through all blocks.
 
     Returns tokens (B, P + N, C) in the same order, score (B, N) and the selection, None if every patch is informative.
