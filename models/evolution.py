@@ -7,8 +7,8 @@ gave to the token that represents it. There are three kinds of representatives:
     'none'      no token: placeholders stay as they are (the original Evo-DeiT).
     'one'       one token for all placeholders, their mean weighted by score (the paper, the original Evo-LeViT).
     'nearest'   the most similar informative patch. Each informative patch becomes the mean of its cluster, and
-                attention counts it once for each member. A later stage merges these clusters further. It needs
-                no training.
+                attention counts it once for each member. A later stage that keeps fewer merges these clusters, and
+                so selects among the patches kept before. It needs no training.
 
 Patches are gathered before a group and scattered back after it: they stay in raster order, nothing is sorted, and the
 grid is whole after each group. The tokens, the score and the selection pass to the next group.
@@ -18,7 +18,7 @@ Another criterion is another score: `rivals.random` replaces it before it calls 
 Shapes: B batch, P prefix tokens (class token first), N patches, K informative patches, n patches of a sequence,
 C channels, H heads, D channels of a head.
     tokens      (B, P + N, C)
-    score       (B, N)          class attention so far, at least float32
+    score       (B, N)          class attention so far, not negative, at least float32
     kept        (B, K)          raster indices of the informative patches, int64, in no particular order
     cluster     (B, N)          for each patch, the index (0 to K - 1) of its representative, int64
     size        (B, K)          how many patches an informative patch represents, itself included
@@ -55,8 +55,8 @@ class Group(NamedTuple):
 class Selection(NamedTuple):
     """One selection: kept (B, K), the score (B, N) it was made by and, for 'nearest', cluster (B, N).
 
-    tokens (B, K, C) and size (B, K): the clusters. The next group continues with them or, at a lower keep_ratio, merges
-    them.
+    tokens (B, K, C) and size (B, K): the clusters of 'nearest' after the group. The next group continues with them or,
+    at a lower keep_ratio, merges them.
     """
 
     kept: Tensor
@@ -270,7 +270,7 @@ def weighted_mean(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
 
 
 def memberships(cluster: Tensor, k: int, dtype: torch.dtype = torch.float32, size: Tensor | None = None) -> Tensor:
-    """Clusters (B, N) as a matrix (B, K, N) with one nonzero per column: the member's size (B, N), or 1.
+    """Clusters (B, N) as a one-hot matrix (B, K, N), scaled by the members' sizes (B, N), if they have any.
 
     Its row sums are the sizes of the clusters.
     """
@@ -302,20 +302,25 @@ def cluster_means(patches: Tensor, length: Tensor, members: Iterable[Tensor], si
     return mean * (mean_length / vector_length(mean, size.dtype)).to(mean.dtype)
 
 
+def merges_clusters(keep_ratio: float, previous: Selection | None) -> bool:
+    """Whether a new selection merges the clusters of the previous one."""
+    return previous is not None and previous.tokens is not None and keep_ratio < previous.keep_ratio
+
+
 def make_clusters(
     patches: Tensor, score: Tensor, k: int, keep_ratio: float, previous: Selection | None = None
 ) -> tuple[Selection, Tensor | None]:
-    """Cluster patches (B, N, C) with a score (B, N), or the previous clusters, to k clusters.
+    """Cluster patches (B, N, C) with a score (B, N), or the previous clusters, into k clusters.
 
     At a lower keep ratio than before, the previous clusters are merged. Starting from the patches again costs more and
     is less close to dense (docs/log.md).
 
-    Returns a selection whose tokens are the means of the clusters, and the one-hot matrix (B, K, N) of the patches, or
-    None where it was not needed.
+    Returns a selection whose tokens are the means of the clusters, and the one-hot matrix (B, K, N) of the patches, in
+    whose place is None after merging and on large grids.
     """
-    if merges := previous is not None and keep_ratio < previous.keep_ratio:
+    if merges := merges_clusters(keep_ratio, previous):
         items, item_size = previous.tokens, previous.size
-        total = score.gather(1, previous.kept) * item_size
+        total = score.gather(1, previous.kept) * item_size  # members share a score, if blocks have updated it
     else:
         items, item_size, total = patches, None, score
     length = vector_length(items, score.dtype)
@@ -335,10 +340,12 @@ def make_clusters(
 
 
 def move_clusters(selection: Selection, change: Tensor) -> Selection:
-    """Move each cluster token by the mean change of its members; change (B, N, C), of the patches since the group."""
-    member = memberships(selection.cluster, selection.kept.shape[1], selection.size.dtype)
-    change = (member / selection.size.unsqueeze(2)).to(change.dtype) @ change
-    return selection._replace(tokens=selection.tokens + change.to(selection.tokens.dtype))
+    """Move each cluster token by the mean of change (B, N, C), which its members made since the group."""
+    tokens, size = selection.tokens, selection.size.unsqueeze(2)
+    for cluster, part in in_chunks(change.shape[2], selection.cluster, change):
+        weight = memberships(cluster, size.shape[1], size.dtype) / size
+        tokens = tokens + weight.to(tokens.dtype) @ part.to(tokens.dtype)
+    return selection._replace(tokens=tokens)
 
 
 # --- update
@@ -403,9 +410,11 @@ def update_group(
         member = None
         if select_anew:
             selection, member = make_clusters(tokens[:, prefix:], score, k, keep_ratio, selection)
+        elif selection.tokens is None:
+            raise ValueError("selection: expected one that a group with 'nearest' returned, found one without tokens")
         return _evolve_clusters(tokens, score, selection, member, blocks, tradeoffs, prefix)
     if select_anew:
-        selection = Selection(select(score, k), score)
+        selection = Selection(select(score, k), score, keep_ratio=keep_ratio)
     represent = representative == 'one'
     return *_evolve_kept(tokens, score, selection.kept, blocks, tradeoffs, prefix, represent), selection
 
@@ -445,12 +454,21 @@ def _evolve_clusters(
     tradeoffs: Sequence[Tradeoff],
     prefix: int,
 ) -> tuple[Tensor, Tensor, Selection]:
-    """Update the token of each cluster; every patch receives the update of its cluster."""
+    """Update the token of each cluster; every patch receives the update of its cluster.
+
+    member: the one-hot matrix (B, K, N) of the clusters, if there is one already.
+    """
     patches, means, cluster, size = tokens[:, prefix:], selection.tokens, selection.cluster, selection.size
-    read, total = [t for t in tradeoffs if t is not None], None
+    read = [t for t in tradeoffs if t is not None]
     # A cluster token draws the attention of all its members, so blocks update the sum of their scores. It is not
     # needed if the first attention overwrites it.
-    if read and not (isinstance(read[0], float) and read[0] == 1):
+    sums = bool(read) and not (isinstance(read[0], float) and read[0] == 1)
+    # Sums are products with the one-hot matrix, as gradients of gathers are: atomic sums differ between runs on a GPU.
+    # On large grids the matrix would dominate peak memory.
+    if member is None and (sums or torch.is_grad_enabled()) and len(in_chunks(patches.shape[2], cluster)) == 1:
+        member = memberships(cluster, size.shape[1], size.dtype)
+    total = None
+    if sums:
         if member is None:
             total = torch.zeros_like(size).scatter_add(1, cluster, score)
         else:
@@ -464,7 +482,6 @@ def _evolve_clusters(
     if member is None:
         patches = patches + change.gather(1, cluster.unsqueeze(2).expand_as(patches))
     else:
-        # A gather, written as a product with the one-hot matrix: its gradient needs no atomic sums.
         one_hot = member.to(patches.dtype).transpose(1, 2)
         if attention_dtype(patches) == patches.dtype:
             patches = torch.baddbmm(patches, one_hot, change)

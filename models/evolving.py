@@ -217,7 +217,7 @@ class Evolving:
         Args:
             out_indices: blocks after which the tokens, with the whole grid, are returned.
             stop_early: skip the blocks after the last of `out_indices`; ValueError if there are none.
-            take_out: called with each of these outputs; the next block gets what it returns.
+            take_out: called with each of these outputs; the next block gets what it returns, which has the same values.
 
         Returns tokens (B, P + N, C), the selections by the name of their group's first block, and the outputs.
         """
@@ -245,11 +245,13 @@ class Evolving:
                 tokens, score, *group, selection, select, prefix=self.num_prefix_tokens
             )
             if select and selection is not None:
-                selections[names[start]] = Selection(*selection[:3])  # without what a rival keeps for itself
+                # Without what the next group or a rival needs.
+                selections[names[start]] = Selection(*selection[:3], keep_ratio=ratio)
             if stop - 1 in out_indices:
                 if take_out is not None:
                     grid, tokens = tokens, take_out(tokens)
-                    if tokens is not grid and selection is not None and selection.tokens is not None:
+                    clusters = isinstance(selection, Selection) and selection.tokens is not None
+                    if clusters and tokens is not grid:
                         selection = evolution.move_clusters(selection, (tokens - grid)[:, self.num_prefix_tokens :])
                 outputs.append(tokens)
         return tokens, selections, outputs

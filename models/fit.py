@@ -90,7 +90,7 @@ def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequen
     for start, stop, ratio, _ in evolution.partition(len(model.blocks), stages, ratios):
         k = evolution.num_informative(n, ratio)
         if ratio < 1:  # similarities and means, of patches (whose changes go back by a product) or of previous clusters
-            merges = ratio < previous < 1
+            merges = ratio < previous < 1  # see evolution.merges_clusters
             m = m if merges else n
             total += (m * m + k * m + (0 if merges else k * n)) * channels
         previous, m = ratio, k

@@ -272,6 +272,13 @@ def test_novelty_is_the_distance_to_what_has_a_higher_weight(tokens, score):
     assert (selection.kept != 3).all() and (selection.cluster[:, 3] == selection.cluster[:, 7]).all()
 
 
+def test_the_selected_have_the_highest_weight_times_cubed_novelty(tokens, score):
+    patches = tokens[:, 1:].double()
+    weight = score.double() * patches.norm(dim=2)
+    expected = (weight * novelty(patches, weight) ** 3).topk(4).indices
+    assert torch.equal(select_clusters(patches, score.double(), 4)[0].sort().values, expected.sort().values)
+
+
 def test_a_slightly_higher_weight_counts_in_any_place():
     patches = torch.ones(1, 2640, 4)
     weight = torch.ones(1, 2640)
@@ -397,3 +404,25 @@ def test_equal_patches_act_like_themselves_in_later_stages(blocks):
     dense = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0)[0]
     assert second.size.sort(1).values.tolist() == [[2, 4, 4]] * B
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
+
+
+def test_clusters_follow_their_members(tokens, score, blocks, monkeypatch):
+    """If all members of a cluster move by a step, so does its token, and by half if only half of them do."""
+    _, _, selection = nearest_group(tokens, score, blocks, 0.4)
+    for whole in (False, True):
+        monkeypatch.setattr(torch.compiler, 'is_exporting', lambda whole=whole: whole)
+        step = torch.randn(B, 4, C)
+        moved = evolution.move_clusters(selection, evolution.gather_tokens(step, selection.cluster))
+        torch.testing.assert_close(moved.tokens, selection.tokens + step)
+        one = torch.zeros(B, N, C).scatter(1, selection.kept[..., None].expand(-1, -1, C), step)
+        moved = evolution.move_clusters(selection, one)
+        torch.testing.assert_close(moved.tokens, selection.tokens + step / selection.size[..., None])
+
+
+def test_a_selection_without_clusters_cannot_continue(tokens, score, blocks):
+    _, score, selection = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.6, 'none')
+    assert selection.keep_ratio == 0.6
+    group = tokens, score, blocks, [0.5] * 3, 0.4, 'nearest', selection
+    with pytest.raises(ValueError, match='selection: expected one that a group with'):
+        evolution.update_group(*group, select_anew=False)
+    torch.testing.assert_close(evolution.update_group(*group), evolution.update_group(*group[:-1]), rtol=0, atol=0)

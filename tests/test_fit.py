@@ -22,6 +22,15 @@ def test_candidates_cost_the_fraction_that_is_asked_for(name):
         assert count_gmacs(model, [x]) / dense == pytest.approx(0.7, abs=0.045)  # one of 25 patches is 0.04
 
 
+@pytest.mark.parametrize('ratios', [(0.7, 0.3), (0.5, 0.5), (0.3, 0.7), (1.0, 0.4), (0.7, 1.0)])
+@torch.no_grad()
+def test_counted_macs_are_those_of_the_model(ratios):
+    model = small_vit(img_size=224, num_classes=0)
+    vit.evolve(model, ratios, (1, 3))
+    counted = count_gmacs(model, [images(model, 1)]) * 1e9
+    assert fit.count_macs(model, 196, (1, 3), ratios) == pytest.approx(counted, rel=2e-3)
+
+
 def test_the_first_candidate_is_the_default():
     model = vit.evolve(small_vit(depth=12, img_size=224))
     fraction = fit.count_macs(model, 196, (4, 8), (0.7, 0.3)) / fit.count_macs(model, 196, (), ())
@@ -34,7 +43,13 @@ def test_the_first_candidate_is_the_default():
 def test_distances_are_those_of_the_evolved_model(name):
     model = vit.evolve(small_vit(name))
     x = images(model)
-    schedules = [((1, 3), (0.7, 0.3)), ((2,), (0.5,)), ((2, 3), (1.0, 0.4))]
+    schedules = [
+        ((1, 3), (0.7, 0.3)),
+        ((2,), (0.5,)),
+        ((2, 3), (1.0, 0.4)),
+        ((1, 3), (0.4, 0.4)),
+        ((1, 2, 3), (0.7, 0.3, 0.5)),
+    ]
     found = fit.distances(model, x, schedules)
     model.evolving = False
     dense = model.forward_features(x)

@@ -286,3 +286,14 @@ def test_arguments():
     for apply in (models.apply, rivals.apply):
         with pytest.raises(ValueError, match='method: expected one of .*drop, .*, random, found .prune.'):
             apply(dense(), 'prune')
+
+
+@pytest.mark.parametrize('schedule', [{}, dict(merge_r=[0, 0, 2, 2, 2, 0])])
+@pytest.mark.parametrize('method', sorted(rivals.METHODS))
+def test_outputs_have_gradients_by_grids(method, schedule):
+    if schedule and 'merge' not in method:
+        pytest.skip('merges nothing')
+    model = rivals.apply(dense(depth=6), method, **schedule)
+    features, grids = model.forward_intermediates(images(model), [0, 1, 4])
+    gradients = torch.autograd.grad(model.forward_head(features).square().sum(), grids, allow_unused=True)
+    assert gradients[0].isfinite().all() and ('merge' in method or gradients[0].any())  # merging keeps its own tokens

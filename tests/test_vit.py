@@ -112,15 +112,18 @@ def test_logits_have_gradients_by_grids(output_fmt):
     assert not gradient(vit.evolve(dense(depth=6)), 5).any()  # its head reads the class token alone
 
 
+@pytest.mark.parametrize('stage_wise', [True, False])
+@pytest.mark.parametrize('ratios', [(0.7, 0.5, 0.3), (0.7, 1.0, 0.3), (0.6, 0.3, 0.5), (0.5, 0.5, 0.4)])
 @pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
-def test_grids_that_are_taken_out_change_no_gradient_of_parameters(representative):
-    model = vit.evolve(dense(depth=6), (0.7, 0.3), representative=representative).double()
+def test_grids_that_are_taken_out_change_nothing(representative, ratios, stage_wise):
+    """Neither outputs nor gradients of parameters."""
+    model = vit.evolve(dense(depth=6), ratios, (1, 3, 5), representative, stage_wise).double()
     x, found = images(model).double(), []
     for taken in ([], [1, 2, 3, 4]):
         model.zero_grad()
         features = model.forward_intermediates(x, taken)[0] if taken else model.forward_features(x)
         model.forward_head(features).square().sum().backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()} | {'features': features})
     torch.testing.assert_close(*found)
 
 
