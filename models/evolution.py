@@ -462,7 +462,7 @@ def _evolve_clusters(
     read = [t for t in tradeoffs if t is not None]
     # A cluster token draws the attention of all its members, so blocks update the sum of their scores. It is not
     # needed if the first attention overwrites it.
-    sums = bool(read) and not (isinstance(read[0], float) and read[0] == 1)
+    sums = len(read) > 0 and not (isinstance(read[0], float) and read[0] == 1)
     # Products with the one-hot matrix sum over members and gather. Sums by index, also in the gradient of a gather, are
     # atomic on GPUs and differ between runs. On large grids the matrix would dominate peak memory.
     if member is None and (sums or torch.is_grad_enabled()) and len(in_chunks(patches.shape[2], cluster)) == 1:
