@@ -196,6 +196,21 @@ def test_attention_of_the_class_token_is_the_row_of_the_whole_map():
     q, k = torch.randn(2, 3, 7, 4, dtype=torch.float64), torch.randn(2, 3, 7, 4, dtype=torch.float64)
     whole = (q @ k.mT * 0.5).softmax(-1)
     torch.testing.assert_close(evolution.class_attention(q[:, :, :1], k, 0.5), whole[:, :, 0, 1:])
+    # A mask, for each image or for all, is added to the logits; a NaN in a query spoils its own image alone.
+    for mask in (torch.randn(2, 1, 1, 7, dtype=torch.float64), torch.randn(1, 1, 1, 7)):
+        whole = (q @ k.mT * 0.5 + mask).softmax(-1)
+        torch.testing.assert_close(evolution.class_attention(q[:, :, :1], k, 0.5, mask), whole[:, :, 0, 1:])
+    q[0] = torch.nan
+    assert evolution.class_attention(q[:, :, :1], k, 0.5).isfinite().flatten(1).all(1).tolist() == [False, True]
+
+
+def test_tokens_are_gathered_within_their_image():
+    x = torch.randn(3, 5, 2, requires_grad=True)
+    index = torch.tensor([[4, 0, 0], [1, 2, 3], [3, 3, 4]])
+    found, expected = evolution.gather_tokens(x, index), torch.stack([x[i, index[i]] for i in range(3)])
+    assert torch.equal(found, expected)
+    weight = torch.randn(3, 3, 2)
+    torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), x)[0] for out in (found, expected)))
 
 
 def test_both_schedules_cut_the_same_list():
