@@ -89,10 +89,9 @@ def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequen
     previous, m = 1.0, n
     for start, stop, ratio, _ in evolution.partition(len(model.blocks), stages, ratios):
         k = evolution.num_informative(n, ratio)
-        if ratio < 1:  # similarities and means, of patches (whose changes go back by a product) or of previous clusters
-            merges = ratio < previous < 1  # see evolution.merges_clusters
-            m = m if merges else n
-            total += (m * m + k * m + (0 if merges else k * n)) * channels
+        if ratio < 1:  # similarities and means, of patches or of previous clusters (see evolution.merges_clusters)
+            m = m if ratio < previous < 1 else n
+            total += (m * m + k * m) * channels
         previous, m = ratio, k
         tokens = model.num_prefix_tokens + k
         for block in model.blocks[start:stop]:
