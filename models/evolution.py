@@ -170,10 +170,11 @@ def class_attention(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None
             logits = logits + attn_mask[:, :, 0]
     else:
         # One operator scales, multiplies and adds the mask. Without a mask, beta = 0 ignores the tensor in its place.
-        shape, beta = q.shape[:2], 0 if attn_mask is None else 1
-        mask = q.detach()[..., :1] if attn_mask is None else attn_mask[:, :, :1].to(q.dtype).expand(*shape, -1, -1)
+        # -1 in place of the batch size: the TorchScript-based ONNX exporter would make it a constant.
+        heads, beta = q.shape[1], 0 if attn_mask is None else 1
+        mask = q.detach()[..., :1] if attn_mask is None else attn_mask.to(q.dtype).expand(-1, heads, -1, -1)
         mask, q, k = mask.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1)
-        logits = torch.baddbmm(mask, q, k.transpose(1, 2), beta=beta, alpha=scale)[:, 0].unflatten(0, shape)
+        logits = torch.baddbmm(mask, q, k.transpose(1, 2), beta=beta, alpha=scale)[:, 0].unflatten(0, (-1, heads))
     return logits.softmax(-1)[..., prefix:]
 
 
@@ -190,11 +191,10 @@ def select(score: Tensor, k: int) -> Tensor:
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens (B, n, C) of x (B, N, C) at index (B, n)."""
-    batch, tokens, _ = x.shape
-    # `embedding` copies whole rows; on a CPU `gather` takes 5 times as long, and indexing by two tensors 3 times.
-    offset = torch.arange(0, batch * tokens, tokens, device=x.device).unsqueeze(1)
-    return F.embedding(index + offset, x.flatten(0, 1))
+    """The tokens (B, n, C) of x (B, N, C) at index (B, n), from 0 to N - 1 (not checked)."""
+    # `embedding` copies whole rows. On a CPU `gather` and indexing by two tensors take several times as long.
+    offset = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    return F.embedding(index.add(offset, alpha=x.shape[1]), x.flatten(0, 1))
 
 
 def redundancy(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
@@ -202,11 +202,12 @@ def redundancy(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
 
     It is the highest cosine similarity (at least 0) to a patch of higher weight, which could represent it. So the peaks
     of weight * (1 - redundancy) are the centers of density peak clustering (Rodriguez and Laio, 2014), with the weight
-    as density. cosine (B, n, N): of n patches, with weights weight_i (B, n), to all N, with weight (B, N).
+    as density. cosine (B, n, N): of n of the patches, with weights weight_i (B, n), to all N, with weight (B, N).
     """
-    # The lower of the cosine and the sign: the cosine where the other's weight is higher, at most 0 where it is not.
-    higher = (weight.unsqueeze(1) - weight_i.unsqueeze(2)).sign_()
-    return higher.clamp_(max=cosine).amax(2)
+    # The lower of cosine and sign is the cosine where the other's weight is higher. Elsewhere it is at most 0; for the
+    # patch itself it is 0.
+    sign = (weight.unsqueeze(1) - weight_i.unsqueeze(2)).sign_()
+    return sign.clamp_(max=cosine).amax(2)
 
 
 def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -486,7 +487,7 @@ def _evolve_clusters(
     if read:
         score = (total / size).gather(1, cluster)  # members share the score of their cluster
     change = (after[:, prefix:] - means).to(patches.dtype)
-    if member is None or not torch.is_grad_enabled():
+    if member is None or not torch.is_grad_enabled():  # faster than a product
         patches = patches + gather_tokens(change, cluster)
     else:
         one_hot = member.to(patches.dtype).transpose(1, 2)

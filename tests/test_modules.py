@@ -279,12 +279,12 @@ def test_a_program_of_dinov3_is_bound_to_its_size():
 @pytest.mark.parametrize('name', NAMES[:2])
 @pytest.mark.parametrize('representative', evolution.REPRESENTATIVES)
 def test_a_program_for_free_sizes(name, representative):
-    """K is computed from the image, so the program is right at sizes that it was not exported with."""
+    """K is computed from the image, so the program is right at sizes that it was not exported with, also of batches."""
     model = evolve(small_vit(name, depth=4, dynamic_img_size=True), representative=representative)
     patch = model.patch_embed.patch_size[0]
     program = program_of(model, torch.randn(2, 3, 5 * patch, 5 * patch), free=(2, 3)).module()
-    for rows, columns in ((5, 5), (4, 7), (8, 6), (12, 12)):
-        x = torch.randn(3, 3, rows * patch, columns * patch)
+    for batch, rows, columns in ((3, 5, 5), (1, 4, 7), (3, 8, 6), (1, 12, 12)):
+        x = torch.randn(batch, 3, rows * patch, columns * patch)
         with torch.no_grad():
             torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
 
