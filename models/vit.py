@@ -133,12 +133,12 @@ def rope_at(rope: Tensor, places: Tensor, n: int) -> Tensor:
 
     A last token without a place, the one representative of all placeholders, is not rotated.
     """
-    rope = (rope if rope.ndim == 3 else rope.unsqueeze(0))[:, places].transpose(0, 1)
+    rope = (rope if rope.ndim == 3 else rope.unsqueeze(0))[:, places]
     missing = n - places.shape[1]
     if missing == 0:
-        return rope
+        return rope.transpose(0, 1)
     sin, cos = torch.zeros_like(rope[:, :, :1]).chunk(2, -1)
-    return torch.cat([rope, torch.cat([sin, cos + 1], -1).expand(-1, -1, missing, -1)], 2)
+    return torch.cat([rope, torch.cat([sin, cos + 1], -1).expand(-1, -1, missing, -1)], 2).transpose(0, 1)
 
 
 # --- blocks
