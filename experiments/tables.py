@@ -394,7 +394,7 @@ def headline() -> str:
             first_form = find('docs/benchmarks/h100.csv', **old, **key)
             speeds[1] = f'{speed(first_form)} (earlier version)'
         lines.append([name, f'{row["gmacs"]:.2f}', top1, f'{row["kl"]:.3f}', miou, *speeds])
-    heads = 'GMACs', 'ImageNet top-1', 'KL to dense', 'CamVid mIoU', 'speed-up, 2 Xeon cores', 'speed-up, H100'
+    heads = 'GMACs', 'ImageNet top-1', 'KL to dense', 'CamVid mIoU', 'speed-up, 2 CPU cores', 'speed-up, H100'
     return markdown(['DeiT-Ti, no training', *heads], lines)
 
 
