@@ -137,7 +137,8 @@ def rope_at(rope: Tensor, places: Tensor, n: int) -> Tensor:
     missing = n - places.shape[1]
     if missing == 0:
         return rope.transpose(0, 1)
-    sin, cos = torch.zeros_like(rope[:, :, :1]).chunk(2, -1)
+    # Not `zeros_like`: the TorchScript-based ONNX exporter would make its batch size a constant.
+    sin, cos = (0 * rope[:, :, :1]).chunk(2, -1)
     return torch.cat([rope, torch.cat([sin, cos + 1], -1).expand(-1, -1, missing, -1)], 2).transpose(0, 1)
 
 

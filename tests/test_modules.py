@@ -308,7 +308,7 @@ def test_onnx_for_free_sizes(name, representative, tmp_path):
             torch.testing.assert_close(run_onnx(tmp_path / 'm.onnx', x), model(x), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('name, representative', CASES + [(NAMES[2], 'nearest')])
+@pytest.mark.parametrize('name, representative', CASES + [(NAMES[2], 'one'), (NAMES[2], 'nearest')])
 def test_the_older_onnx_exporter(name, representative, tmp_path):
     pytest.importorskip('onnx')
     model = evolve(small_vit(name, depth=4), representative=representative)
