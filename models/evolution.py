@@ -161,8 +161,8 @@ def drop_unread(tradeoffs: Sequence[Tradeoff], groups: Sequence[Group]) -> list[
 def class_attention(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None = None, prefix: int = 1) -> Tensor:
     """The class token's attention (B, H, n) to the patches; its query q (B, H, 1, D), all keys k (B, H, P + n, D).
 
-    attn_mask (B, 1, 1, P + n) is added to the logits.
-    Computed in float32 or better: in half precision many scores would tie, and topk breaks ties arbitrarily.
+    attn_mask (B, 1, 1, P + n) is added to the logits. All is computed in float32 or better: in half precision many
+    scores would tie, and topk breaks ties arbitrarily.
     """
     if attention_dtype(q) in (torch.float16, torch.bfloat16):
         # Not a matrix product, which autocast would run in half precision.
@@ -490,7 +490,7 @@ def _evolve_clusters(
     if read:
         score = (total / size).gather(1, cluster)  # members share the score of their cluster
     change = (after[:, prefix:] - means).to(patches.dtype)
-    if member is None or not torch.is_grad_enabled():  # on large grids, or without gradients: faster than a product
+    if member is None or not torch.is_grad_enabled():  # faster than a product, but its gradient is a sum by index
         patches = patches + gather_tokens(change, cluster)
     else:
         one_hot = member.to(patches.dtype).transpose(1, 2)
