@@ -96,7 +96,7 @@ def with_channel(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor) -> Tensor:
 def make_attention(args: argparse.Namespace, form: Callable, batch: int, heads: int, tokens: int) -> Callable:
     # As in a network, queries, keys and values are views of one product, and the class token has size 1.
     qkv = torch.randn(batch, tokens, 3 * heads * 64, dtype=args.dtype).chunk(3, -1)
-    mask = evolution.log_size_mask(torch.randint(1, 9, (batch, tokens - 1)).float(), 1, args.dtype)
+    mask = evolution.log_size_mask(torch.randint(1, 9, (batch, tokens - 1)).float(), args.dtype, 1)
     return partial(form, *(x.unflatten(-1, (heads, 64)).transpose(1, 2) for x in qkv), mask)
 
 

@@ -20,8 +20,9 @@ C channels, H heads, D channels of a head.
     tokens      (B, P + N, C)
     score       (B, N)          class attention so far, not negative, at least float32
     kept        (B, K)          raster indices of the informative patches, int64, in no particular order
-    cluster     (B, N)          for each patch, the index (0 to K - 1) of its representative, int64
-    size        (B, K)          how many patches an informative patch represents, itself included
+    cluster     (B, P + N)      the index (0 to P + K - 1) of each token's representative, int64; prefix tokens
+                                represent themselves alone, so their numbers are 0 to P - 1
+    size        (B, P + K)      how many tokens a token represents, itself included
     attn_mask   (B, 1, 1, P + n)    log of the sizes, added to the attention logits
 """
 
@@ -53,10 +54,10 @@ class Group(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """One selection: kept (B, K), the score (B, N) it was made by and, for 'nearest', cluster (B, N).
+    """One selection: kept (B, K), the score (B, N) it was made by and, for 'nearest', cluster (B, P + N).
 
-    tokens (B, K, C) and size (B, K): the clusters of 'nearest' after the group. The next group continues with them or,
-    at a lower keep_ratio, merges them.
+    tokens (B, P + K, C) and size (B, P + K): the prefix tokens and the clusters of 'nearest' after the group. The next
+    group continues with them or, at a lower keep_ratio, merges the clusters.
     """
 
     kept: Tensor
@@ -225,7 +226,7 @@ def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> t
 
     if patches.shape[1] <= 4 * patches.shape[2] and not torch.compiler.is_exporting():
         # One matrix (N, N) serves both the redundancy and the assignment.
-        cosine = unit @ unit.transpose(1, 2)
+        cosine = torch.bmm(unit, unit.transpose(1, 2))
         similar = redundancy(cosine, weight, weight)
         kept = select(torch.addcmul(root, root, similar.to(root.dtype), value=-1), k)
         cosine.diagonal(dim1=1, dim2=2).fill_(2)  # nothing is more similar to a patch than itself
@@ -293,24 +294,25 @@ def memberships_in_turn(chunks: Iterable[tuple[Tensor, ...]], k: int, dtype: tor
         yield memberships(cluster, k, dtype, *size)
 
 
-def cluster_means(patches: Tensor, length: Tensor, members: Iterable[Tensor], size: Tensor) -> Tensor:
-    """The mean (B, K, C) of each cluster of patches (B, N, C), rescaled to the mean length of its members.
+def cluster_means(tokens: Tensor, length: Tensor, members: Iterable[Tensor], size: Tensor) -> Tensor:
+    """The mean (B, K, C) of each cluster of tokens (B, N, C), rescaled to the mean length of its members.
 
     A plain mean is shorter than its members, and the blocks were trained on tokens of full length. length (B, N, 1),
     size (B, K), members (B, K, N), whole or in chunks of N. Source: ToFu (https://arxiv.org/abs/2312.01026).
     """
-    mean = None
-    for member, (part, part_length) in zip(members, in_chunks(patches.shape[2], patches, length), strict=True):
-        # Divide before summing: a sum over a large cluster could overflow in half precision.
-        weight = member / size.unsqueeze(2)
-        weight_half = weight.to(patches.dtype)
+    # The sum is as good as the mean, as it is rescaled, but over a large cluster it could overflow in float16.
+    divide = attention_dtype(tokens) == torch.float16
+    total = None
+    for member, (part, part_length) in zip(members, in_chunks(tokens.shape[2], tokens, length), strict=True):
         # Transposed, because a CPU multiplies a row by a matrix five times as fast as a matrix by a column.
-        row, matrix = part_length.transpose(1, 2), weight.transpose(1, 2)
-        if mean is None:
-            mean, mean_length = weight_half @ part, row @ matrix
+        row, matrix = part_length.transpose(1, 2), member.transpose(1, 2)
+        weight = (member / size.unsqueeze(2) if divide else member).to(tokens.dtype)
+        if total is None:
+            total, total_length = torch.bmm(weight, part), torch.bmm(row, matrix)
         else:
-            mean, mean_length = torch.baddbmm(mean, weight_half, part), torch.baddbmm(mean_length, row, matrix)
-    return mean * (mean_length.transpose(1, 2) / vector_length(mean, size.dtype)).to(mean.dtype)
+            total, total_length = torch.baddbmm(total, weight, part), torch.baddbmm(total_length, row, matrix)
+    mean_length = total_length.transpose(1, 2) / size.unsqueeze(2)
+    return total * (mean_length / vector_length(total, size.dtype)).to(total.dtype)
 
 
 def merges_clusters(keep_ratio: float, previous: Selection | None) -> bool:
@@ -319,31 +321,34 @@ def merges_clusters(keep_ratio: float, previous: Selection | None) -> bool:
 
 
 def make_clusters(
-    patches: Tensor, score: Tensor, k: int, keep_ratio: float, previous: Selection | None = None
+    tokens: Tensor, score: Tensor, k: int, keep_ratio: float, previous: Selection | None = None, prefix: int = 1
 ) -> tuple[Selection, Tensor | None]:
-    """Cluster patches (B, N, C) with a score (B, N), or the previous clusters, into k clusters.
+    """Cluster the patches of tokens (B, P + N, C) with a score (B, N), or the previous clusters, into k clusters.
 
-    At a lower keep ratio than before, the previous clusters are merged. Starting from the patches again costs more and
-    is less close to dense (docs/log.md).
+    Each prefix token is a cluster of its own. At a lower keep ratio than before, the previous clusters are merged.
+    Starting from the patches again costs more and is less close to dense (docs/log.md).
 
-    Returns a selection whose tokens are the means of the clusters, and the one-hot matrix (B, K, N) of the patches, in
-    whose place is None after merging and on large grids.
+    Returns a selection whose tokens are the means of the clusters, and the one-hot matrix (B, P + K, P + N) of the
+    tokens, in whose place is None after merging and on large grids.
     """
     if merges := merges_clusters(keep_ratio, previous):
         items, item_size = previous.tokens, previous.size
-        total = score.gather(1, previous.kept) * item_size  # members share a score, if blocks have updated it
+        # Members share a score, if blocks have updated it.
+        total = score.gather(1, previous.kept) * item_size[:, prefix:]
     else:
-        items, item_size, total = patches, None, score
+        items, item_size, total = tokens, None, score
     length = vector_length(items, score.dtype)
     # A selection has no gradient. The means have one.
-    kept, cluster = select_clusters(items.detach(), length.detach(), total.detach(), k)
-    k, chunks = kept.shape[1], in_chunks(items.shape[2], cluster, *([item_size] if merges else []))
+    kept, cluster = select_clusters(items[:, prefix:].detach(), length[:, prefix:].detach(), total.detach(), k)
+    cluster, count = with_prefix(cluster, prefix), prefix + kept.shape[1]
+    chunks = in_chunks(items.shape[2], cluster, *([item_size] if merges else []))
     if len(chunks) == 1:
-        member = memberships(cluster, k, score.dtype, item_size)
+        member = memberships(cluster, count, score.dtype, item_size)
         members, size = [member], member.sum(2)
-    else:  # on large grids the matrix (K, N) would dominate peak memory
-        member, members = None, memberships_in_turn(chunks, k, score.dtype)
-        size = torch.zeros_like(score[:, :k]).scatter_add(1, cluster, item_size if merges else torch.ones_like(score))
+    else:  # on large grids the one-hot matrix would dominate peak memory
+        member, members = None, memberships_in_turn(chunks, count, score.dtype)
+        weight = item_size if merges else torch.ones_like(cluster, dtype=score.dtype)
+        size = score.new_zeros(score.shape[0], count).scatter_add(1, cluster, weight)
     means = cluster_means(items, length, members, size)
     if merges:  # from indices of clusters to those of patches
         kept, cluster, member = previous.kept.gather(1, kept), cluster.gather(1, previous.cluster), None
@@ -351,7 +356,7 @@ def make_clusters(
 
 
 def move_clusters(selection: Selection, change: Tensor) -> Selection:
-    """Move each cluster token by the mean of change (B, N, C), which its members made since the group."""
+    """Move each cluster token by the mean of change (B, P + N, C), which its members made since the group."""
     tokens, size = selection.tokens, selection.size.unsqueeze(2)
     for cluster, part in in_chunks(change.shape[2], selection.cluster, change):
         weight = memberships(cluster, size.shape[1], size.dtype) / size
@@ -420,7 +425,7 @@ def update_group(
     if representative == 'nearest' and k != 0:  # k = 0 only for a grid of one patch, which has no representative
         member = None
         if select_anew:
-            selection, member = make_clusters(tokens[:, prefix:], score, k, keep_ratio, selection)
+            selection, member = make_clusters(tokens, score, k, keep_ratio, selection, prefix)
         elif selection.tokens is None:
             raise ValueError("selection: expected one that a group with 'nearest' returned, found one without tokens")
         return _evolve_clusters(tokens, score, selection, member, blocks, tradeoffs, prefix)
@@ -467,51 +472,52 @@ def _evolve_clusters(
 ) -> tuple[Tensor, Tensor, Selection]:
     """Update the token of each cluster; every patch receives the update of its cluster.
 
-    member: the one-hot matrix (B, K, N) of the clusters, if there is one already.
+    member: the one-hot matrix (B, P + K, P + N) of the clusters, if there is one already.
     """
-    patches, means, cluster, size = tokens[:, prefix:], selection.tokens, selection.cluster, selection.size
+    before, cluster, size = selection.tokens, selection.cluster, selection.size
     read = [t for t in tradeoffs if t is not None]
     # A cluster token draws the attention of all its members, so blocks update the sum of their scores. It is not
     # needed if the first attention overwrites it.
     sums = len(read) > 0 and not (isinstance(read[0], float) and read[0] == 1)
     # Products with the one-hot matrix sum over members. Sums by index, also in the gradient of a gather, are atomic on
     # GPUs and differ between runs. On large grids the matrix would dominate peak memory.
-    if member is None and (sums or torch.is_grad_enabled()) and len(in_chunks(patches.shape[2], cluster)) == 1:
+    if member is None and (sums or torch.is_grad_enabled()) and len(in_chunks(tokens.shape[2], cluster)) == 1:
         member = memberships(cluster, size.shape[1], size.dtype)
     total = None
     if sums:
         if member is None:
-            total = torch.zeros_like(size).scatter_add(1, cluster, score)
+            total = torch.zeros_like(size).scatter_add(1, cluster[:, prefix:], score)[:, prefix:]
         else:
-            total = (member @ score.unsqueeze(2)).squeeze(2)
-    mask = log_size_mask(size, prefix, attention_dtype(tokens))
-    before = torch.cat([tokens[:, :prefix], means], 1)
+            total = (member[:, prefix:, prefix:] @ score.unsqueeze(2)).squeeze(2)
+    mask = log_size_mask(size, attention_dtype(tokens))
     after, total = run_blocks(before, total, blocks, tradeoffs, selection.kept, mask)
     if read:
-        score = (total / size).gather(1, cluster)  # members share the score of their cluster
-    change = (after[:, prefix:] - means).to(patches.dtype)
+        # Members share the score of their cluster.
+        score = (total / size[:, prefix:]).gather(1, cluster[:, prefix:] - prefix)
+    change = (after - before).to(tokens.dtype)
     if member is None or not torch.is_grad_enabled():  # faster than a product, but its gradient is a sum by index
-        patches = patches + gather_tokens(change, cluster)
+        tokens = tokens + gather_tokens(change, cluster)
     else:
-        one_hot = member.to(patches.dtype).transpose(1, 2)
-        if attention_dtype(patches) == patches.dtype:
-            patches = torch.baddbmm(patches, one_hot, change)
+        one_hot = member.to(tokens.dtype).transpose(1, 2)
+        if attention_dtype(tokens) == tokens.dtype:
+            tokens = torch.baddbmm(tokens, one_hot, change)
         else:  # autocast would round the sum, the residual stream, to half precision too
-            patches = patches + one_hot @ change
-    tokens = torch.cat([after[:, :prefix].to(tokens.dtype), patches], 1)
-    return tokens, score, selection._replace(tokens=after[:, prefix:])
+            tokens = tokens + one_hot @ change
+    return tokens, score, selection._replace(tokens=after)
 
 
-def log_size_mask(size: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
-    """The log of sizes (B, K) as an additive mask (B, 1, 1, P + K), 0 for the prefix.
+def log_size_mask(size: Tensor, dtype: torch.dtype, prefix: int = 0) -> Tensor:
+    """The log of sizes (B, n) as an additive mask (B, 1, 1, P + n), 0 for the prefix.
 
     Attention then counts a token that represents s patches s times. Source: proportional attention of ToMe
     (https://arxiv.org/abs/2210.09461).
     """
     # Fused kernels on GPUs need rows aligned to 8 numbers; otherwise they copy the mask in each block.
     n = prefix + size.shape[1]
-    padding = 0 if torch.compiler.is_exporting() else -n % 8
-    mask = F.pad(size.log().to(dtype), (prefix, padding))
+    padding = 0 if size.device.type == 'cpu' or torch.compiler.is_exporting() else -n % 8
+    mask = size.log().to(dtype)
+    if prefix or padding:
+        mask = F.pad(mask, (prefix, padding))
     return mask[:, None, None, :n]
 
 
@@ -525,5 +531,7 @@ def attention_dtype(x: Tensor) -> torch.dtype:
 
 def with_prefix(index: Tensor, prefix: int) -> Tensor:
     """Indices (B, m) of patches to indices (B, P + m) of tokens, with all prefix tokens first."""
-    offset = torch.arange(prefix + index.shape[1], device=index.device).clamp(max=prefix)  # 0 to P - 1, then P
-    return F.pad(index, (prefix, 0)) + offset
+    index = F.pad(index + prefix, (prefix, 0))
+    if prefix > 1:
+        index = index + F.pad(torch.arange(prefix, device=index.device), (0, index.shape[1] - prefix))
+    return index

@@ -252,7 +252,7 @@ class Evolving:
                     grid, tokens = tokens, take_out(tokens)
                     clusters = isinstance(selection, Selection) and selection.tokens is not None
                     if clusters and tokens is not grid:
-                        selection = evolution.move_clusters(selection, (tokens - grid)[:, self.num_prefix_tokens :])
+                        selection = evolution.move_clusters(selection, tokens - grid)
                 outputs.append(tokens)
         return tokens, selections, outputs
 

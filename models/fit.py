@@ -84,16 +84,16 @@ def candidates(model: EvolvingViT, n: int, fraction: float) -> list[tuple[tuple[
 
 def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequence[float]) -> int:
     """MACs of embedding and blocks for an image of n patches, with 'nearest'."""
-    channels = model.embed_dim
+    channels, prefix = model.embed_dim, model.num_prefix_tokens
     total = n * sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1)
     previous, m = 1.0, n
     for start, stop, ratio, _ in evolution.partition(len(model.blocks), stages, ratios):
         k = evolution.num_informative(n, ratio)
         if ratio < 1:  # similarities and means, of patches or of previous clusters (see evolution.merges_clusters)
             m = m if ratio < previous < 1 else n
-            total += (m * m + k * m) * channels
+            total += (m * m + (prefix + k) * (prefix + m)) * channels
         previous, m = ratio, k
-        tokens = model.num_prefix_tokens + k
+        tokens = prefix + k
         for block in model.blocks[start:stop]:
             weights = sum(p.numel() for p in block.parameters() if p.ndim == 2)
             attention = 2 * tokens * block.attn.num_heads * block.attn.head_dim

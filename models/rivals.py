@@ -157,7 +157,7 @@ def merge(
             found[:] = target, merged
             return torch.cat([x[:, :prefix], _merged_means(x[:, prefix:], size, target, merged, keep_norm)], 1)
 
-        mask = None if places is None else evolution.log_size_mask(size, prefix, x.dtype)
+        mask = None if places is None else evolution.log_size_mask(size, x.dtype, prefix)
         x = block(x, places=places, attn_mask=mask, reduce=merge_pairs if rate else None)
         if not rate:
             continue

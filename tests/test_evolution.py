@@ -283,7 +283,7 @@ def test_novelty_is_the_distance_to_what_has_a_higher_weight(tokens, score):
     patches[:, 3] = patches[:, 7]
     score[:, 3], score[:, 7] = 0.98, 0.99
     _, _, selection = evolution.update_group(tokens, score, [], [], 0.9, 'nearest')
-    assert (selection.kept != 3).all() and (selection.cluster[:, 3] == selection.cluster[:, 7]).all()
+    assert (selection.kept != 3).all() and (selection.cluster[:, 4] == selection.cluster[:, 8]).all()
 
 
 def test_the_selected_have_the_highest_weight_times_cubed_novelty(tokens, score):
@@ -315,7 +315,7 @@ def test_large_grids_are_clustered_in_chunks(blocks, monkeypatch):
         )
         out.square().sum().backward()
         found.append((out, new_score, kept, cluster, leaf.grad))
-        assert torch.equal(cluster.gather(1, kept), torch.arange(40).expand(B, -1))
+        assert torch.equal(cluster.gather(1, 1 + kept), torch.arange(1, 41).expand(B, -1))
     torch.testing.assert_close(*found)
 
 
@@ -338,9 +338,11 @@ def test_sums_do_not_overflow_in_half_precision():
 
 def test_every_patch_moves_by_what_its_cluster_moved(tokens, score, blocks):
     out, new_score, (kept, _, cluster, *_) = nearest_group(tokens, score, blocks, 0.4)
-    means, size = cluster_means(tokens[:, 1:], cluster, 4)
-    x = torch.cat([tokens[:, :1], means], 1)
-    bias = torch.nn.functional.pad(size.log(), (1, 0))[:, None, None]
+    assert (cluster[:, 0] == 0).all() and (cluster[:, 1:] > 0).all()  # the class token represents itself alone
+    x, size = cluster_means(tokens, cluster, 5)
+    torch.testing.assert_close(x[:, 0], tokens[:, 0])
+    means, cluster = x[:, 1:], cluster[:, 1:] - 1
+    bias = size.log()[:, None, None]
     for block in blocks:
         x = block(x, kept, bias)
     torch.testing.assert_close(out[:, 0], x[:, 0])
@@ -368,9 +370,9 @@ def test_equal_patches_act_like_themselves(score, blocks):
     torch.testing.assert_close(sparse[0], dense[0], rtol=0, atol=1e-12)
     # The score too, when the patches of a cluster had the same before.
     score = score.gather(1, torch.tensor([[0, 1, 0, 3, 4, 0, 1, 4, 4, 3]]).expand(B, -1))
-    kept, size = torch.tensor([[0, 1, 3, 4]] * B), torch.tensor([[3.0, 2, 2, 3]] * B, dtype=torch.float64)
-    cluster = torch.tensor([[0, 1, 0, 2, 3, 0, 1, 3, 3, 2]] * B)
-    kept = evolution.Selection(kept, score, cluster, evolution.gather_tokens(tokens[:, 1:], kept), size, 0.4)
+    kept, size = torch.tensor([[0, 1, 3, 4]] * B), torch.tensor([[1.0, 3, 2, 2, 3]] * B, dtype=torch.float64)
+    cluster = torch.tensor([[0, 1, 2, 1, 3, 4, 1, 2, 4, 4, 3]] * B)
+    kept = evolution.Selection(kept, score, cluster, tokens[:, [0, 1, 2, 4, 5]], size, 0.4)
     dense = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0)
     sparse = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.4, 'nearest', kept, select_anew=False)
     torch.testing.assert_close(sparse[1], dense[1], rtol=0, atol=1e-12)
@@ -381,19 +383,20 @@ def test_later_stages_merge_the_clusters_of_earlier_ones(tokens, score, blocks):
     tokens, score, first = nearest_group(tokens, score, blocks, 0.6)
     out, new_score, second = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.3, 'nearest', first)
     share = score.gather(1, first.kept)
-    kept, cluster = select_clusters(first.tokens, share * first.size, 3)
+    kept, cluster = select_clusters(first.tokens[:, 1:], share * first.size[:, 1:], 3)
+    cluster = evolution.with_prefix(cluster, 1)
     assert torch.equal(second.kept, first.kept.gather(1, kept))
     assert torch.equal(second.cluster, cluster.gather(1, first.cluster))
-    assert torch.equal(second.size, torch.nn.functional.one_hot(second.cluster, 3).sum(1).to(second.size))
+    assert torch.equal(second.size, torch.nn.functional.one_hot(second.cluster, 4).sum(1).to(second.size))
     for image in range(B):
-        for j in range(3):
+        for j in range(1, 4):
             members = cluster[image] == j
             mean = (first.tokens[image] * first.size[image, :, None])[members].sum(0)
             length = (first.tokens[image].norm(dim=1) * first.size[image])[members].sum() / second.size[image, j]
             means = unit(mean) * length
-            moved = (out - tokens)[image, 1:][second.cluster[image] == j]
+            moved = (out - tokens)[image, second.cluster[image] == j]
             torch.testing.assert_close(moved, (second.tokens[image, j] - means).expand_as(moved))
-            assert new_score[image][second.cluster[image] == j].unique().numel() == 1
+            assert new_score[image][second.cluster[image, 1:] == j].unique().numel() == 1
 
 
 @pytest.mark.parametrize('keep_ratio', [0.6, 0.8])
@@ -411,12 +414,12 @@ def test_equal_patches_act_like_themselves_in_later_stages(blocks):
     tokens = torch.cat([different[:, :1], different[:, [1, 2, 1, 3, 3, 1, 2, 1, 3, 3]]], 1)
     score = torch.tensor([9.0, 8, 0, 7, 6, 0, 0, 0, 0, 0], dtype=torch.float64).expand(B, -1)
     kept = torch.tensor([[0, 1, 2, 3, 4, 5]] * B)
-    cluster = torch.tensor([[0, 1, 2, 3, 4, 5, 1, 0, 4, 3]] * B)
-    size = torch.tensor([[2.0, 2, 1, 2, 2, 1]] * B, dtype=torch.float64)
-    first = evolution.Selection(kept, score, cluster, tokens[:, 1:7], size, 0.6)
+    cluster = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 2, 1, 5, 4]] * B)
+    size = torch.tensor([[1.0, 2, 2, 1, 2, 2, 1]] * B, dtype=torch.float64)
+    first = evolution.Selection(kept, score, cluster, tokens[:, :7], size, 0.6)
     sparse, _, second = evolution.update_group(tokens, score, blocks, [0.5] * 3, 0.3, 'nearest', first)
     dense = evolution.update_group(tokens, score, blocks, [0.5] * 3, 1.0)[0]
-    assert second.size.sort(1).values.tolist() == [[2, 4, 4]] * B
+    assert second.size[:, 0].tolist() == [1] * B and second.size.sort(1).values.tolist() == [[1, 2, 4, 4]] * B
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
 
 
@@ -425,10 +428,11 @@ def test_clusters_follow_their_members(tokens, score, blocks, monkeypatch):
     _, _, selection = nearest_group(tokens, score, blocks, 0.4)
     for whole in (False, True):
         monkeypatch.setattr(torch.compiler, 'is_exporting', lambda whole=whole: whole)
-        step = torch.randn(B, 4, C)
+        step = torch.randn(B, 5, C)
         moved = evolution.move_clusters(selection, evolution.gather_tokens(step, selection.cluster))
         torch.testing.assert_close(moved.tokens, selection.tokens + step)
-        one = torch.zeros(B, N, C).scatter(1, selection.kept[..., None].expand(-1, -1, C), step)
+        first = evolution.with_prefix(selection.kept, 1)  # one member of each cluster
+        one = torch.zeros(B, 1 + N, C).scatter(1, first[..., None].expand(-1, -1, C), step)
         moved = evolution.move_clusters(selection, one)
         torch.testing.assert_close(moved.tokens, selection.tokens + step / selection.size[..., None])
 

@@ -80,7 +80,7 @@ def test_both_forms_of_attention_attend_to_each_member_of_a_cluster():
     for channels in (32, 63, 64, 80):
         q, k, v = torch.randn(3, 2, 3, 13, channels)
         size = torch.randint(1, 9, (2, 12))
-        mask = evolution.log_size_mask(size.float(), 1, torch.float32)
+        mask = evolution.log_size_mask(size.float(), torch.float32, 1)
         for i in range(2):
             repeats = torch.cat([torch.ones(1, dtype=torch.int64), size[i]])
             members = [x[i].repeat_interleave(repeats, 1) for x in (k, v)]

@@ -180,7 +180,7 @@ def test_clusters_are_those_of_the_model(name):
     for i, prediction in enumerate(predictions):
         np.testing.assert_allclose(prediction.probabilities, expected[i], atol=1e-6)
         for selection, chosen in selections.items():
-            kept, cluster = chosen.kept, chosen.cluster
+            kept, cluster = chosen.kept, chosen.cluster[:, -chosen.score.shape[1] :]
             shown = prediction.selections[selection]
             rows, columns = shown.kept.shape
             assert np.flatnonzero(shown.kept).tolist() == kept[i].sort().values.tolist()
