@@ -312,7 +312,7 @@ def cluster_means(tokens: Tensor, length: Tensor, members: Iterable[Tensor], siz
         else:
             total, total_length = torch.baddbmm(total, weight, part), torch.baddbmm(total_length, row, matrix)
     mean_length = total_length.transpose(1, 2) / size.unsqueeze(2)
-    return total * (mean_length / vector_length(total, size.dtype)).to(total.dtype)
+    return total.to(tokens.dtype) * (mean_length / vector_length(total, size.dtype)).to(tokens.dtype)
 
 
 def merges_clusters(keep_ratio: float, previous: Selection | None) -> bool:

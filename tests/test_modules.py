@@ -247,9 +247,16 @@ def test_autocast_does_not_round_the_residual_stream(dense):
     tokens = torch.randn(2, 26, 8)
     tokens[0, 3] = 1e5  # beyond float16
     score = torch.rand(2, 25)
+
+    def block(x, **_):
+        assert x.dtype == torch.float32
+        return x
+
     with torch.autocast('cpu', torch.bfloat16):
-        out, _, _ = evolution.update_group(tokens, score, [], [], 0.5, 'nearest')
-    assert out.dtype == torch.float32 and torch.equal(out, tokens)
+        out, _, selection = evolution.update_group(tokens, score, [block], [None], 0.5, 'nearest')
+        assert out.dtype == torch.float32 and torch.equal(out, tokens)
+        out, _, _ = evolution.update_group(tokens, score, [block], [None], 0.3, 'nearest', selection)
+    assert torch.equal(out, tokens)
 
 
 def test_a_model_that_was_offloaded_before_is_refused(dense):
