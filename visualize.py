@@ -275,7 +275,10 @@ def predict(
         score = selection.score
         grid = grid_shape(score.shape[1], *images.shape[2:])
         kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, selection.kept, True)
-        cluster = None if selection.cluster is None else selection.cluster[:, -score.shape[1] :]  # without the prefix
+        cluster = selection.cluster
+        if cluster is not None:  # without prefix tokens, which are the first clusters
+            prefix = cluster.shape[1] - score.shape[1]
+            cluster = cluster[:, prefix:] - prefix
         parts = kept, score / score.mean(1, keepdim=True), cluster
         parts = [[None] * len(kept) if part is None else part.unflatten(1, grid).cpu().numpy() for part in parts]
         for prediction, *own in zip(predictions, *parts, strict=True):

@@ -22,11 +22,12 @@ C channels, H heads, D channels of a head.
     kept        (B, K)          raster indices of the informative patches, int64, in no particular order
     cluster     (B, P + N)      the index (0 to P + K - 1) of each token's representative, int64; prefix tokens
                                 represent themselves alone, so their numbers are 0 to P - 1
-    size        (B, P + K)      how many tokens a token represents, itself included
+    size        (B, P + K)      how many tokens each of these represents, itself included
     attn_mask   (B, 1, 1, P + n)    log of the sizes, added to the attention logits
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -213,7 +214,8 @@ def redundancy(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
 
 
 def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Select k of the patches (B, N, C), as kept (B, K), and assign every patch to one of them, as cluster (B, N).
+    """Select k of the patches (B, N, C), as kept (B, K), and assign every patch to one of these K (0 to K - 1, without
+    prefix tokens), as (B, N).
 
     Selects the highest weight * novelty^3, with weight = score * length and novelty = 1 - redundancy. The power and the
     length were chosen by the KL to dense (docs/log.md). Members of a previous cluster share one score (B, N) but differ
@@ -224,7 +226,8 @@ def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> t
     weight = score * length.squeeze(2)
     root = weight ** (1 / 3)  # root * novelty has the same order as weight * novelty^3, in fewer operators
 
-    if patches.shape[1] <= 4 * patches.shape[2] and not torch.compiler.is_exporting():
+    # In this order: comparing sizes would make the limit a condition of an exported program.
+    if not torch.compiler.is_exporting() and patches.shape[1] <= 4 * patches.shape[2]:
         # One matrix (N, N) serves both the redundancy and the assignment.
         cosine = torch.bmm(unit, unit.transpose(1, 2))
         similar = redundancy(cosine, weight, weight)
@@ -233,20 +236,21 @@ def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> t
         columns = kept.unsqueeze(1).expand(-1, cosine.shape[1], -1)
         return kept, cosine.gather(2, columns).max(2).indices  # on CPUs `max` is faster than `argmax`
     chunks = in_chunks(patches.shape[2], unit, weight)
-    similar = torch.cat([redundancy(u @ unit.transpose(1, 2), w, weight) for u, w in chunks], 1)
+    similar = torch.cat([redundancy(torch.bmm(u, unit.transpose(1, 2)), w, weight) for u, w in chunks], 1)
     kept = select(torch.addcmul(root, root, similar.to(root.dtype), value=-1), k)
     informative = gather_tokens(unit, kept).transpose(1, 2)
-    cluster = torch.cat([(u @ informative).max(2).indices for u, _ in chunks], 1)
+    cluster = torch.cat([torch.bmm(u, informative).max(2).indices for u, _ in chunks], 1)
     return kept, cluster.scatter(1, kept, torch.arange(k, device=kept.device).expand_as(kept))
 
 
 def in_chunks(channels: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tensors (B, N, ...) along N into chunks of at most 4 * channels patches.
+    """Split tensors (B, N, ...) along N into chunks of about 4 * channels.
 
     On large grids a matrix (N, N) would dominate peak memory. A chunk's matrix is no larger than the hidden layer of an
     MLP, (N, 4 * C). An exported program does not use chunks: with a dynamic image size it cannot loop over them.
     """
-    if torch.compiler.is_exporting() or tensors[0].shape[1] <= 4 * channels:
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # the latter for the older ONNX exporter
+    if exporting or tensors[0].shape[1] <= 4 * channels + 16:  # 16: no chunk for the prefix tokens alone
         return [tensors]
     return list(zip(*(x.split(4 * channels, 1) for x in tensors), strict=True))
 
@@ -300,19 +304,20 @@ def cluster_means(tokens: Tensor, length: Tensor, members: Iterable[Tensor], siz
     A plain mean is shorter than its members, and the blocks were trained on tokens of full length. length (B, N, 1),
     size (B, K), members (B, K, N), whole or in chunks of N. Source: ToFu (https://arxiv.org/abs/2312.01026).
     """
-    # The sum is as good as the mean, as it is rescaled, but over a large cluster it could overflow in float16.
-    divide = attention_dtype(tokens) == torch.float16
+    # The sum replaces the mean, as it is rescaled, but not in float16, where it could overflow.
+    divide = tokens.dtype == torch.float16
     total = None
-    for member, (part, part_length) in zip(members, in_chunks(tokens.shape[2], tokens, length), strict=True):
-        # Transposed, because a CPU multiplies a row by a matrix five times as fast as a matrix by a column.
-        row, matrix = part_length.transpose(1, 2), member.transpose(1, 2)
-        weight = (member / size.unsqueeze(2) if divide else member).to(tokens.dtype)
-        if total is None:
-            total, total_length = torch.bmm(weight, part), torch.bmm(row, matrix)
-        else:
-            total, total_length = torch.baddbmm(total, weight, part), torch.baddbmm(total_length, row, matrix)
+    with without_autocast(tokens):  # which would round the prefix tokens too
+        for member, (part, part_length) in zip(members, in_chunks(tokens.shape[2], tokens, length), strict=True):
+            # Transposed, because a CPU multiplies a row by a matrix five times as fast as a matrix by a column.
+            row, matrix = part_length.transpose(1, 2), member.transpose(1, 2)
+            weight = (member / size.unsqueeze(2) if divide else member).to(tokens.dtype)
+            if total is None:
+                total, total_length = torch.bmm(weight, part), torch.bmm(row, matrix)
+            else:
+                total, total_length = torch.baddbmm(total, weight, part), torch.baddbmm(total_length, row, matrix)
     mean_length = total_length.transpose(1, 2) / size.unsqueeze(2)
-    return total.to(tokens.dtype) * (mean_length / vector_length(total, size.dtype)).to(tokens.dtype)
+    return total * (mean_length / vector_length(total, size.dtype)).to(tokens.dtype)
 
 
 def merges_clusters(keep_ratio: float, previous: Selection | None) -> bool:
@@ -360,7 +365,7 @@ def move_clusters(selection: Selection, change: Tensor) -> Selection:
     tokens, size = selection.tokens, selection.size.unsqueeze(2)
     for cluster, part in in_chunks(change.shape[2], selection.cluster, change):
         weight = memberships(cluster, size.shape[1], size.dtype) / size
-        tokens = tokens + weight.to(tokens.dtype) @ part.to(tokens.dtype)
+        tokens = tokens + torch.bmm(weight.to(tokens.dtype), part.to(tokens.dtype))
     return selection._replace(tokens=tokens)
 
 
@@ -407,7 +412,8 @@ def update_group(
             selection reads it. If all are None, the score does not change.
         keep_ratio: int(N * keep_ratio) patches are informative; ValueError if that is 0 and N > 1.
         representative: 'none', 'one' or 'nearest', see above.
-        selection: that of the previous group on this grid, None before the first.
+        selection: that of the previous group on this grid, None before the first. Blocks continue with its tokens, so
+            after a change of `tokens`, call `move_clusters`.
         select_anew: select by the score, instead of continuing `selection`. At a lower keep ratio 'nearest' merges the
             clusters of `selection`.
         prefix: P, the number of prefix tokens; they go through all blocks.
@@ -488,7 +494,7 @@ def _evolve_clusters(
         if member is None:
             total = torch.zeros_like(size).scatter_add(1, cluster[:, prefix:], score)[:, prefix:]
         else:
-            total = (member[:, prefix:, prefix:] @ score.unsqueeze(2)).squeeze(2)
+            total = torch.bmm(member[:, prefix:, prefix:], score.unsqueeze(2)).squeeze(2)
     mask = log_size_mask(size, attention_dtype(tokens))
     after, total = run_blocks(before, total, blocks, tradeoffs, selection.kept, mask)
     if read:
@@ -498,11 +504,8 @@ def _evolve_clusters(
     if member is None or not torch.is_grad_enabled():  # faster than a product, but its gradient is a sum by index
         tokens = tokens + gather_tokens(change, cluster)
     else:
-        one_hot = member.to(tokens.dtype).transpose(1, 2)
-        if attention_dtype(tokens) == tokens.dtype:
-            tokens = torch.baddbmm(tokens, one_hot, change)
-        else:  # autocast would round the sum, the residual stream, to half precision too
-            tokens = tokens + one_hot @ change
+        with without_autocast(tokens):  # which would round the sum, the residual stream, to half precision
+            tokens = torch.baddbmm(tokens, member.to(tokens.dtype).transpose(1, 2), change)
     return tokens, score, selection._replace(tokens=after)
 
 
@@ -527,6 +530,13 @@ def attention_dtype(x: Tensor) -> torch.dtype:
     if kind != 'meta' and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which products are computed in the dtype of x."""
+    # Nothing if autocast is off: exporters need not know about it.
+    autocast = attention_dtype(x) != x.dtype
+    return torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
 
 
 def with_prefix(index: Tensor, prefix: int) -> Tensor:

@@ -89,9 +89,10 @@ def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequen
     previous, m = 1.0, n
     for start, stop, ratio, _ in evolution.partition(len(model.blocks), stages, ratios):
         k = evolution.num_informative(n, ratio)
-        if ratio < 1:  # similarities and means, of patches or of previous clusters (see evolution.merges_clusters)
-            m = m if ratio < previous < 1 else n
-            total += (m * m + (prefix + k) * (prefix + m)) * channels
+        if ratio < 1:  # class attention, then similarities and means of patches or of previous clusters
+            total += (prefix + m) * channels
+            m = m if ratio < previous < 1 else n  # see evolution.merges_clusters
+            total += m * m * channels + (prefix + k) * (prefix + m) * (channels + 1)
         previous, m = ratio, k
         tokens = prefix + k
         for block in model.blocks[start:stop]:

@@ -243,16 +243,19 @@ def test_a_mask_that_a_row_cannot_take_is_refused(dense):
             block(x, need_attention=True, **mask)
 
 
-def test_autocast_does_not_round_the_residual_stream(dense):
-    tokens = torch.randn(2, 26, 8)
-    tokens[0, 3] = 1e5  # beyond float16
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_does_not_round_the_residual_stream(dense, dtype):
+    """Nor sums in it; and prefix tokens enter a stage as they are."""
+    tokens = 1e4 * torch.randn(2, 26, 8)  # sums are beyond float16
+    tokens[0, [0, 3]] = 1e5
     score = torch.rand(2, 25)
 
     def block(x, **_):
         assert x.dtype == torch.float32
+        torch.testing.assert_close(x[:, 0], tokens[:, 0])
         return x
 
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast('cpu', dtype):
         out, _, selection = evolution.update_group(tokens, score, [block], [None], 0.5, 'nearest')
         assert out.dtype == torch.float32 and torch.equal(out, tokens)
         out, _, _ = evolution.update_group(tokens, score, [block], [None], 0.3, 'nearest', selection)
@@ -290,7 +293,7 @@ def test_a_program_for_free_sizes(name, representative):
     model = evolve(small_vit(name, depth=4, dynamic_img_size=True), representative=representative)
     patch = model.patch_embed.patch_size[0]
     program = program_of(model, torch.randn(2, 3, 5 * patch, 5 * patch), free=(2, 3)).module()
-    for batch, rows, columns in ((3, 5, 5), (1, 4, 7), (3, 8, 6), (1, 12, 12)):
+    for batch, rows, columns in ((3, 5, 5), (1, 4, 7), (3, 8, 6), (1, 12, 12), (1, 2, model.embed_dim * 2 + 9)):
         x = torch.randn(batch, 3, rows * patch, columns * patch)
         with torch.no_grad():
             torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
@@ -315,10 +318,14 @@ def test_onnx_for_free_sizes(name, representative, tmp_path):
             torch.testing.assert_close(run_onnx(tmp_path / 'm.onnx', x), model(x), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('name, representative', CASES + [(NAMES[2], 'one'), (NAMES[2], 'nearest')])
-def test_the_older_onnx_exporter(name, representative, tmp_path):
+@pytest.mark.parametrize(
+    'name, representative, shape',
+    [(*case, {}) for case in [*CASES, (NAMES[2], 'one'), (NAMES[2], 'nearest')]]
+    + [(NAMES[0], 'nearest', dict(embed_dim=24, num_heads=3, img_size=192))],  # a large grid for so few channels
+)
+def test_the_older_onnx_exporter(name, representative, shape, tmp_path):
     pytest.importorskip('onnx')
-    model = evolve(small_vit(name, depth=4), representative=representative)
+    model = evolve(small_vit(name, depth=4, **shape), representative=representative)
     for block in model.blocks:
         block.attn.fused_attn = False
     x, axes = images(model), {'images': {0: 'batch'}}

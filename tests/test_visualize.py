@@ -1,6 +1,7 @@
 """Pictures show what the models select; files are whole or not there; wrong input is named."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -180,11 +181,13 @@ def test_clusters_are_those_of_the_model(name):
     for i, prediction in enumerate(predictions):
         np.testing.assert_allclose(prediction.probabilities, expected[i], atol=1e-6)
         for selection, chosen in selections.items():
-            kept, cluster = chosen.kept, chosen.cluster[:, -chosen.score.shape[1] :]
+            prefix = chosen.cluster.shape[1] - chosen.score.shape[1]
+            kept, cluster = chosen.kept, chosen.cluster[:, prefix:] - prefix
             shown = prediction.selections[selection]
             rows, columns = shown.kept.shape
             assert np.flatnonzero(shown.kept).tolist() == kept[i].sort().values.tolist()
-            picture = drawing.mosaic(prediction.image, shown.kept, shown.cluster)
+            with warnings.catch_warnings(action='error'):
+                picture = drawing.mosaic(prediction.image, shown.kept, shown.cluster)
             y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
             labels, informative = cluster[i].reshape(rows, columns).numpy()[y][:, x], shown.kept[y][:, x]
             np.testing.assert_array_equal(picture[informative], prediction.image[informative])
