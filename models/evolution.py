@@ -214,8 +214,7 @@ def redundancy(cosine: Tensor, weight_i: Tensor, weight: Tensor) -> Tensor:
 
 
 def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Select k of the patches (B, N, C), as kept (B, K), and assign every patch to one of these K (0 to K - 1, without
-    prefix tokens), as (B, N).
+    """Select k of the patches (B, N, C): kept (B, K) and, for each patch, which of these K represents it (B, N).
 
     Selects the highest weight * novelty^3, with weight = score * length and novelty = 1 - redundancy. The power and the
     length were chosen by the KL to dense (docs/log.md). Members of a previous cluster share one score (B, N) but differ

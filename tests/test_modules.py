@@ -245,7 +245,7 @@ def test_a_mask_that_a_row_cannot_take_is_refused(dense):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_does_not_round_the_residual_stream(dense, dtype):
-    """Nor sums in it; and prefix tokens enter a stage as they are."""
+    """It stays float32 and finite, and prefix tokens enter a stage unchanged."""
     tokens = 1e4 * torch.randn(2, 26, 8)  # sums are beyond float16
     tokens[0, [0, 3]] = 1e5
     score = torch.rand(2, 25)
