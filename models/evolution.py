@@ -493,7 +493,8 @@ def _evolve_clusters(
         if member is None:
             total = torch.zeros_like(size).scatter_add(1, cluster[:, prefix:], score)[:, prefix:]
         else:
-            total = torch.bmm(member[:, prefix:, prefix:], score.unsqueeze(2)).squeeze(2)
+            with without_autocast(score):  # which would round it to half precision
+                total = torch.bmm(score.unsqueeze(1), member[:, prefix:, prefix:].transpose(1, 2)).squeeze(1)
     mask = log_size_mask(size, attention_dtype(tokens))
     after, total = run_blocks(before, total, blocks, tradeoffs, selection.kept, mask)
     if read:

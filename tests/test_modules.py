@@ -262,6 +262,20 @@ def test_autocast_does_not_round_the_residual_stream(dense, dtype):
     assert torch.equal(out, tokens)
 
 
+def test_autocast_does_not_round_the_sum_of_scores():
+    tokens, score, attention = torch.randn(2, 26, 8), torch.rand(2, 25), torch.rand(2, 12)
+
+    def block(x, **_):
+        return x, attention
+
+    group = tokens, score, [block], [0.5], 0.5, 'nearest'
+    _, expected, _ = evolution.update_group(*group)
+    with torch.autocast('cpu', torch.bfloat16):
+        _, found, _ = evolution.update_group(*group)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_model_that_was_offloaded_before_is_refused(dense):
     accelerate = pytest.importorskip('accelerate')
     model = accelerate.cpu_offload(copy.deepcopy(dense), execution_device=torch.device('cpu'))
