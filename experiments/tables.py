@@ -356,11 +356,11 @@ def speed_gpu() -> str:
     return markdown(['', *names], lines)
 
 
-def on_xeon() -> dict[tuple, dict]:
-    """The newest row of each evolved model, representative and batch size."""
+def evolved_rows(device: str) -> dict[tuple, dict]:
+    """The newest row of each evolved model, representative and batch size on a device, 'AMD' or 'Intel'."""
     rows = {}
     for row in sorted(read('docs/benchmarks/cpu-evolved.csv'), key=lambda row: row['date']):
-        if row['speedup'] != '' and row['device'].startswith('Intel'):
+        if row['speedup'] != '' and row['device'].startswith(device):
             rows[row['model'].partition(' ')[0], row['representative'], row['batch']] = row
     return rows
 
@@ -368,7 +368,9 @@ def on_xeon() -> dict[tuple, dict]:
 @table
 def speed_evolved() -> str:
     lines = []
-    for (model, representative, batch), row in on_xeon().items():
+    rows = evolved_rows('AMD')
+    for model, representative, batch in sorted(rows, key=lambda key: (key[1], -key[2])):
+        row = rows[model, representative, batch]
         spread = f'{row["speedup"]:.2f} ({row["speedup_p10"]:.2f} to {row["speedup_p90"]:.2f})'
         lines.append([f'`{model}`', representative, f'{batch:.0f}', f'{row["images_per_second"]:.1f}', spread])
     return markdown(['', 'representative', 'batch', 'img/s', 'speed-up (p10 to p90)'], lines)
@@ -414,7 +416,7 @@ def claim() -> str:
         )
         for key in ('batch 256, bfloat16, compiled', 'batch 256, bfloat16')
     )
-    xeon = on_xeon()['deit_tiny_patch16_224', 'nearest', 32]
+    xeon = evolved_rows('Intel')['deit_tiny_patch16_224', 'nearest', 32]
     return (
         f'DeiT-Ti on two CPU cores: speed-up {speed(row)} on an AMD EPYC ({speed(xeon)} on an Intel Xeon, earlier '
         f'version), top-1 {difference(row["off"], row["interval"])} points on {row["n"]:.0f} ImageNet images. On an '
