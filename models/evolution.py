@@ -36,6 +36,10 @@ from torch import Tensor
 
 REPRESENTATIVES = ('none', 'one', 'nearest')
 
+# With more than CHUNK * C tokens, (N, N) matrices are computed in chunks of CHUNK * C rows. On large grids they would
+# dominate peak memory; a chunk is no larger than the hidden layer of an MLP, (N, 4 * C).
+CHUNK = 4
+
 # The weight of a block's class attention in the score: a constant, a learned scalar, or None if no selection reads it.
 Tradeoff = float | Tensor | None
 
@@ -226,7 +230,7 @@ def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> t
     root = weight ** (1 / 3)  # root * novelty has the same order as weight * novelty^3, in fewer operators
 
     # In this order: comparing sizes would make the limit a condition of an exported program.
-    if not torch.compiler.is_exporting() and patches.shape[1] <= 4 * patches.shape[2]:
+    if not torch.compiler.is_exporting() and patches.shape[1] <= CHUNK * patches.shape[2]:
         # One matrix (N, N) serves both the redundancy and the assignment.
         cosine = torch.bmm(unit, unit.transpose(1, 2))
         similar = redundancy(cosine, weight, weight)
@@ -243,15 +247,14 @@ def select_clusters(patches: Tensor, length: Tensor, score: Tensor, k: int) -> t
 
 
 def in_chunks(channels: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tensors (B, N, ...) along N into chunks of about 4 * channels.
+    """Split tensors (B, N, ...) along N into chunks of CHUNK * channels.
 
-    On large grids a matrix (N, N) would dominate peak memory. A chunk's matrix is no larger than the hidden layer of an
-    MLP, (N, 4 * C). An exported program does not use chunks: with a dynamic image size it cannot loop over them.
+    An exported program does not use chunks: with a dynamic image size it cannot loop over them.
     """
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # the latter for the older ONNX exporter
-    if exporting or tensors[0].shape[1] <= 4 * channels + 16:  # 16: no chunk for the prefix tokens alone
+    if exporting or tensors[0].shape[1] <= CHUNK * channels:
         return [tensors]
-    return list(zip(*(x.split(4 * channels, 1) for x in tensors), strict=True))
+    return list(zip(*(x.split(CHUNK * channels, 1) for x in tensors), strict=True))
 
 
 def vector_length(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -316,7 +319,8 @@ def cluster_means(tokens: Tensor, length: Tensor, members: Iterable[Tensor], siz
             else:
                 total, total_length = torch.baddbmm(total, weight, part), torch.baddbmm(total_length, row, matrix)
     mean_length = total_length.transpose(1, 2) / size.unsqueeze(2)
-    return total * (mean_length / vector_length(total, size.dtype)).to(tokens.dtype)
+    scale = mean_length / vector_length(total, size.dtype)
+    return (total * scale).to(tokens.dtype)  # the scale of a sum of about 0 may be beyond float16
 
 
 def merges_clusters(keep_ratio: float, previous: Selection | None) -> bool:
@@ -533,10 +537,11 @@ def attention_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A context in which products are computed in the dtype of x."""
-    # Nothing if autocast is off: exporters need not know about it.
-    autocast = attention_dtype(x) != x.dtype
-    return torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
+    """A context in which products are computed in the dtype of their factors; x tells the device."""
+    # Nothing if autocast is off, so that exported graphs are free of it.
+    kind = x.device.type
+    enabled = kind != 'meta' and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def with_prefix(index: Tensor, prefix: int) -> Tensor:

@@ -93,6 +93,8 @@ def count_macs(model: EvolvingViT, n: int, stages: Sequence[int], ratios: Sequen
             total += (prefix + m) * channels
             m = m if ratio < previous < 1 else n  # see evolution.merges_clusters
             total += m * m * channels + (prefix + k) * (prefix + m) * (channels + 1)
+            if m > evolution.CHUNK * channels:  # similarities to the selected are computed again
+                total += m * k * channels
         previous, m = ratio, k
         tokens = prefix + k
         for block in model.blocks[start:stop]:

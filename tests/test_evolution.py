@@ -203,6 +203,22 @@ def test_attention_of_the_class_token_is_the_row_of_the_whole_map():
     assert evolution.class_attention(q[:, :, :1], k, 0.5).isfinite().flatten(1).all(1).tolist() == [False, True]
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_class_attention_in_half_precision_is_computed_in_float32(dtype):
+    q, k = torch.randn(2, 3, 1, 4).to(dtype), torch.randn(2, 3, 7, 4).to(dtype)
+    expected = (q.float() @ k.float().mT * 0.3).softmax(-1)[:, :, 0, 1:]
+    torch.testing.assert_close(evolution.class_attention(q, k, 0.3), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('representative', ['none', 'nearest'])
+def test_tokens_keep_their_dtype(tokens, score, representative):
+    """Also if the blocks, here with parameters in float32, return another one."""
+    half = tokens.bfloat16()
+    out, new_score, _ = evolution.update_group(half, score, [lambda x, **_: x.float()], [None], 0.4, representative)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, half)
+    assert new_score.dtype == score.dtype
+
+
 def test_tokens_are_gathered_within_their_image():
     x = torch.randn(3, 5, 2, requires_grad=True)
     index = torch.tensor([[4, 0, 0], [1, 2, 3], [3, 3, 4]])
@@ -286,11 +302,33 @@ def test_novelty_is_the_distance_to_what_has_a_higher_weight(tokens, score):
     assert (selection.kept != 3).all() and (selection.cluster[:, 4] == selection.cluster[:, 8]).all()
 
 
-def test_the_selected_have_the_highest_weight_times_cubed_novelty(tokens, score):
-    patches = tokens[:, 1:].double()
-    weight = score.double() * patches.norm(dim=2)
-    expected = (weight * novelty(patches, weight) ** 3).topk(4).indices
-    assert torch.equal(select_clusters(patches, score.double(), 4)[0].sort().values, expected.sort().values)
+def test_the_selected_have_the_highest_weight_times_cubed_novelty():
+    torch.manual_seed(6)
+    patches, score = torch.randn(B, 100, C, dtype=torch.float64), torch.rand(B, 100, dtype=torch.float64)
+    weight = score * patches.norm(dim=2)
+    found = select_clusters(patches, score, 40)[0].sort().values
+    for power in (2, 3, 4):
+        expected = (weight * novelty(patches, weight) ** power).topk(40).indices.sort().values
+        assert torch.equal(found, expected) == (power == 3)
+
+
+@pytest.mark.parametrize('n', [20, 100])  # one matrix, and in chunks
+@pytest.mark.parametrize('groups', [1, 5])
+def test_equal_patches_are_selected_once_or_represent_themselves(groups, n):
+    """Informative patches represent themselves, even if others are equal to them in all respects."""
+    torch.manual_seed(7)
+    patches = torch.randn(B, groups, C).repeat(1, n // groups, 1)
+    kept, cluster = select_clusters(patches, torch.ones(B, n), 10)
+    assert all(len(image.unique()) == 10 for image in kept)
+    assert torch.equal(cluster.gather(1, kept), torch.arange(10).expand(B, -1))
+    assert (evolution.memberships(cluster, 10).sum(2) >= 1).all()
+
+
+def test_tokens_of_zeros_are_clustered(score, blocks):
+    tokens = torch.zeros(B, 1 + N, C, dtype=torch.float64)
+    tokens[0, :4] = 1
+    out, _, selection = nearest_group(tokens, score, blocks, 0.4)
+    assert out.isfinite().all() and selection.tokens.isfinite().all()
 
 
 def test_a_slightly_higher_weight_counts_in_any_place():
@@ -306,8 +344,8 @@ def test_large_grids_are_clustered_in_chunks(blocks, monkeypatch):
     torch.manual_seed(5)
     tokens, score = torch.randn(B, 1 + 100, C, dtype=torch.float64), torch.rand(B, 100, dtype=torch.float64)
     found = []
-    for whole in (False, True):
-        monkeypatch.setattr(torch.compiler, 'is_exporting', lambda whole=whole: whole)
+    for limit in (4, 100):
+        monkeypatch.setattr(evolution, 'CHUNK', limit)
         leaf = tokens.clone().requires_grad_()
         out, new_score, selection = nearest_group(leaf, score, blocks, 0.6)
         out, new_score, (kept, _, cluster, *_) = evolution.update_group(
@@ -327,6 +365,13 @@ def test_means_are_as_long_as_their_members(tokens, score):
             members = patches[image][cluster[image] == j]
             torch.testing.assert_close(unit(found[image, j]), unit(members.mean(0)))
             torch.testing.assert_close(found[image, j].norm(), members.norm(dim=1).mean())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_members_that_cancel_have_a_mean_of_zeros(dtype):
+    patches = torch.randn(B, 1, C).repeat(1, 4, 1).mul(torch.tensor([1, -1, 1, -1])[:, None]).to(dtype)
+    means, _ = cluster_means(patches, torch.zeros(B, 4, dtype=torch.int64), 1)
+    assert torch.equal(means, torch.zeros_like(means))
 
 
 def test_sums_do_not_overflow_in_half_precision():
@@ -426,8 +471,8 @@ def test_equal_patches_act_like_themselves_in_later_stages(blocks):
 def test_clusters_follow_their_members(tokens, score, blocks, monkeypatch):
     """If all members of a cluster move by a step, so does its token, and by half if only half of them do."""
     _, _, selection = nearest_group(tokens, score, blocks, 0.4)
-    for whole in (False, True):
-        monkeypatch.setattr(torch.compiler, 'is_exporting', lambda whole=whole: whole)
+    for limit in (1, 100):  # in chunks, and whole
+        monkeypatch.setattr(evolution, 'CHUNK', limit)
         step = torch.randn(B, 5, C)
         moved = evolution.move_clusters(selection, evolution.gather_tokens(step, selection.cluster))
         torch.testing.assert_close(moved.tokens, selection.tokens + step)
