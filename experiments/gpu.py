@@ -1,7 +1,7 @@
 """Everything that is measured on a GPU, in one command of at most 8 minutes: `make gpu`, or
 
     python3 experiments/gpu.py --output docs/benchmarks
-    python3 experiments/gpu.py --device cpu --tiny --output output/gpu     a trial anywhere; compiles nothing
+    python3 experiments/gpu.py --device cpu --tiny --output output/gpu     a trial anywhere, torch.compile off
 
 Parts, each in its own process, so that a GPU error in one does not end the others:
 
@@ -215,7 +215,7 @@ def main():
     add = parser.add_argument
     add('--output', type=Path, default=ROOT / 'docs/benchmarks', metavar='FOLDER', help='default: docs/benchmarks')
     add('--device', type=torch.device, default='cuda', help='cuda or cpu')
-    add('--tiny', action='store_true', help='tiny models and images, nothing compiled, for a trial')
+    add('--tiny', action='store_true', help='tiny models and images, torch.compile switched off, for a trial')
     add('--parts', nargs='+', choices=PARTS, default=list(PARTS), help='all by default')
     add('--minutes', type=float, default=8, help='time limit of all parts together')
     add('--here', action='store_true', help='in this process, without a time limit')
