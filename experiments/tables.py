@@ -374,15 +374,11 @@ def speed_evolved() -> str:
         spread = f'{row["speedup"]:.2f} ({row["speedup_p10"]:.2f} to {row["speedup_p90"]:.2f})'
         lines.append([f'`{model}`', representative, f'{batch:.0f}', f'{row["images_per_second"]:.1f}', spread])
     table = markdown(['', 'representative', 'batch', 'img/s', 'speed-up (p10 to p90)'], lines)
-    before = {
-        batch: ' and '.join(
-            f'{row["speedup"]:.2f}' for key, row in evolved_rows('Intel').items() if key[1:] == ('nearest', batch)
-        )
-        for batch in (32, 1)
-    }
-    return (
-        f'{table}\n\nThe second form of `nearest` on an Intel Xeon: {before[32]} at batch 32, {before[1]} at batch 1.'
+    xeon = evolved_rows('Intel').items()
+    at_32, at_1 = (
+        ' and '.join(f'{row["speedup"]:.2f}' for key, row in xeon if key[1:] == ('nearest', batch)) for batch in (32, 1)
     )
+    return f'{table}\n\nThe second form of `nearest` on an Intel Xeon: {at_32} at batch 32, {at_1} at batch 1.'
 
 
 # --- the first screen
