@@ -372,13 +372,26 @@ def speed_evolved() -> str:
     for model, representative, batch in sorted(rows, key=lambda key: (key[1], -key[2])):
         row = rows[model, representative, batch]
         spread = f'{row["speedup"]:.2f} ({row["speedup_p10"]:.2f} to {row["speedup_p90"]:.2f})'
-        lines.append([f'`{model}`', representative, f'{batch:.0f}', f'{row["images_per_second"]:.1f}', spread])
-    table = markdown(['', 'representative', 'batch', 'img/s', 'speed-up (p10 to p90)'], lines)
+        values = f'{batch:.0f}', f'{row["gmacs_ratio"]:.2f}', f'{row["images_per_second"]:.1f}', spread
+        lines.append([f'`{model}`', representative, *values])
+    header = 'representative', 'batch', 'ratio of GMACs', 'img/s', 'speed-up (p10 to p90)'
+    table = markdown(['', *header], lines)
     xeon = evolved_rows('Intel').items()
     at_32, at_1 = (
         ' and '.join(f'{row["speedup"]:.2f}' for key, row in xeon if key[1:] == ('nearest', batch)) for batch in (32, 1)
     )
     return f'{table}\n\nThe second form of `nearest` on an Intel Xeon: {at_32} at batch 32, {at_1} at batch 1.'
+
+
+@table
+def speed_transformers() -> str:
+    *_, evolved, dense = sorted(read('docs/benchmarks/cpu-transformers.csv'), key=lambda row: row['date'])
+    return (
+        f"A DINOv2-S of Hugging Face's transformers, {evolved['image_size']:.0f} px, batch {evolved['batch']:.0f}, has "
+        f'a speed-up of {evolved["speedup"]:.2f} on the EPYC (p10 to p90: {evolved["speedup_p10"]:.2f} to '
+        f'{evolved["speedup_p90"]:.2f}). The ratio of GMACs is {evolved["gmacs_ratio"]:.2f}. Peak memory is '
+        f'{evolved["peak_mib"] / dense["peak_mib"]:.2f} times dense.'
+    )
 
 
 # --- the first screen
